@@ -1,0 +1,1 @@
+"""Datasets, prompt lists and small models to run on. Imports nothing of the library."""

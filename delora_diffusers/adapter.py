@@ -1,0 +1,252 @@
+"""The adapter: all trainable tensors of one adapted model, stacked by shape, and the adapted weights made from them.
+
+Once a step the adapter makes W' of every adapted projection, a few kernels for each distinct shape, and hands each
+projection its piece. Stable Diffusion's 128 attention projections have 6 shapes.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from delora_diffusers import update
+from delora_diffusers.config import AdapterConfig
+from delora_diffusers.errors import InputError
+from delora_diffusers.methods import METHODS
+
+
+def base_parameter(linear: nn.Linear) -> Tensor:
+    """The pretrained weight of a linear module, (out, in), parametrized or not."""
+    if parametrize.is_parametrized(linear, "weight"):
+        return linear.parametrizations.weight.original  # type: ignore[union-attr, return-value]
+    return linear.weight
+
+
+class Projection:
+    """One product: a linear module, or several of one shape that read the same input and are computed as one.
+
+    Holds the current adapted weights; the adapter refreshes them. Not a module: it owns no state that is saved.
+    """
+
+    def __init__(self, names: tuple[str, ...], linears: tuple[nn.Linear, ...]):
+        self.names = names
+        self.linears = linears
+        self.weight: Tensor | None = None  # (g, out, in): W' on the fast path, W on the split path
+        self.a: Tensor | None = None  # (g, k, in), split path only
+        self.b: Tensor | None = None  # (g, out, k), split path only
+
+    def __call__(self, x: Tensor, members: slice = slice(None)) -> list[Tensor]:
+        """The outputs (..., out) of the chosen members, one product for all of them, for inputs x (..., in)."""
+        assert self.weight is not None, "the adapter has not made its weights yet; call adapter() first"
+        weight = self.weight[members]
+        biases = [linear.bias for linear in self.linears[members]]
+        bias = None if biases[0] is None else (biases[0] if len(biases) == 1 else torch.cat(biases))
+        outputs = nn.functional.linear(x, weight.flatten(0, 1), bias).chunk(len(weight), dim=-1)
+        if self.a is None or self.b is None:
+            return list(outputs)
+        return [y + d.to(y.dtype) for y, d in zip(outputs, low_rank_product(x, self.a[members], self.b[members]))]
+
+
+def low_rank_product(x: Tensor, a: Tensor, b: Tensor) -> list[Tensor]:
+    """``(x A~^T) B~^T`` in the factors' dtype for x (..., in), A~ (g, k, in), B~ (g, out, k): g tensors (..., out)."""
+    with torch.autocast(x.device.type, enabled=False):
+        hidden = nn.functional.linear(x.to(a.dtype), a.flatten(0, 1)).chunk(len(a), dim=-1)
+        return [nn.functional.linear(h, b_i) for h, b_i in zip(hidden, b)]
+
+
+class Stack(nn.Module):
+    """The tensors of n adapted matrices of one shape (out, in), each with a leading dimension n."""
+
+    def __init__(self, projections: Sequence[Projection], config: AdapterConfig, generator: torch.Generator):
+        super().__init__()
+        self.projections = list(projections)
+        self.names = [name for projection in projections for name in projection.names]
+        self._linears = [linear for projection in projections for linear in projection.linears]
+        self._weight: Tensor | None = None
+        self._pointers: list[int] = []
+        weight = self.base_weight()
+        trainable, fixed = METHODS[config.method].initialize(weight, config, generator)
+        self.trainable = nn.ParameterDict({key: nn.Parameter(t.to(weight.device)) for key, t in trainable.items()})
+        for key, tensor in fixed.items():
+            self.register_buffer(key, tensor.to(weight.device))
+
+    def base_weight(self) -> Tensor:
+        """The pretrained weights, (n, out, in), in the model's dtype and on its device.
+
+        The model's own parameters are views of this one tensor, so it costs no memory. Where the model was moved or
+        cast since, they are stacked anew, and the adapter's tensors follow to the new device.
+        """
+        parameters = [base_parameter(linear) for linear in self._linears]
+        if self._weight is None or [p.data_ptr() for p in parameters] != self._pointers:
+            self._weight = torch.stack([p.detach() for p in parameters])
+            for parameter, view in zip(parameters, self._weight):
+                parameter.data = view
+            self._pointers = [p.data_ptr() for p in parameters]
+            self.to(self._weight.device)
+        return self._weight
+
+    def release(self) -> None:
+        """Give each module of the model a weight of its own again."""
+        for linear in self._linears:
+            parameter = base_parameter(linear)
+            parameter.data = parameter.data.clone()
+        self._weight = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by key, trainable and fixed, each with leading dimension n."""
+        return dict(self.trainable.items()) | dict(self.named_buffers(recurse=False))
+
+    def versions(self) -> tuple[int, ...]:
+        """Changes whenever a tensor that W' is made from changes in place."""
+        weights = (base_parameter(linear) for linear in self._linears)
+        return tuple(t._version for t in (*self.trainable.values(), *weights))
+
+
+class Adapter(nn.Module):
+    """Everything that trains in one adapted model. Made by ``attach``; call it to make the adapted weights.
+
+    The model's forward calls it by itself, so that user code need not. A training loop that wraps the adapter (in
+    DistributedDataParallel, say) calls the wrapper before each forward of the model instead.
+
+    Args:
+        config: what to build.
+        projections: the products to adapt, in the model's order.
+        generator: source of the random start, on the CPU.
+    """
+
+    def __init__(self, config: AdapterConfig, projections: Sequence[Projection], generator: torch.Generator):
+        super().__init__()
+        self.config = config
+        self.method = METHODS[config.method]
+        by_shape: dict[tuple[int, int], list[Projection]] = {}
+        for projection in projections:
+            out_features, in_features = projection.linears[0].out_features, projection.linears[0].in_features
+            if config.rank > min(out_features, in_features):
+                raise InputError(
+                    f"rank is {config.rank}, but {projection.names[0]} is {out_features} x {in_features}; "
+                    f"choose a rank of at most {min(out_features, in_features)}."
+                )
+            by_shape.setdefault((out_features, in_features), []).append(projection)
+        self.stacks: Iterable[Stack] = nn.ModuleList(
+            Stack(members, config, generator) for members in by_shape.values()
+        )
+        self._strength = 1.0
+        self._made_from: tuple | None = None
+        self.prepared = False
+
+    @property
+    def strength(self) -> float:
+        """Scales W' - W; 0 is the base model exactly, computed by the stock modules."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        self._strength = float(value)
+        self._made_from = None
+
+    @property
+    def names(self) -> list[str]:
+        """The adapted modules, as in ``model.named_modules()``."""
+        return [name for stack in self.stacks for name in stack.names]
+
+    def forward(self) -> None:
+        """Make the adapted weights and hand each projection its own.
+
+        With gradients enabled they are made anew, since a graph serves one backward; without, only where something
+        that they are made from has changed.
+        """
+        if self._strength != 0:
+            bases = [stack.base_weight() for stack in self.stacks]
+            made_from = None
+            if not (torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())):
+                made_from = tuple((id(base), *stack.versions()) for base, stack in zip(bases, self.stacks))
+            if made_from is None or made_from != self._made_from:
+                for base, stack in zip(bases, self.stacks):
+                    with torch.autocast(base.device.type, enabled=False):
+                        self._make(base, stack)
+                self._made_from = made_from
+        self.prepared = True
+
+    def _make(self, base: Tensor, stack: Stack) -> None:
+        # Taken apart with split, whose backward is one concatenation; indexing would add up n padded gradients.
+        sizes = [len(projection.names) for projection in stack.projections]
+        if self.config.path == "split":
+            b, a = self._factors(stack.tensors())
+            pieces = zip(base.split(sizes), a.split(sizes), b.split(sizes))
+            for projection, (projection.weight, projection.a, projection.b) in zip(stack.projections, pieces):
+                pass
+        else:
+            adapted = self._adapted_weight(base, stack.tensors())
+            for projection, projection.weight in zip(stack.projections, adapted.split(sizes)):
+                pass
+
+    def _factors(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        b, a = self.method.factors(tensors, self.config)
+        return (b if self._strength == 1 else b * self._strength), a
+
+    def _adapted_weight(self, weight: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+        if self._strength == 1:
+            return self.method.adapted_weight(weight, tensors, self.config)
+        exact = weight.float()
+        adapted = self.method.adapted_weight(exact, tensors, self.config)
+        return torch.lerp(exact, adapted, self._strength).to(weight.dtype)
+
+    def _locate(self, name: str) -> tuple[Stack, slice]:
+        for stack in self.stacks:
+            if name in stack.names:
+                index = stack.names.index(name)
+                return stack, slice(index, index + 1)
+        raise InputError(f"{name} is not an adapted module; the first one is {self.names[0]}.")
+
+    @torch.no_grad()
+    def weight(self, name: str) -> Tensor:
+        """W' (out, in) of one module, summed in float32 and given in the model's dtype."""
+        stack, member = self._locate(name)
+        base = stack.base_weight()[member]
+        tensors = {key: tensor[member] for key, tensor in stack.tensors().items()}
+        return self._adapted_weight(base.float(), tensors)[0].to(base.dtype)
+
+    @torch.no_grad()
+    def delta_weight(self, name: str) -> Tensor:
+        """W' - W of one module, (out, in), float32."""
+        stack, member = self._locate(name)
+        b, a = self._factors({key: tensor[member] for key, tensor in stack.tensors().items()})
+        return (b @ a)[0]
+
+    @torch.no_grad()
+    def distances(self) -> dict[str, float]:
+        """``|W' - W|_F`` of every adapted module."""
+        norms = [update.frobenius_norm(*self._factors(stack.tensors())) for stack in self.stacks]
+        return dict(zip(self.names, torch.cat(norms).tolist()))
+
+    def lambdas(self) -> dict[str, float]:
+        """The boundary lambda of every adapted module; empty for methods that have none."""
+        found = [stack.trainable["lambda"].detach() for stack in self.stacks if "lambda" in stack.trainable]
+        return dict(zip(self.names, torch.cat(found).tolist())) if found else {}
+
+    def parameter_groups(
+        self, learning_rate: float, lambda_learning_rate: float, weight_decay: float
+    ) -> list[dict[str, object]]:
+        """Optimizer groups: the factors, and (without weight decay) the boundaries at a rate of their own."""
+        exempt = self.method.NO_WEIGHT_DECAY
+        keyed = [(key, p) for stack in self.stacks for key, p in stack.trainable.items()]
+        groups: list[dict[str, object]] = [
+            {
+                "params": [p for key, p in keyed if key not in exempt],
+                "lr": learning_rate,
+                "weight_decay": weight_decay,
+            }
+        ]
+        if exempt:
+            groups.append(
+                {"params": [p for key, p in keyed if key in exempt], "lr": lambda_learning_rate, "weight_decay": 0.0}
+            )
+        return groups
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """``("NAME.delora_A", (r, in))`` and so on: what a file holds, one entry for each tensor of each module."""
+        for stack in self.stacks:
+            for key, stacked in stack.tensors().items():
+                for name, tensor in zip(stack.names, stacked):
+                    yield f"{name}.{self.method.SUFFIX}{key}", tensor

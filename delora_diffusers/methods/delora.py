@@ -1,0 +1,61 @@
+"""DeLoRA: ``W' = W + (lambda / r) (B Xi A - B0 Xi0 A0) * c`` (Bini et al., ICLR 2025, equations 7 to 9)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from delora_diffusers import update
+from delora_diffusers.config import RELATIVE_BOUND, AdapterConfig
+from delora_diffusers.methods.lora import kaiming
+
+SUFFIX = "delora_"
+NO_WEIGHT_DECAY = ("lambda",)
+
+
+def initialize(
+    weight: Tensor, config: AdapterConfig, generator: torch.Generator
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Kaiming-uniform A (n, r, in) and B (n, out, r), or B = 0; lambda (n,); the scale and a frozen copy of the start."""
+    n, out_features, in_features = weight.shape
+    a = kaiming((n, config.rank, in_features), in_features, generator)
+    if config.start == "zero":
+        b = torch.zeros(n, out_features, config.rank)
+    else:
+        b = kaiming((n, out_features, config.rank), config.rank, generator)
+    trainable = {"A": a, "B": b, "lambda": initial_lambda(weight, config)}
+    fixed = {}
+    scale = update.weight_norm(weight, config.weight_norm)
+    if scale is not None:
+        fixed["w_norm"] = scale
+    if config.start == "frozen":
+        fixed |= {"A0": a.clone(), "B0": b.clone()}
+    return trainable, fixed
+
+
+def initial_lambda(weight: Tensor, config: AdapterConfig) -> Tensor:
+    """The initial boundary of each matrix (n,): the configured one, or the default by the width (``AdapterConfig``)."""
+    n, _, in_features = weight.shape
+    if config.delora_lambda is not None:
+        return torch.full((n,), float(config.delora_lambda))
+    if config.weight_norm == "none":
+        return RELATIVE_BOUND * torch.linalg.vector_norm(weight.float(), dim=(1, 2)).cpu()
+    width = math.sqrt(in_features) if config.weight_norm == "column" else 1.0
+    return torch.full((n,), RELATIVE_BOUND * width)
+
+
+def factors(tensors: dict[str, Tensor], config: AdapterConfig) -> tuple[Tensor, Tensor]:
+    """B~ (n, out, k), A~ (n, k, in) with ``W' - W = B~ A~``; k = 2r with a frozen start, else r."""
+    return update.delora_factors(
+        tensors["A"],
+        tensors["B"],
+        tensors["lambda"],
+        tensors.get("w_norm"),
+        tensors.get("A0"),
+        tensors.get("B0"),
+    )
+
+
+def adapted_weight(weight: Tensor, tensors: dict[str, Tensor], config: AdapterConfig) -> Tensor:
+    """W' (n, out, in) in the dtype of the weight."""
+    return update.materialize(weight, *factors(tensors, config))

@@ -1,0 +1,89 @@
+"""The update of DeLoRA as pure functions on stacked tensors, in float32 whatever the model's dtype.
+
+Shapes: n matrices of one shape are stacked; W is (n, out, in), A (n, r, in), B (n, out, r), lambda (n,). The update is
+kept as two factors, ``dW = B~ @ A~`` with B~ (n, out, k) and A~ (n, k, in), which serve both forms of the adapted
+product: materialised (``W' = W + B~ A~``, once a step) and split (``x W^T + (x A~^T) B~^T``, at every call).
+
+Source: Bini, Girrbach, Akata, "Decoupling Angles and Strength in Low-rank Adaptation", ICLR 2025 (arXiv 2503.18225).
+"""
+
+import torch
+from torch import Tensor
+
+MIN_NORM = 1e-4
+"""Norms are clamped from below here, as PEFT does: a vanishing row is scaled by at most 1e4, and so is its gradient."""
+
+
+def weight_norm(weight: Tensor, kind: str) -> Tensor | None:
+    """The scale c of the update: the norm of the pretrained weight.
+
+    Args:
+        weight: (n, out, in), any floating dtype.
+        kind: ``"column"`` for (n, in), the norm of each input column; ``"frobenius"`` for (n,) (equation 8);
+            ``"none"`` for None.
+
+    Returns:
+        float32 tensor, or None.
+    """
+    if kind == "none":
+        return None
+    weight = weight.float()
+    if kind == "column":
+        return torch.linalg.vector_norm(weight, dim=1)
+    return torch.linalg.vector_norm(weight, dim=(1, 2))
+
+
+def normalize(vectors: Tensor, dim: int) -> Tensor:
+    """Vectors along ``dim`` divided by their norms, the norms clamped at ``MIN_NORM`` from below."""
+    return vectors / torch.linalg.vector_norm(vectors, dim=dim, keepdim=True).clamp_min(MIN_NORM)
+
+
+def delora_factors(
+    a: Tensor,
+    b: Tensor,
+    delora_lambda: Tensor,
+    w_norm: Tensor | None = None,
+    a0: Tensor | None = None,
+    b0: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Factors of ``dW = (lambda / r) (B Xi A - B0 Xi0 A0) * c`` (section 3.1, equations 7 to 9).
+
+    With a frozen start the difference of the two products is written ``(B^ - B0^) A^ + B0^ (A^ - A0^)``, where ^
+    divides by norms: it is exactly zero, not zero up to rounding, while A, B equal A0, B0, and small differences are not
+    lost in the subtraction of large products.
+
+    Args:
+        a: (n, r, in). b: (n, out, r). delora_lambda: (n,). All float32 (or float64).
+        w_norm: (n, in), (n,) or None, from ``weight_norm``.
+        a0, b0: the frozen start, of the shapes of a and b; None for a start from B = 0.
+
+    Returns:
+        B~ (n, out, k) and A~ (n, k, in) with ``dW = B~ @ A~``; k is r, or 2r with a frozen start. Every one of the r
+        rank-1 terms of one start has Frobenius norm at most ``lambda / r * max(c)``.
+    """
+    rank = a.shape[-2]
+    a_hat, b_hat = normalize(a, dim=-1), normalize(b, dim=-2)
+    if a0 is not None and b0 is not None:
+        a0_hat, b0_hat = normalize(a0, dim=-1), normalize(b0, dim=-2)
+        a_hat, b_hat = torch.cat((a_hat, a_hat - a0_hat), dim=-2), torch.cat((b_hat - b0_hat, b0_hat), dim=-1)
+    strength = (delora_lambda / rank)[:, None, None]
+    if w_norm is not None and w_norm.ndim == 1:
+        strength = strength * w_norm[:, None, None]
+    if w_norm is not None and w_norm.ndim == 2:
+        a_hat = a_hat * w_norm[:, None, :]
+    return b_hat * strength, a_hat
+
+
+def materialize(weight: Tensor, b: Tensor, a: Tensor) -> Tensor:
+    """``W' = W + B~ A~`` in the dtype of the weight.
+
+    Args:
+        weight: (n, out, in). b: (n, out, k). a: (n, k, in), the factors, cast to the weight's dtype here.
+    """
+    return torch.baddbmm(weight, b.to(weight.dtype), a.to(weight.dtype))
+
+
+def frobenius_norm(b: Tensor, a: Tensor) -> Tensor:
+    """``|B~ A~|_F`` of each of n products, (n,), without forming them: the trace of ``(B~^T B~)(A~ A~^T)``."""
+    squared = ((b.mT @ b) * (a @ a.mT)).sum(dim=(-2, -1))
+    return squared.clamp_min(0).sqrt()

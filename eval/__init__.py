@@ -1,0 +1,1 @@
+"""Scorers and protocols for generated images. Imports ``data`` only, never the library."""
