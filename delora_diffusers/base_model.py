@@ -1,0 +1,68 @@
+"""Load a Stable Diffusion pipeline from a folder or the hub, with one sentence where it cannot be had."""
+
+from pathlib import Path
+
+import torch
+
+from delora_diffusers.errors import InputError
+
+
+def load_pipeline(
+    name_or_path: str | None,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    torch_dtype: torch.dtype = torch.float32,
+):
+    """A ``StableDiffusionPipeline`` without its safety checker.
+
+    Args:
+        name_or_path: a pipeline folder or a hub id.
+
+    Raises:
+        InputError: no name, a folder that is not a pipeline (naming what is missing), a hub id that cannot be loaded.
+    """
+    check_model_folder(name_or_path)
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import logging as diffusers_logging
+
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    try:
+        return StableDiffusionPipeline.from_pretrained(
+            name_or_path,
+            revision=revision,
+            variant=variant,
+            torch_dtype=torch_dtype,
+            safety_checker=None,
+            requires_safety_checker=False,
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"the base model {name_or_path} could not be loaded ({' '.join(str(error).split())}); "
+            "give --pretrained_model_name_or_path a Stable Diffusion pipeline folder or hub id."
+        ) from error
+
+
+def check_model_folder(name_or_path: str | None) -> None:
+    """Refuse at once what cannot be a pipeline. A name that is no folder here may be a hub id and passes.
+
+    Raises:
+        InputError
+    """
+    if not name_or_path:
+        raise InputError(
+            "no base model was given; name one with --pretrained_model_name_or_path (a folder or a hub id), or write a "
+            "tiny one with `python -m data.tiny_sd OUT_DIR`."
+        )
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        if folder.is_absolute() or name_or_path.startswith(".") or name_or_path.count("/") > 1:
+            raise InputError(f"the base model folder {name_or_path} does not exist; check the path.")
+        return
+    for part in ("model_index.json", "unet/config.json", "vae/config.json", "text_encoder/config.json", "tokenizer"):
+        if not (folder / part).exists():
+            raise InputError(
+                f"the base model folder {name_or_path} has no {part.split('/')[0]}; give a whole Stable Diffusion "
+                "pipeline folder, as pipeline.save_pretrained writes it."
+            )

@@ -1,0 +1,193 @@
+"""The flags that every training script has, named as diffusers names them, and ``--config FILE.yaml``."""
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from delora_diffusers.config import METHOD_NAMES, PATHS, STARTS, UNET_TARGETS, WEIGHT_NORMS, AdapterConfig
+from delora_diffusers.errors import InputError
+
+DEFAULT_LEARNING_RATES = {"delora": 2e-2, "lora": 6e-4}
+"""The paper's rates for subject-driven generation (its table of hyperparameters for Stable Diffusion 1.5)."""
+
+SCHEDULERS = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "piecewise_constant",
+)
+
+MIN_FREE_BYTES = 256 * 2**20
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("base model")
+    group.add_argument(
+        "--pretrained_model_name_or_path", help="Stable Diffusion 1.x or 2.x: a pipeline folder or a hub id"
+    )
+    group.add_argument("--revision", help="branch, tag or commit on the hub")
+    group.add_argument("--variant", help="file variant, for example fp16")
+
+
+def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
+    defaults = AdapterConfig()
+    group = parser.add_argument_group("adapter")
+    group.add_argument("--method", choices=METHOD_NAMES, default=defaults.method)
+    group.add_argument("--rank", type=positive_int, default=defaults.rank)
+    group.add_argument("--delora_lambda", type=float, help="initial boundary; by default chosen by each matrix's width")
+    group.add_argument("--start", choices=STARTS, default=defaults.start)
+    group.add_argument("--weight_norm", choices=WEIGHT_NORMS, default=defaults.weight_norm)
+    group.add_argument("--alpha", type=float, help="LoRA's alpha; by default 2 * rank")
+    group.add_argument("--targets", nargs="+", default=list(UNET_TARGETS), help="endings of module names in the UNet")
+    group.add_argument("--path", choices=PATHS, default=defaults.path, help="see docs/performance.md")
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("training")
+    group.add_argument("--output_dir", type=Path, default=Path("runs/delora"))
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--resolution", type=int, default=512)
+    group.add_argument("--train_batch_size", type=positive_int, default=1)
+    group.add_argument("--max_train_steps", type=positive_int, default=1200)
+    group.add_argument("--gradient_accumulation_steps", type=positive_int, default=1)
+    group.add_argument("--gradient_checkpointing", action="store_true")
+    group.add_argument("--learning_rate", type=float, help="of A and B; by default 2e-2 (DeLoRA), 6e-4 (LoRA)")
+    group.add_argument("--lambda_learning_rate", type=float, default=1e-3)
+    group.add_argument("--lr_scheduler", choices=SCHEDULERS, default="constant")
+    group.add_argument("--lr_warmup_steps", type=int, default=0)
+    group.add_argument("--lr_num_cycles", type=float, default=1, help="cosine and cosine_with_restarts")
+    group.add_argument("--lr_power", type=float, default=1.0, help="polynomial")
+    group.add_argument("--lr_step_rules", help="piecewise_constant, for example 1:500,0.1")
+    group.add_argument("--use_8bit_adam", action="store_true", help="needs bitsandbytes")
+    group.add_argument("--adam_beta1", type=float, default=0.9)
+    group.add_argument("--adam_beta2", type=float, default=0.999)
+    group.add_argument("--adam_weight_decay", type=float, default=1e-2, help="of A and B; lambda has none")
+    group.add_argument("--adam_epsilon", type=float, default=1e-8)
+    group.add_argument("--max_grad_norm", type=float, default=1.0)
+    group.add_argument("--snr_gamma", type=float, help="min-SNR weighting, 5.0 is usual")
+    group.add_argument("--noise_offset", type=float, default=0.0)
+    group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="by default accelerate's setting")
+    group.add_argument("--allow_tf32", action="store_true")
+    group = parser.add_argument_group("checkpoints, validation and logs")
+    group.add_argument("--checkpointing_steps", type=positive_int, default=500)
+    group.add_argument("--checkpoints_total_limit", type=positive_int)
+    group.add_argument("--resume_from_checkpoint", help="'latest' or a checkpoint folder")
+    group.add_argument("--validation_prompt", nargs="+", default=[], help="one or several prompts")
+    group.add_argument("--validation_steps", type=positive_int, default=200)
+    group.add_argument("--num_validation_images", type=positive_int, default=4)
+    group.add_argument("--validation_inference_steps", type=positive_int, default=30)
+    group.add_argument("--logging_steps", type=positive_int, default=10)
+    group.add_argument("--report_to", default="tensorboard", help="tensorboard, wandb, all or none")
+    group.add_argument("--push_to_hub", action="store_true")
+    group.add_argument("--hub_model_id", help="by default the name of the output folder")
+    group.add_argument("--hub_token")
+    group.add_argument("--config", type=Path, help="YAML file whose keys are these flags; flags given here win")
+
+
+def parse_with_config(parser: argparse.ArgumentParser, arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse flags over the values of ``--config``, which are checked as if they had been typed.
+
+    Raises:
+        InputError: the file is missing, is not a mapping, or has a key that is no flag.
+    """
+    file = parser.parse_known_args(arguments)[0].config
+    if file is None:
+        return parser.parse_args(arguments)
+    if not file.is_file():
+        raise InputError(f"{file} is not a file; give --config a YAML file.")
+    try:
+        values = yaml.safe_load(file.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise InputError(f"{file} is not valid YAML ({' '.join(str(error).split())}); mend it.") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{file} is not a mapping of flags to values; write lines like `rank: 16`.")
+    actions = {action.dest: action for action in parser._actions if action.option_strings}
+    typed: list[str] = []
+    for key, value in values.items():
+        if key not in actions or key in ("config", "help"):
+            raise InputError(f"{file} sets {key!r}, which is no flag; see --help for the names.")
+        typed += _as_typed(actions[key], value)
+    import sys
+
+    return parser.parse_args(typed + (sys.argv[1:] if arguments is None else arguments))
+
+
+def _as_typed(action: argparse.Action, value: Any) -> list[str]:
+    flag = action.option_strings[0]
+    if action.nargs == 0:
+        return [flag] if value else []
+    if value is None:
+        return []
+    return [flag, *map(str, value)] if isinstance(value, list) else [flag, str(value)]
+
+
+def adapter_config(args: argparse.Namespace, **changes: Any) -> AdapterConfig:
+    """The ``AdapterConfig`` that the flags ask for."""
+    values = dict(
+        method=args.method,
+        rank=args.rank,
+        delora_lambda=args.delora_lambda,
+        start=args.start,
+        weight_norm=args.weight_norm,
+        alpha=args.alpha,
+        targets=tuple(args.targets),
+        path=args.path,
+    )
+    return AdapterConfig(**(values | changes))
+
+
+def check_training_arguments(args: argparse.Namespace) -> None:
+    """Refuse what can be refused before anything is loaded; fill in the rates that depend on the method.
+
+    Raises:
+        InputError: a value that cannot work, an output folder that holds another run, a disk that is full.
+    """
+    if args.resolution % 8 or args.resolution < 8:
+        nearest = max(8, round(args.resolution / 8) * 8)
+        raise InputError(f"--resolution {args.resolution} is not a multiple of 8; use {nearest}.")
+    if args.seed < 0:
+        raise InputError(f"--seed {args.seed} is negative; use 0 or more.")
+    if args.learning_rate is None:
+        args.learning_rate = DEFAULT_LEARNING_RATES[args.method]
+    if args.use_8bit_adam:
+        import importlib.util
+
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise InputError("--use_8bit_adam needs bitsandbytes, which is not installed; run `pip install bitsandbytes`.")
+    adapter_config(args)
+    check_output_dir(args.output_dir, args.resume_from_checkpoint)
+
+
+def check_output_dir(output_dir: Path, resume_from_checkpoint: str | None) -> None:
+    """Refuse an output folder that holds another run, or lies on a disk without room.
+
+    Raises:
+        InputError
+    """
+    if output_dir.exists() and not output_dir.is_dir():
+        raise InputError(f"--output_dir {output_dir} is a file; name a folder.")
+    if output_dir.is_dir() and any(output_dir.iterdir()) and resume_from_checkpoint is None:
+        raise InputError(
+            f"--output_dir {output_dir} holds another run; name a new folder, or continue that run with "
+            "--resume_from_checkpoint latest."
+        )
+    existing = next(parent for parent in (output_dir, *output_dir.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < MIN_FREE_BYTES:
+        raise InputError(
+            f"--output_dir {output_dir} is on a disk with {free / 2**20:.0f} MiB free; a run needs "
+            f"{MIN_FREE_BYTES / 2**20:.0f} MiB, so free some space or choose another disk."
+        )

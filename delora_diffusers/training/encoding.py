@@ -1,0 +1,88 @@
+"""What is computed once before training: the latents' posteriors and the prompts' embeddings."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from delora_diffusers.training import order
+
+
+@dataclasses.dataclass
+class LatentCache:
+    """Posteriors of every view of every picture, on the training device.
+
+    Attributes:
+        mean, std: (views, channels, height, width), float32.
+        first: index of each picture's first view; ``first[i + 1] - first[i]`` is how many views picture i has.
+        scaling_factor: the autoencoder's.
+    """
+
+    mean: Tensor
+    std: Tensor
+    first: list[int]
+    scaling_factor: float
+
+    def __len__(self) -> int:
+        return len(self.first) - 1
+
+    def sample(self, pictures: Sequence[int], generator: torch.Generator, seed: int) -> Tensor:
+        """A fresh scaled latent of a random view of each picture, (batch, channels, height, width).
+
+        Args:
+            pictures: indices.
+            generator: source of the latents' noise, on the cache's device.
+            seed: chooses the views.
+        """
+        choice = np.random.default_rng(seed)
+        views = [int(choice.integers(self.first[i], self.first[i + 1])) for i in pictures]
+        index = torch.tensor(views).to(self.mean.device, non_blocking=True)
+        mean, std = self.mean[index], self.std[index]
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+        return (mean + std * noise) * self.scaling_factor
+
+
+@torch.no_grad()
+def encode_pictures(
+    vae, pictures: Iterable[list[np.ndarray]], count: int, device: torch.device, batch_size: int = 8
+) -> LatentCache:
+    """Encode the views of each picture with the autoencoder, in batches of views.
+
+    Args:
+        vae: an ``AutoencoderKL`` on ``device``.
+        pictures: for each picture its views, (resolution, resolution, 3) uint8; read one after the other.
+        count: how many pictures there are, for the progress bar.
+        device: where the cache is to be.
+    """
+    means, stds, first, waiting = [], [], [0], []
+
+    def encode(views: list[np.ndarray]) -> None:
+        pixels = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).to(device, vae.dtype) / 127.5 - 1
+        posterior = vae.encode(pixels).latent_dist
+        means.append(posterior.mean.float())
+        stds.append(posterior.std.float())
+
+    for views in tqdm(pictures, total=count, desc="encoding pictures", leave=False):
+        first.append(first[-1] + len(views))
+        waiting += views
+        while len(waiting) >= batch_size:
+            encode(waiting[:batch_size])
+            waiting = waiting[batch_size:]
+    if waiting:
+        encode(waiting)
+    return LatentCache(torch.cat(means), torch.cat(stds), first, vae.config.scaling_factor)
+
+
+def crop_offsets(seed: int, picture: int, random_crop: bool, count: int = 16) -> list[float] | None:
+    """Where the random crops of a picture lie, 0 to 1 along its long side; None for the centre crop."""
+    if not random_crop:
+        return None
+    return np.random.default_rng(order.mixed_seed(seed, picture)).uniform(size=count).tolist()
+
+
+def encode_prompts(pipeline, prompts: Sequence[str], device: torch.device) -> Tensor:
+    """The text encoder's output for each prompt, (prompts, tokens, width), in the text encoder's dtype."""
+    return pipeline.encode_prompt(list(prompts), device, 1, False)[0]

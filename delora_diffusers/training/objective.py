@@ -1,0 +1,66 @@
+"""The denoising objective: noise a latent, predict, weigh the squared error."""
+
+import torch
+from torch import Tensor
+
+
+def snr(noise_scheduler, timesteps: Tensor) -> Tensor:
+    """Signal-to-noise ratio ``alpha_bar / (1 - alpha_bar)`` at each timestep, (batch,)."""
+    alphas_cumprod = noise_scheduler.alphas_cumprod.to(timesteps.device)[timesteps].float()
+    return alphas_cumprod / (1 - alphas_cumprod).clamp_min(1e-12)
+
+
+def loss_weights(noise_scheduler, timesteps: Tensor, snr_gamma: float | None) -> Tensor:
+    """Weight of each sample's squared error, (batch,): one, or min-SNR-gamma (Hang et al., ICCV 2023, section 3.4).
+
+    ``min(SNR, gamma) / SNR`` for epsilon prediction, ``min(SNR, gamma) / (SNR + 1)`` for v-prediction.
+    """
+    if snr_gamma is None:
+        return torch.ones(timesteps.shape, device=timesteps.device)
+    ratio = snr(noise_scheduler, timesteps)
+    divisor = ratio + 1 if noise_scheduler.config.prediction_type == "v_prediction" else ratio.clamp_min(1e-12)
+    return ratio.clamp_max(snr_gamma) / divisor
+
+
+def draw_noise(latents: Tensor, noise_offset: float, generator: torch.Generator) -> Tensor:
+    """Standard noise of the latents' shape (batch, channels, height, width), plus a random offset per channel."""
+    noise = torch.randn(latents.shape, generator=generator, device=latents.device)
+    if noise_offset:
+        offset = torch.randn((*latents.shape[:2], 1, 1), generator=generator, device=latents.device)
+        noise = noise + noise_offset * offset
+    return noise
+
+
+def denoising_loss(
+    unet,
+    noise_scheduler,
+    latents: Tensor,
+    encoder_hidden_states: Tensor,
+    generator: torch.Generator,
+    sample_weights: Tensor | None = None,
+    noise_offset: float = 0.0,
+    snr_gamma: float | None = None,
+) -> Tensor:
+    """Weighted squared error of the UNet's prediction, a float32 scalar.
+
+    Args:
+        unet: predicts epsilon or v, as ``noise_scheduler.config.prediction_type`` says.
+        latents: (batch, channels, height, width), float32, scaled.
+        encoder_hidden_states: (batch, tokens, width).
+        generator: source of noise and timesteps, on the latents' device.
+        sample_weights: (batch,), for prior preservation; None for ones.
+    """
+    noise = draw_noise(latents, noise_offset, generator)
+    steps = noise_scheduler.config.num_train_timesteps
+    timesteps = torch.randint(0, steps, (len(latents),), generator=generator, device=latents.device)
+    noisy = noise_scheduler.add_noise(latents, noise, timesteps)
+    target = noise
+    if noise_scheduler.config.prediction_type == "v_prediction":
+        target = noise_scheduler.get_velocity(latents, noise, timesteps)
+    dtype = next(unet.parameters()).dtype
+    prediction = unet(noisy.to(dtype), timesteps, encoder_hidden_states.to(dtype), return_dict=False)[0]
+    errors = (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
+    weights = loss_weights(noise_scheduler, timesteps, snr_gamma)
+    if sample_weights is not None:
+        weights = weights * sample_weights
+    return (errors * weights).mean()

@@ -1,0 +1,100 @@
+"""What a finished run leaves beside its adapter: its configuration and a model card."""
+
+import argparse
+import importlib.metadata
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from delora_diffusers.files import WEIGHTS_NAME, written_whole
+
+SECRETS = ("hub_token",)
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags as JSON can hold them, without secrets."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in sorted(vars(args).items()) if k not in SECRETS}
+
+
+def command_line() -> str:
+    """The command that this process was started with, ready to paste, without secrets."""
+    words = list(sys.argv)
+    for flag in SECRETS:
+        words = [w for i, w in enumerate(words) if not w.startswith(f"--{flag}") and words[i - 1] != f"--{flag}"]
+    return "accelerate launch " + shlex.join([Path(words[0]).name, *words[1:]])
+
+
+def write_config(output_dir: Path, args: argparse.Namespace) -> None:
+    """Write ``config.json``: every flag, the versions, the command."""
+    packages = ("torch", "diffusers", "transformers", "accelerate")
+    record = {
+        "arguments": settings(args),
+        "command": command_line(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+    with written_whole(output_dir / "config.json") as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def write_model_card(output_dir: Path, args: argparse.Namespace, trained_on: str, prompt: str) -> None:
+    """Write ``README.md``: metadata for the hub, sample pictures, how to use the adapter, the exact command."""
+    grids = sorted((output_dir / "validation").glob("*.png"))
+    sample = f"![Samples](validation/{grids[-1].name})\n\n" if grids else ""
+    base = args.pretrained_model_name_or_path
+    method = {"delora": "DeLoRA", "lora": "LoRA"}[args.method]
+    # A local folder is no id of the hub's, and its validator refuses one.
+    base_line = "" if Path(base).exists() else f"base_model: {base}\n"
+    card = f"""---
+{base_line}library_name: diffusers
+tags:
+- text-to-image
+- stable-diffusion
+- {args.method}
+instance_prompt: {json.dumps(prompt)}
+---
+
+# {output_dir.resolve().name}
+
+A {method} adapter of rank {args.rank} for `{base}`, trained on {trained_on} for {args.max_train_steps} steps.
+
+{sample}## Use
+
+```
+python -m delora_diffusers generate --adapter . --prompt {shlex.quote(prompt)} --output_dir pictures
+```
+
+```python
+from diffusers import StableDiffusionPipeline
+from delora_diffusers import load_adapter, merge
+
+pipeline = StableDiffusionPipeline.from_pretrained({base!r})
+load_adapter(pipeline.unet, "{WEIGHTS_NAME}")
+merge(pipeline.unet)
+image = pipeline({prompt!r}).images[0]
+```
+
+## Training
+
+```
+{command_line()}
+```
+"""
+    with written_whole(output_dir / "README.md") as temporary:
+        temporary.write_text(card)
+
+
+def push_to_hub(output_dir: Path, args: argparse.Namespace) -> str:
+    """Upload the run, without its checkpoints and logs, and return the repository's id."""
+    from huggingface_hub import create_repo, upload_folder
+
+    repo_id = create_repo(args.hub_model_id or output_dir.resolve().name, exist_ok=True, token=args.hub_token).repo_id
+    upload_folder(
+        repo_id=repo_id,
+        folder_path=output_dir,
+        commit_message="Train",
+        ignore_patterns=["checkpoint-*", ".checkpoint-*", "logs/*", "class_images/*"],
+        token=args.hub_token,
+    )
+    return repo_id

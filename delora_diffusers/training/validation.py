@@ -1,0 +1,64 @@
+"""Pictures drawn while training: a labelled grid, to disk and to the tracker."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+
+from delora_diffusers.images import labelled_grid
+from delora_diffusers.sampling import sample_pictures
+
+GUIDANCE_SCALE = 7.5
+
+
+def validator(
+    accelerator: Accelerator, pipeline, embeddings_of: Callable[[list[str]], Tensor], args: argparse.Namespace
+) -> Callable[[int], None]:
+    """A function that draws ``args.num_validation_images`` pictures of each validation prompt at a step.
+
+    Args:
+        pipeline: with the adapted UNet; its autoencoder may be on the CPU and is moved for the while.
+        embeddings_of: gives the prompts' embeddings, (prompts, tokens, width).
+    """
+
+    @torch.no_grad()
+    def validate(step: int) -> None:
+        if accelerator.is_main_process:
+            device = pipeline.vae.device
+            pipeline.vae.to(accelerator.device)
+            seeds = list(range(args.seed, args.seed + args.num_validation_images))
+            negative = embeddings_of([""])
+            rows = []
+            for prompt in args.validation_prompt:
+                count = len(seeds)
+                pictures = sample_pictures(
+                    pipeline,
+                    seeds,
+                    args.resolution,
+                    prompt_embeds=embeddings_of([prompt]).repeat(count, 1, 1),
+                    negative_prompt_embeds=negative.repeat(count, 1, 1),
+                    num_inference_steps=args.validation_inference_steps,
+                    guidance_scale=GUIDANCE_SCALE,
+                )
+                rows.append((prompt, pictures))
+            pipeline.vae.to(device)
+            save_grid(accelerator, rows, args.output_dir / "validation" / f"step-{step:06}.png", step)
+        accelerator.wait_for_everyone()
+
+    return validate
+
+
+def save_grid(accelerator: Accelerator, rows: list[tuple[str, list[Image.Image]]], path: Path, step: int) -> None:
+    """Write a grid to disk and to every tracker that takes pictures."""
+    grid = labelled_grid(rows, title=f"step {step}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    grid.save(path)
+    for tracker in accelerator.trackers:
+        if tracker.name in ("tensorboard", "wandb"):
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"validation": np.asarray(grid)[None]}, step=step, **layout)

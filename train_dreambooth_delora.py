@@ -1,0 +1,231 @@
+"""DreamBooth with DeLoRA: teach Stable Diffusion one subject from a few photographs.
+
+    accelerate launch train_dreambooth_delora.py --pretrained_model_name_or_path MODEL \\
+        --instance_data_dir PHOTOS --instance_prompt "a photo of sks dog" --output_dir OUT
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from data.errors import InputError as DataError
+from data.photographs import EXTENSIONS, Photograph, find_photographs, variants
+from delora_diffusers.base_model import check_model_folder
+from delora_diffusers.config import TEXT_ENCODER_TARGETS
+from delora_diffusers.errors import InputError
+from delora_diffusers.training import arguments
+
+
+def parse_arguments(typed: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_model_arguments(parser)
+    group = parser.add_argument_group("subject")
+    group.add_argument("--instance_data_dir", type=Path, help="folder of photographs, with captions or without")
+    group.add_argument("--instance_prompt", help="prompt of every photograph without a caption: a photo of sks dog")
+    group.add_argument("--center_crop", action="store_true", help="instead of random crops along the long side")
+    group.add_argument("--random_flip", action="store_true")
+    group.add_argument("--train_text_encoder", action="store_true", help="adapt the text encoder's attention too")
+    group = parser.add_argument_group("prior preservation")
+    group.add_argument("--with_prior_preservation", action="store_true")
+    group.add_argument("--class_data_dir", type=Path, help="by default class_images in the output folder")
+    group.add_argument("--class_prompt", help="a photo of a dog")
+    group.add_argument("--num_class_images", type=arguments.positive_int, default=100)
+    group.add_argument("--prior_loss_weight", type=float, default=1.0)
+    group.add_argument("--sample_batch_size", type=arguments.positive_int, default=4, help="for class images")
+    arguments.add_adapter_arguments(parser)
+    arguments.add_training_arguments(parser)
+    return arguments.parse_with_config(parser, typed)
+
+
+def check(args: argparse.Namespace) -> list[Photograph]:
+    """Refuse bad input before anything is loaded; return the photographs."""
+    arguments.check_training_arguments(args)
+    check_model_folder(args.pretrained_model_name_or_path)
+    if args.instance_data_dir is None:
+        raise InputError("no photographs were given; name their folder with --instance_data_dir.")
+    photographs = find_photographs(args.instance_data_dir)
+    bare = [photograph.path for photograph in photographs if photograph.caption is None]
+    if bare and not args.instance_prompt:
+        raise InputError(f"{bare[0]} has no caption; give --instance_prompt, for example 'a photo of sks dog'.")
+    if args.with_prior_preservation and not args.class_prompt:
+        raise InputError("--with_prior_preservation needs --class_prompt, for example 'a photo of a dog'.")
+    return photographs
+
+
+def make_class_images(accelerator, pipeline, args: argparse.Namespace) -> list[Photograph]:
+    """Draw the class images that are missing, spread over the processes, and return all of them."""
+    from tqdm.auto import tqdm
+
+    from delora_diffusers.sampling import sample_pictures
+
+    folder = args.class_data_dir or args.output_dir / "class_images"
+    folder.mkdir(parents=True, exist_ok=True)
+    present = sum(path.suffix.lower() in EXTENSIONS for path in folder.iterdir())
+    names = [folder / f"class-{args.seed}-{number:05}.png" for number in range(args.num_class_images)]
+    missing = [(n, path) for n, path in enumerate(names) if not path.exists()][: max(0, args.num_class_images - present)]
+    accelerator.wait_for_everyone()
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    batches = [mine[i : i + args.sample_batch_size] for i in range(0, len(mine), args.sample_batch_size)]
+    for batch in tqdm(batches, desc="class images", disable=not accelerator.is_local_main_process or not batches):
+        pictures = sample_pictures(
+            pipeline,
+            [args.seed * 1_000_003 + number for number, _ in batch],
+            args.resolution,
+            prompt=[args.class_prompt] * len(batch),
+            num_inference_steps=args.validation_inference_steps,
+        )
+        for (_, path), picture in zip(batch, pictures):
+            temporary = path.with_name(f".{path.name}.part")
+            picture.save(temporary, format="PNG")
+            temporary.replace(path)
+    accelerator.wait_for_everyone()
+    return find_photographs(folder)[: args.num_class_images]
+
+
+def main(typed: list[str] | None = None) -> None:
+    args = parse_arguments(typed)
+    photographs = check(args)
+
+    # Imported after the checks, which then answer at once.
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
+    from diffusers import DDPMScheduler
+
+    from delora_diffusers import attach, save_adapter
+    from delora_diffusers.base_model import load_pipeline
+    from delora_diffusers.training import checkpoints, order, run_folder
+    from delora_diffusers.training.encoding import crop_offsets, encode_pictures, encode_prompts
+    from delora_diffusers.training.loop import train
+    from delora_diffusers.training.objective import denoising_loss
+    from delora_diffusers.training.validation import validator
+
+    trackers = None if args.report_to == "none" else args.report_to
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=trackers,
+        project_config=ProjectConfiguration(args.output_dir, args.output_dir / "logs"),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    if args.resume_from_checkpoint is not None:
+        checkpoints.check_same_run(args.output_dir, run_folder.settings(args))
+    checkpoints.find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    device = accelerator.device
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+
+    # The base model: frozen, in the training precision; the autoencoder in float32, which float16 overflows.
+    with accelerator.main_process_first():
+        pipeline = load_pipeline(args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant)
+    unet, vae, text_encoder = pipeline.unet, pipeline.vae, pipeline.text_encoder
+    noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    for model in (unet, vae, text_encoder):
+        model.requires_grad_(False)
+    unet.to(device, dtype)
+    text_encoder.to(device, dtype)
+
+    # The adapters; refused settings end here, before anything is written.
+    adapters = {"unet": attach(unet, arguments.adapter_config(args), torch.Generator().manual_seed(args.seed))}
+    if args.train_text_encoder:
+        config = arguments.adapter_config(args, targets=TEXT_ENCODER_TARGETS)
+        adapters["text_encoder"] = attach(text_encoder, config, torch.Generator().manual_seed(args.seed + 1))
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+        unet.train()
+        if args.train_text_encoder:
+            text_encoder.gradient_checkpointing_enable()
+            text_encoder.train()
+    if accelerator.is_main_process:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        run_folder.write_config(args.output_dir, args)
+    accelerator.wait_for_everyone()
+    set_seed(args.seed)
+
+    # What never changes is computed once: class images, posteriors of the latents, embeddings of the prompts.
+    vae.to(device)
+    class_images: list[Photograph] = []
+    if args.with_prior_preservation:
+        pipeline.vae.to(device, dtype)
+        class_images = make_class_images(accelerator, pipeline, args)
+        pipeline.vae.to(device, torch.float32)
+
+    def cache(pictures: list[Photograph]):
+        views = (
+            variants(
+                picture.load(),
+                args.resolution,
+                crop_offsets(args.seed, number, not args.center_crop),
+                args.random_flip,
+            )
+            for number, picture in enumerate(pictures)
+        )
+        return encode_pictures(vae, views, len(pictures), device)
+
+    instance_latents = cache(photographs)
+    class_latents = cache(class_images) if class_images else None
+    instance_prompts = [photograph.caption or args.instance_prompt for photograph in photographs]
+    prompts = list(dict.fromkeys([*instance_prompts, args.class_prompt or "", *args.validation_prompt, ""]))
+    if args.train_text_encoder:
+        embeddings_of = lambda wanted: encode_prompts(pipeline, wanted, device)  # noqa: E731
+    else:
+        with torch.no_grad():
+            embedded = encode_prompts(pipeline, prompts, device)
+        place = {prompt: index for index, prompt in enumerate(prompts)}
+        embeddings_of = lambda wanted: embedded[[place[prompt] for prompt in wanted]]  # noqa: E731
+        pipeline.text_encoder = text_encoder = None
+    vae.to("cpu", dtype)
+    if not args.validation_prompt:
+        pipeline.vae = vae = None
+
+    def loss_of(microbatch: int, generator: torch.Generator) -> torch.Tensor:
+        seed = order.mixed_seed(args.seed, microbatch, 1)
+        chosen = order.sample_indices(args.seed, microbatch, args.train_batch_size, len(instance_latents))
+        latents = instance_latents.sample(chosen, generator, seed)
+        texts, weights = [instance_prompts[index] for index in chosen], None
+        if class_latents is not None:
+            others = order.sample_indices(args.seed + 1, microbatch, args.train_batch_size, len(class_latents))
+            latents = torch.cat((latents, class_latents.sample(others, generator, seed + 1)))
+            texts += [args.class_prompt] * len(others)
+            # The two losses are each a mean over their half, and are added.
+            weights = torch.tensor([2.0] * len(chosen) + [2.0 * args.prior_loss_weight] * len(others))
+            weights = weights.to(device, non_blocking=True)
+        return denoising_loss(
+            unet,
+            noise_scheduler,
+            latents,
+            embeddings_of(texts),
+            generator,
+            sample_weights=weights,
+            noise_offset=args.noise_offset,
+            snr_gamma=args.snr_gamma,
+        )
+
+    if trackers:
+        kinds = (int, float, str, bool)
+        flat = {k: v if isinstance(v, kinds) else str(v) for k, v in run_folder.settings(args).items()}
+        accelerator.init_trackers("dreambooth-delora", config=flat)
+    validate = validator(accelerator, pipeline, embeddings_of, args) if args.validation_prompt else None
+    train(accelerator, adapters, loss_of, args, validate)
+
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        file = save_adapter(
+            adapters["unet"],
+            args.output_dir,
+            text_encoder=adapters.get("text_encoder"),
+            base_model=args.pretrained_model_name_or_path,
+        )
+        trained_on = f"{len(photographs)} photographs"
+        run_folder.write_model_card(args.output_dir, args, trained_on, instance_prompts[0])
+        print(f"saved {file} ({file.stat().st_size / 2**20:.1f} MiB)")
+        if args.push_to_hub:
+            print(f"pushed to {run_folder.push_to_hub(args.output_dir, args)}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (InputError, DataError) as error:
+        sys.exit(f"error: {error}")
