@@ -1,10 +1,24 @@
 """DeLoRA for diffusers: attach, train, save, load and merge adapters of Stable Diffusion."""
 
-from delora_diffusers.adapter import Adapter
-from delora_diffusers.attach import attach, attached_adapter, detach, merge
+from typing import TYPE_CHECKING, Any
+
 from delora_diffusers.config import AdapterConfig
 from delora_diffusers.errors import InputError
-from delora_diffusers.files import load_adapter, save_adapter
+
+if TYPE_CHECKING:
+    from delora_diffusers.adapter import Adapter
+    from delora_diffusers.attach import attach, attached_adapter, detach, merge
+    from delora_diffusers.files import load_adapter, save_adapter
+
+_HOMES = {
+    "Adapter": "adapter",
+    "attach": "attach",
+    "attached_adapter": "attach",
+    "detach": "attach",
+    "merge": "attach",
+    "load_adapter": "files",
+    "save_adapter": "files",
+}
 
 __all__ = [
     "Adapter",
@@ -17,3 +31,17 @@ __all__ = [
     "merge",
     "save_adapter",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Torch and diffusers take seconds to import; a command that refuses its arguments should not.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    import importlib
+
+    module = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+    for public, home in _HOMES.items():
+        if home == _HOMES[name]:
+            # Set here too: the import has just bound the submodule `attach` over the function of that name.
+            globals()[public] = getattr(module, public)
+    return globals()[name]

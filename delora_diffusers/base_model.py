@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import torch
-
 from delora_diffusers.errors import InputError
 
 
@@ -12,9 +10,8 @@ def load_pipeline(
     *,
     revision: str | None = None,
     variant: str | None = None,
-    torch_dtype: torch.dtype = torch.float32,
 ):
-    """A ``StableDiffusionPipeline`` without its safety checker.
+    """A ``StableDiffusionPipeline`` without its safety checker, in float32.
 
     Args:
         name_or_path: a pipeline folder or a hub id.
@@ -23,17 +20,18 @@ def load_pipeline(
         InputError: no name, a folder that is not a pipeline (naming what is missing), a hub id that cannot be loaded.
     """
     check_model_folder(name_or_path)
+    import diffusers
+    import transformers
     from diffusers import StableDiffusionPipeline
-    from diffusers.utils import logging as diffusers_logging
 
-    diffusers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
     try:
         return StableDiffusionPipeline.from_pretrained(
             name_or_path,
             revision=revision,
             variant=variant,
-            torch_dtype=torch_dtype,
             safety_checker=None,
             requires_safety_checker=False,
         )

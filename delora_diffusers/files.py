@@ -102,7 +102,7 @@ def read_header(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
         InputError: the file is missing, is not an adapter, is truncated or has a newer format version.
     """
-    return _read(adapter_path(path), tensors=False)[0]
+    return read_adapter(adapter_path(path), tensors=False)[0]
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike, component: str = "unet") -> Adapter:
@@ -118,7 +118,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, component: str = "un
             another architecture (naming the first key that does not fit, and both shapes).
     """
     file = adapter_path(path)
-    header, tensors = _read(file)
+    header, tensors = read_adapter(file)
     if component not in header["config"]:
         raise InputError(f"{file} holds no {component}; it has {', '.join(header['config'])}.")
     prefix = component + "."
@@ -156,7 +156,8 @@ def _copy_into(adapter: Adapter, saved: dict[str, Tensor], refusal: str, prefix:
         here[name].copy_(tensor)
 
 
-def _read(file: Path, tensors: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_adapter(file: Path, tensors: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The header (see ``read_header``) and, if wanted, all tensors by name."""
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
