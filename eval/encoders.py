@@ -1,0 +1,122 @@
+"""The encoders of the protocols: unit features of pictures and prompts, each computed once."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import transforms
+from tqdm.auto import tqdm
+
+from data.errors import InputError
+from data.photographs import load_rgb
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def dino_transform(kind: str, size: int = 224) -> transforms.Compose:
+    """Preprocessing of the DINO encoder; see ``Protocol.dino_transform``."""
+    if kind == "straight":
+        scaling = [transforms.Resize((size, size), transforms.InterpolationMode.BILINEAR)]
+    else:
+        bicubic = transforms.InterpolationMode.BICUBIC
+        scaling = [transforms.Resize(round(size * 256 / 224), bicubic), transforms.CenterCrop(size)]
+    return transforms.Compose(
+        [*scaling, transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+    )
+
+
+class DinoEncoder:
+    """CLS features of a DINO ViT, of norm 1.
+
+    Args:
+        name: a timm name, ``hf-hub:ID`` or ``local-dir:FOLDER`` (config.json and model.safetensors).
+        kind: see ``Protocol.dino_transform``.
+        device: where to run.
+
+    Raises:
+        InputError: the model cannot be loaded.
+    """
+
+    def __init__(self, name: str, kind: str, device: torch.device | str):
+        import timm
+
+        _check_local_dir(name, "--dino", "config.json")
+        try:
+            self.model = timm.create_model(name, pretrained=True, num_classes=0).eval().to(device)
+        except Exception as error:  # whatever the hub, timm and safetensors raise
+            raise InputError(_refusal("--dino", name, error)) from error
+        self.transform = dino_transform(kind, self.model.pretrained_cfg["input_size"][-1])  # type: ignore[index, arg-type]
+        self.device = device
+
+    @torch.inference_mode()
+    def encode(self, batch: Tensor) -> Tensor:
+        """Unit features (batch, width) of preprocessed pictures (batch, 3, height, width)."""
+        features = self.model.forward_features(batch.to(self.device))[:, 0]  # type: ignore[operator]
+        return torch.nn.functional.normalize(features.float(), dim=-1)
+
+
+class ClipEncoder:
+    """Image and text features of a CLIP, of norm 1.
+
+    Args:
+        name: an open_clip model name, ``hf-hub:ID`` or ``local-dir:FOLDER`` (open_clip_config.json and weights).
+        pretrained: open_clip's tag of the weights, for a plain model name.
+        device: where to run.
+
+    Raises:
+        InputError: the model cannot be loaded.
+    """
+
+    def __init__(self, name: str, pretrained: str | None, device: torch.device | str):
+        import open_clip
+
+        _check_local_dir(name, "--clip", "open_clip_config.json")
+        try:
+            model, _, self.transform = open_clip.create_model_and_transforms(
+                name, None if ":" in name else pretrained, load_weights=True
+            )
+            self.tokenizer = open_clip.get_tokenizer(name)
+        except Exception as error:  # whatever the hub, open_clip and safetensors raise
+            raise InputError(_refusal("--clip", name, error)) from error
+        self.model = model.eval().to(device)
+        self.device = device
+
+    @torch.inference_mode()
+    def encode(self, batch: Tensor) -> Tensor:
+        """Unit features (batch, width) of preprocessed pictures (batch, 3, height, width)."""
+        return torch.nn.functional.normalize(self.model.encode_image(batch.to(self.device)).float(), dim=-1)
+
+    @torch.inference_mode()
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """Unit features (texts, width)."""
+        tokens = self.tokenizer(list(texts)).to(self.device)
+        return torch.nn.functional.normalize(self.model.encode_text(tokens).float(), dim=-1)
+
+
+def encode_files(
+    encoder: DinoEncoder | ClipEncoder, paths: Sequence[Path], batch_size: int = 32, label: str = "encoding"
+) -> Tensor:
+    """Unit features (pictures, width) on the CPU; every picture is decoded and encoded once, in worker threads."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    transform: Callable[[Image.Image], Tensor] = encoder.transform  # type: ignore[assignment]
+    features = []
+    with ThreadPoolExecutor() as pool:
+        for start in tqdm(range(0, len(paths), batch_size), desc=label, leave=False):
+            views = pool.map(lambda path: transform(load_rgb(path)), paths[start : start + batch_size])
+            features.append(encoder.encode(torch.stack(list(views))).cpu())
+    return torch.cat(features)
+
+
+def _check_local_dir(name: str, flag: str, file: str) -> None:
+    if name.startswith("local-dir:"):
+        folder = Path(name.removeprefix("local-dir:"))
+        if not (folder / file).is_file():
+            raise InputError(f"{flag} {name}: {folder} has no {file}; name a folder that the model was saved to.")
+
+
+def _refusal(flag: str, name: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:300]
+    return f"{flag} {name} could not be loaded ({reason}); name a model that is there, or local-dir:FOLDER."

@@ -1,0 +1,49 @@
+"""Scoring protocols: which encoders, which preprocessing, which pairs. Different ones give different numbers."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """How DINO, CLIP-I and CLIP-T are made.
+
+    Attributes:
+        name: as given to ``--protocol``.
+        dino: timm name (or ``local-dir:``, ``hf-hub:``) of the ViT whose CLS feature is compared.
+        dino_transform: ``"straight"`` scales to 224 x 224 bilinear whatever the aspect (facebook/dino-vits16's own
+            preprocessing); ``"crop"`` scales the short side to 256 bicubic and cuts the centre 224 x 224 (the
+            evaluation transform of the DINO repository). Both normalize with ImageNet's mean and deviation.
+        clip: open_clip model name (or ``local-dir:``, ``hf-hub:``).
+        clip_pretrained: open_clip's tag of the weights.
+        source: where the protocol is from.
+    """
+
+    name: str
+    dino: str
+    dino_transform: str
+    clip: str
+    clip_pretrained: str | None
+    source: str
+
+
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol(
+            name="delora",
+            dino="vit_small_patch16_224.dino",
+            dino_transform="straight",
+            clip="ViT-L-14",
+            clip_pretrained="openai",
+            source="OFT's evaluation, which ETHER and DeLoRA report by: mean cosine over all (reference, generated) pairs",
+        ),
+        Protocol(
+            name="dreambooth",
+            dino="vit_small_patch16_224.dino",
+            dino_transform="crop",
+            clip="ViT-B-32",
+            clip_pretrained="openai",
+            source="Ruiz et al., CVPR 2023, section 4.1: mean cosine over all (reference, generated) pairs",
+        ),
+    )
+}
