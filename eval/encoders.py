@@ -75,7 +75,10 @@ class ClipEncoder:
         _check_local_dir(name, "--clip", "open_clip_config.json")
         try:
             model, _, self.transform = open_clip.create_model_and_transforms(
-                name, None if ":" in name else pretrained, load_weights=True
+                name,
+                None if ":" in name else pretrained,
+                # OpenAI's weights want QuickGELU; from a plain name open_clip builds GELU and only warns.
+                force_quick_gelu=":" not in name and pretrained == "openai",
             )
             self.tokenizer = open_clip.get_tokenizer(name)
         except Exception as error:  # whatever the hub, open_clip and safetensors raise
