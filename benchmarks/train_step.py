@@ -3,13 +3,12 @@
     python benchmarks/train_step.py [--batch_sizes 1 4 16] [--output table.md]
 
 A step is forward, loss, backward and, where something trains, gradient clipping and fused AdamW; 512-pixel latents,
-frozen UNet in bfloat16. Each time is the median of many steps between CUDA events after a warm-up. The floor is the
-frozen UNet with gradients carried to its input. "autocast" rows are what diffusers' own script does: float32 adapters
+frozen UNet in bfloat16. Each time is the median of many steps between CUDA events after a warm-up, the variants taking
+turns. The floor is the frozen UNet with gradients carried to its input. "autocast" rows are what diffusers' own script does: float32 adapters
 under bfloat16 autocast.
 """
 
 import argparse
-import contextlib
 import gc
 import platform
 import statistics
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.utils import logging
 from torch import nn
 
 from delora_diffusers import AdapterConfig, attach
@@ -26,7 +26,7 @@ from delora_diffusers.config import UNET_TARGETS
 RANK = 16
 
 
-def build_unet(batch_size: int) -> nn.Module:
+def build_unet() -> nn.Module:
     """Stable Diffusion 1.5's UNet (860M parameters), random, frozen, bfloat16."""
     with torch.device("cuda"):
         torch.manual_seed(0)
@@ -71,54 +71,84 @@ VARIANTS: dict[str, Callable[[nn.Module], tuple[list, bool]]] = {
 }
 
 
-def measure(prepare: Callable, batch_size: int, warmup: int, steps: int) -> tuple[float, float]:
-    """Median milliseconds of a step, and peak memory in GiB."""
-    unet = build_unet(batch_size)
-    parameters, autocast = prepare(unet)
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True) if parameters else None
-    latents = torch.randn(batch_size, 4, 64, 64, device="cuda", dtype=torch.bfloat16, requires_grad=not parameters)
-    text = torch.randn(batch_size, 77, 768, device="cuda", dtype=torch.bfloat16)
-    target = torch.randn(batch_size, 4, 64, 64, device="cuda")
-    timesteps = torch.randint(0, 1000, (batch_size,), device="cuda")
-    context = torch.autocast("cuda", torch.bfloat16) if autocast else contextlib.nullcontext()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    times = []
-    for step in range(warmup + steps):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        with context:
-            prediction = unet(latents, timesteps, text, return_dict=False)[0]
-        nn.functional.mse_loss(prediction.float(), target).backward()
-        if optimizer is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+class Trial:
+    """One variant with a model of its own, whose step can be timed at any moment."""
+
+    def __init__(self, prepare: Callable, batch_size: int):
+        self.unet = build_unet()
+        self.parameters, autocast = prepare(self.unet)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True) if self.parameters else None
+        shape, trains = (batch_size, 4, 64, 64), bool(self.parameters)
+        self.latents = torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=not trains)
+        self.text = torch.randn(batch_size, 77, 768, device="cuda", dtype=torch.bfloat16)
+        self.target = torch.randn(shape, device="cuda")
+        self.timesteps = torch.randint(0, 1000, (batch_size,), device="cuda")
+        self.autocast = torch.autocast("cuda", torch.bfloat16, enabled=autocast)
+
+    def step(self) -> None:
+        with self.autocast:
+            prediction = self.unet(self.latents, self.timesteps, self.text, return_dict=False)[0]
+        nn.functional.mse_loss(prediction.float(), self.target).backward()
+        if self.optimizer is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         else:
-            latents.grad = None
-        end.record()
-        end.synchronize()
-        if step >= warmup:
-            times.append(start.elapsed_time(end))
-    return statistics.median(times), torch.cuda.max_memory_allocated() / 2**30
+            self.latents.grad = None
+
+    def peak_gib(self, others: int, steps: int = 3) -> float:
+        """Peak memory of a step beside ``others`` bytes that belong to other trials."""
+        for _ in range(steps):
+            self.step()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        self.step()
+        return (torch.cuda.max_memory_allocated() - others) / 2**30
+
+    def milliseconds(self, steps: int) -> list[float]:
+        """Times of a few steps, each between two events, run without waiting in between."""
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+        marks[0].record()
+        for mark in marks[1:]:
+            self.step()
+            mark.record()
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) for start, end in zip(marks, marks[1:])]
+
+
+def measure(batch_size: int, rounds: int, steps: int) -> dict[str, tuple[float, float]]:
+    """Median milliseconds of a step and peak GiB of each variant; the variants take turns, round after round."""
+    trials, memory = {}, {}
+    for name, prepare in VARIANTS.items():
+        gc.collect()
+        others = torch.cuda.memory_allocated()
+        trials[name] = Trial(prepare, batch_size)
+        memory[name] = trials[name].peak_gib(others)
+    times: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    gc.collect()
+    gc.disable()
+    for _ in range(rounds):
+        for name, trial in trials.items():
+            trial.step()
+            times[name] += trial.milliseconds(steps)
+    gc.enable()
+    return {name: (statistics.median(times[name]), memory[name]) for name in VARIANTS}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--warmup", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=8, help="of each variant in each round")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    logging.set_verbosity_error()
     torch.backends.cuda.matmul.allow_tf32 = False
-    rows = {name: [] for name in VARIANTS}
+    rows: dict[str, list] = {name: [] for name in VARIANTS}
     for batch_size in options.batch_sizes:
-        for name, prepare in VARIANTS.items():
-            milliseconds, gib = measure(prepare, batch_size, options.warmup, options.steps)
+        for name, (milliseconds, gib) in measure(batch_size, options.rounds, options.steps).items():
             rows[name].append((milliseconds, gib))
             print(f"batch {batch_size:2}  {name:32} {milliseconds:7.1f} ms  {gib:6.2f} GiB", flush=True)
-            gc.collect()
-            torch.cuda.empty_cache()
     base = rows["floor: frozen UNet, no adapter"]
     head = " | ".join(f"batch {size}: ms | / floor | GiB" for size in options.batch_sizes)
     lines = [f"| | {head} |", "| --- |" + " ---: |" * (3 * len(options.batch_sizes))]
@@ -129,7 +159,7 @@ def main() -> None:
     import peft
 
     lines += ["", f"{torch.cuda.get_device_name()}, torch {torch.__version__}, diffusers {diffusers.__version__}, "]
-    lines[-1] += f"peft {peft.__version__}, python {platform.python_version()}; rank {RANK}, {options.steps} steps"
+    lines[-1] += f"peft {peft.__version__}, python {platform.python_version()}; rank {RANK}, {options.rounds * options.steps} steps"
     print("\n".join(lines))
     if options.output:
         options.output.write_text("\n".join(lines) + "\n")

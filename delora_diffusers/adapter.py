@@ -32,20 +32,31 @@ class Projection:
     def __init__(self, names: tuple[str, ...], linears: tuple[nn.Linear, ...]):
         self.names = names
         self.linears = linears
-        self.weight: Tensor | None = None  # (g, out, in): W' on the fast path, W on the split path
+        self.weight: Tensor | None = None  # (g * out, in): W' on the fast path, W on the split path
         self.a: Tensor | None = None  # (g, k, in), split path only
         self.b: Tensor | None = None  # (g, out, k), split path only
 
-    def __call__(self, x: Tensor, members: slice = slice(None)) -> list[Tensor]:
-        """The outputs (..., out) of the chosen members, one product for all of them, for inputs x (..., in)."""
+    def __call__(self, x: Tensor, first: int = 0, count: int | None = None) -> Sequence[Tensor]:
+        """The outputs (..., out) of ``count`` members from ``first`` on, one product for all of them.
+
+        Args:
+            x: (..., in).
+        """
         assert self.weight is not None, "the adapter has not made its weights yet; call adapter() first"
-        weight = self.weight[members]
-        biases = [linear.bias for linear in self.linears[members]]
-        bias = None if biases[0] is None else (biases[0] if len(biases) == 1 else torch.cat(biases))
-        outputs = nn.functional.linear(x, weight.flatten(0, 1), bias).chunk(len(weight), dim=-1)
-        if self.a is None or self.b is None:
-            return list(outputs)
-        return [y + d.to(y.dtype) for y, d in zip(outputs, low_rank_product(x, self.a[members], self.b[members]))]
+        weight, a, b, linears = self.weight, self.a, self.b, self.linears
+        if count is not None and count != len(linears):
+            # Only here: the backward of a slice fills a whole tensor with zeros.
+            members, out_features = slice(first, first + count), linears[0].out_features
+            weight, linears = weight[first * out_features : (first + count) * out_features], linears[members]
+            a, b = (None, None) if a is None or b is None else (a[members], b[members])
+        bias = linears[0].bias
+        if bias is not None and len(linears) > 1:
+            bias = torch.cat([linear.bias for linear in linears])
+        y = nn.functional.linear(x, weight, bias)
+        outputs = y.chunk(len(linears), dim=-1) if len(linears) > 1 else (y,)
+        if a is None or b is None:
+            return outputs
+        return [y + d.to(y.dtype) for y, d in zip(outputs, low_rank_product(x, a, b))]
 
 
 def low_rank_product(x: Tensor, a: Tensor, b: Tensor) -> list[Tensor]:
@@ -171,15 +182,16 @@ class Adapter(nn.Module):
     def _make(self, base: Tensor, stack: Stack) -> None:
         # Taken apart with split, whose backward is one concatenation; indexing would add up n padded gradients.
         sizes = [len(projection.names) for projection in stack.projections]
+        rows = [size * base.shape[1] for size in sizes]
         if self.config.path == "split":
             b, a = self._factors(stack.tensors())
-            pieces = zip(base.split(sizes), a.split(sizes), b.split(sizes))
-            for projection, (projection.weight, projection.a, projection.b) in zip(stack.projections, pieces):
-                pass
+            pieces = zip(base.flatten(0, 1).split(rows), a.split(sizes), b.split(sizes))
+            for projection, (weight, a_piece, b_piece) in zip(stack.projections, pieces):
+                projection.weight, projection.a, projection.b = weight, a_piece, b_piece
         else:
             adapted = self._adapted_weight(base, stack.tensors())
-            for projection, projection.weight in zip(stack.projections, adapted.split(sizes)):
-                pass
+            for projection, weight in zip(stack.projections, adapted.flatten(0, 1).split(rows)):
+                projection.weight = weight
 
     def _factors(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         b, a = self.method.factors(tensors, self.config)

@@ -179,7 +179,7 @@ class _AdaptedWeight(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         adapted = self._projection.weight  # type: ignore[attr-defined]
-        return weight if adapted is None or self._adapter.strength == 0 else adapted[0]  # type: ignore[attr-defined]
+        return weight if adapted is None or self._adapter.strength == 0 else adapted  # type: ignore[attr-defined]
 
 
 class _LowRankHook:

@@ -1,5 +1,6 @@
 """What an adapted attention runs in place of diffusers' ``AttnProcessor2_0`` and ``FusedAttnProcessor2_0``."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,14 +32,14 @@ class AdaptedAttnProcessor:
             for index, name in enumerate(projection.names)
         }
 
-    def _project(self, attn: Attention, x: Tensor, *names: str) -> list[Tensor]:
+    def _project(self, attn: Attention, x: Tensor, *names: str) -> Sequence[Tensor]:
         """The outputs of the named linear modules of ``attn`` for one input x (batch, tokens, in)."""
         places = [self._places.get(name) for name in names]
         first = places[0]
         if first is not None and all(place is not None and place[0] is first[0] for place in places):
-            return first[0](x, slice(first[1], first[1] + len(names)))
+            return first[0](x, first[1], len(names))
         return [
-            attn.get_submodule(name)(x) if place is None else place[0](x, slice(place[1], place[1] + 1))[0]
+            attn.get_submodule(name)(x) if place is None else place[0](x, place[1], 1)[0]
             for name, place in zip(names, places)
         ]
 
