@@ -1,0 +1,116 @@
+"""Shared pieces of the tests: the tiny models, some photographs, a clean accelerate state."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import multiprocessing
+import signal
+import traceback
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_sd(tmp_path_factory) -> Path:
+    """Folder of a tiny Stable Diffusion pipeline."""
+    from data.tiny_sd import write
+
+    return write(tmp_path_factory.mktemp("models") / "tiny-sd")
+
+
+@pytest.fixture(scope="session")
+def tiny_scorers(tmp_path_factory) -> Path:
+    """Folder with a tiny ``dino`` and ``clip``."""
+    from data.tiny_scorers import write
+
+    return write(tmp_path_factory.mktemp("scorers"))
+
+
+def draw_photographs(folder: Path, count: int = 5) -> Path:
+    """Smooth coloured pictures of several sizes, with a disc that stays the same."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    for number in range(count):
+        height, width = (96, 128) if number % 2 else (112, 112)
+        y, x = np.mgrid[:height, :width] / 100
+        colours = random.uniform(0, 255, (2, 3))
+        picture = colours[0] * y[..., None] + colours[1] * (1 - x[..., None])
+        picture[(y - 0.5) ** 2 + (x - 0.5) ** 2 < 0.08] = (230, 60, 20)
+        Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(folder / f"{number:02}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory) -> Path:
+    """Folder of five pictures to train on."""
+    return draw_photographs(tmp_path_factory.mktemp("photographs"))
+
+
+@pytest.fixture
+def unet(tiny_sd):
+    """A fresh tiny UNet."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel.from_pretrained(tiny_sd, subfolder="unet").eval()
+
+
+@pytest.fixture
+def unet_inputs():
+    """(sample, timestep, encoder_hidden_states) for the tiny UNet."""
+    generator = torch.Generator().manual_seed(1)
+    return (
+        torch.randn(2, 4, 8, 8, generator=generator),
+        torch.tensor([3, 700]),
+        torch.randn(2, 7, 32, generator=generator),
+    )
+
+
+def randomize(adapter, scale: float = 0.1) -> None:
+    """Move an adapter away from its start."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator).to(parameter))
+
+
+def training_flags(tiny_sd: Path, photographs: Path, output_dir: Path, *more: object) -> list[str]:
+    """Flags of a short run; later ones win."""
+    flags = ["--pretrained_model_name_or_path", tiny_sd, "--instance_data_dir", photographs]
+    flags += ["--instance_prompt", "a photo of sks toy", "--output_dir", output_dir, "--resolution", 32, "--rank", 4]
+    flags += ["--max_train_steps", 6, "--report_to", "none", *more]
+    return [str(flag) for flag in flags]
+
+
+def _child(function, arguments, reports) -> None:
+    torch.set_num_threads(1)
+    try:
+        function(*arguments)
+        reports.put(None)
+    except SystemExit as stop:
+        reports.put(f"SystemExit: {stop.code}")
+    except BaseException:
+        reports.put(traceback.format_exc())
+
+
+def run_in_child(function, *arguments) -> int:
+    """Run a function in a fresh process (whose imports are warm) and return its exit code; its errors are raised."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train_dreambooth_delora", "diffusers", "torch", "accelerate", "tests.warm"])
+    reports = context.SimpleQueue()
+    process = context.Process(target=_child, args=(function, arguments, reports))
+    process.start()
+    process.join()
+    if process.exitcode == -signal.SIGKILL:
+        return process.exitcode
+    report = reports.get()
+    assert report is None, report
+    assert process.exitcode is not None
+    return process.exitcode
