@@ -7,15 +7,15 @@ from delora_diffusers.errors import InputError
 
 if TYPE_CHECKING:
     from delora_diffusers.adapter import Adapter
-    from delora_diffusers.attach import attach, attached_adapter, detach, merge
+    from delora_diffusers.attachment import attach, attached_adapter, detach, merge
     from delora_diffusers.files import load_adapter, save_adapter
 
 _HOMES = {
     "Adapter": "adapter",
-    "attach": "attach",
-    "attached_adapter": "attach",
-    "detach": "attach",
-    "merge": "attach",
+    "attach": "attachment",
+    "attached_adapter": "attachment",
+    "detach": "attachment",
+    "merge": "attachment",
     "load_adapter": "files",
     "save_adapter": "files",
 }
@@ -39,9 +39,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__} has no attribute {name}")
     import importlib
 
-    module = importlib.import_module(f"{__name__}.{_HOMES[name]}")
-    for public, home in _HOMES.items():
-        if home == _HOMES[name]:
-            # Set here too: the import has just bound the submodule `attach` over the function of that name.
-            globals()[public] = getattr(module, public)
-    return globals()[name]
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

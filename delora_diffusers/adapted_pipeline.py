@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from delora_diffusers.attach import attached_adapter, merge
+from delora_diffusers.attachment import attached_adapter, merge
 from delora_diffusers.base_model import load_pipeline
 from delora_diffusers.errors import InputError
 from delora_diffusers.files import load_adapter, read_header

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from delora_diffusers.adapter import Adapter
-from delora_diffusers.attach import attach, detach
+from delora_diffusers.attachment import attach, detach
 from delora_diffusers.config import AdapterConfig
 from delora_diffusers.errors import InputError
 
