@@ -62,7 +62,9 @@ def make_class_images(accelerator, pipeline, args: argparse.Namespace) -> list[P
     folder.mkdir(parents=True, exist_ok=True)
     present = sum(path.suffix.lower() in EXTENSIONS for path in folder.iterdir())
     names = [folder / f"class-{args.seed}-{number:05}.png" for number in range(args.num_class_images)]
-    missing = [(n, path) for n, path in enumerate(names) if not path.exists()][: max(0, args.num_class_images - present)]
+    missing = [(n, path) for n, path in enumerate(names) if not path.exists()][
+        : max(0, args.num_class_images - present)
+    ]
     accelerator.wait_for_everyone()
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     batches = [mine[i : i + args.sample_batch_size] for i in range(0, len(mine), args.sample_batch_size)]

@@ -4,12 +4,13 @@
 
 A step is forward, loss, backward and, where something trains, gradient clipping and fused AdamW; 512-pixel latents,
 frozen UNet in bfloat16. Each time is the median of many steps between CUDA events after a warm-up, the variants taking
-turns. The floor is the frozen UNet with gradients carried to its input. "autocast" rows are what diffusers' own script does: float32 adapters
-under bfloat16 autocast.
+turns. The floor is the frozen UNet with gradients carried to its input. "autocast" rows are what diffusers' own script
+does: float32 adapters under bfloat16 autocast.
 """
 
 import argparse
 import gc
+import itertools
 import platform
 import statistics
 from collections.abc import Callable
@@ -113,7 +114,7 @@ class Trial:
             self.step()
             mark.record()
         torch.cuda.synchronize()
-        return [start.elapsed_time(end) for start, end in zip(marks, marks[1:])]
+        return [start.elapsed_time(end) for start, end in itertools.pairwise(marks)]
 
 
 def measure(batch_size: int, rounds: int, steps: int) -> dict[str, tuple[float, float]]:
@@ -158,8 +159,9 @@ def main() -> None:
     import diffusers
     import peft
 
-    lines += ["", f"{torch.cuda.get_device_name()}, torch {torch.__version__}, diffusers {diffusers.__version__}, "]
-    lines[-1] += f"peft {peft.__version__}, python {platform.python_version()}; rank {RANK}, {options.rounds * options.steps} steps"
+    versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}, peft {peft.__version__}"
+    counted = f"rank {RANK}, median of {options.rounds * options.steps} steps"
+    lines += ["", f"{torch.cuda.get_device_name()}, {versions}, python {platform.python_version()}; {counted}."]
     print("\n".join(lines))
     if options.output:
         options.output.write_text("\n".join(lines) + "\n")

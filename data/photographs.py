@@ -64,7 +64,9 @@ def find_photographs(folder: str | Path) -> list[Photograph]:
     captions = _read_metadata(folder)
     unknown = sorted(set(captions) - {path.name for path in paths})
     if unknown:
-        raise InputError(f"{folder / 'metadata.jsonl'} names {unknown[0]}, which is not in the folder; mend one of them.")
+        raise InputError(
+            f"{folder / 'metadata.jsonl'} names {unknown[0]}, which is not in the folder; mend one of them."
+        )
     found = []
     for path in paths:
         load_rgb(path)
@@ -93,7 +95,9 @@ def _read_metadata(folder: Path) -> dict[str, str]:
     return captions
 
 
-def crop_boxes(size: tuple[int, int], resolution: int, random_offsets: list[float] | None) -> list[tuple[int, ...]]:
+def crop_boxes(
+    size: tuple[int, int], resolution: int, random_offsets: list[float] | None
+) -> list[tuple[int, int, int, int]]:
     """Square crops of a picture whose short side was scaled to ``resolution``.
 
     Args:
@@ -118,10 +122,8 @@ def scaled_size(size: tuple[int, int], resolution: int) -> tuple[int, int]:
     return max(resolution, round(size[0] * scale)), max(resolution, round(size[1] * scale))
 
 
-def variants(
-    image: Image.Image, resolution: int, random_offsets: list[float] | None, flip: bool
-) -> list[np.ndarray]:
-    """The views of a photograph to train on, each (resolution, resolution, 3) uint8: its crops, and their mirror images.
+def variants(image: Image.Image, resolution: int, random_offsets: list[float] | None, flip: bool) -> list[np.ndarray]:
+    """The views of a photograph to train on, each (resolution, resolution, 3) uint8: its crops and their mirror images.
 
     Args:
         image: upright RGB picture of any size.

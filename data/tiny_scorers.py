@@ -8,10 +8,11 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
-CLIP_CONFIG = {
+CLIP_CONFIG: dict[str, Any] = {
     "embed_dim": 32,
     "vision_cfg": {"image_size": 224, "layers": 1, "width": 32, "head_width": 16, "patch_size": 32},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
@@ -25,11 +26,11 @@ def write(out_dir: Path, seed: int = 0) -> Path:
     from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
     from safetensors.torch import save_file
 
-    architecture = {"embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 0}
+    architecture: dict[str, Any] = {"embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 0}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         dino = timm.create_model("vit_small_patch16_224", pretrained=False, **architecture)
-        clip = CLIP(**CLIP_CONFIG)  # type: ignore[arg-type]
+        clip = CLIP(**CLIP_CONFIG)
     for name in ("dino", "clip"):
         (out_dir / name).mkdir(parents=True)
     save_file(dino.state_dict(), out_dir / "dino" / "model.safetensors")

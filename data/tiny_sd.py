@@ -4,6 +4,9 @@
 pretrained Stable Diffusion 1.x or 2.x, runs in seconds on a CPU, and knows nothing: its pictures are noise.
 """
 
+# Diffusers annotates tuples of any length as tuples of one, and optional parts as required.
+# pyright: reportArgumentType=false
+
 import argparse
 import json
 import os

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from delora_diffusers.attachment import attached_adapter, merge
+from delora_diffusers.attachment import merge
 from delora_diffusers.base_model import load_pipeline
 from delora_diffusers.errors import InputError
 from delora_diffusers.files import load_adapter, read_header
@@ -26,16 +26,15 @@ def load_adapted_pipeline(
     Raises:
         InputError: the adapter or the base model cannot be loaded, or they do not belong together.
     """
-    header = read_header(adapter) if adapter is not None else {"config": {}, "base_model": None}
+    if adapter is None:
+        return load_pipeline(name_or_path, revision=revision, variant=variant)
+    header = read_header(adapter)
     name_or_path = name_or_path or header["base_model"]
-    if not name_or_path and adapter is not None:
+    if not name_or_path:
         raise InputError(f"{adapter} records no base model; name it with --pretrained_model_name_or_path.")
     pipeline = load_pipeline(name_or_path, revision=revision, variant=variant)
     for component in header["config"]:
         model = getattr(pipeline, component)
-        load_adapter(model, adapter, component)  # type: ignore[arg-type]  # a component came from it
-        attached = attached_adapter(model)
-        assert attached is not None
-        attached.strength = strength
+        load_adapter(model, adapter, component).strength = strength
         merge(model)
     return pipeline

@@ -19,7 +19,7 @@ from delora_diffusers.methods import METHODS
 def base_parameter(linear: nn.Linear) -> Tensor:
     """The pretrained weight of a linear module, (out, in), parametrized or not."""
     if parametrize.is_parametrized(linear, "weight"):
-        return linear.parametrizations.weight.original  # type: ignore[union-attr, return-value]
+        return linear.get_parameter("parametrizations.weight.original")
     return linear.weight
 
 
@@ -139,9 +139,7 @@ class Adapter(nn.Module):
                     f"choose a rank of at most {min(out_features, in_features)}."
                 )
             by_shape.setdefault((out_features, in_features), []).append(projection)
-        self.stacks: Iterable[Stack] = nn.ModuleList(
-            Stack(members, config, generator) for members in by_shape.values()
-        )
+        self.stacks: Iterable[Stack] = nn.ModuleList(Stack(members, config, generator) for members in by_shape.values())
         self._strength = 1.0
         self._made_from: tuple | None = None
         self.prepared = False

@@ -1,5 +1,7 @@
 """Attach an adapter to a model, take it off, or write it into the weights: the only code that changes a model."""
 
+from typing import Any
+
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
 from torch import Tensor, nn
@@ -58,7 +60,8 @@ def attach(model: nn.Module, config: AdapterConfig, generator: torch.Generator |
     model.requires_grad_(False)
     for prefix, members in of_attention.items():
         attention = attentions[prefix]
-        attention.set_processor(AdaptedAttnProcessor(adapter, attention.processor, members, prefix))  # type: ignore[arg-type]
+        processor: Any = AdaptedAttnProcessor(adapter, attention.processor, members, prefix)
+        attention.set_processor(processor)
     handles = []
     for projection in alone:
         linear = projection.linears[0]
@@ -73,7 +76,7 @@ def attach(model: nn.Module, config: AdapterConfig, generator: torch.Generator |
             adapter()
         adapter.prepared = False
 
-    handles.append(model.register_forward_pre_hook(make_weights))
+    handles.append(model.register_forward_pre_hook(make_weights))  # pyright: ignore[reportArgumentType]
     # Kept out of the model's modules, so that neither its state dict nor its parameters change.
     model.__dict__["_delora_attachment"] = (adapter, handles, trainable)
     return adapter
@@ -97,9 +100,8 @@ def detach(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Attention) and isinstance(module.processor, AdaptedAttnProcessor):
             module.set_processor(module.processor.stock)
-        if isinstance(module, nn.Linear) and parametrize.is_parametrized(module, "weight"):
-            if isinstance(module.parametrizations.weight[0], _AdaptedWeight):  # type: ignore[union-attr, index]
-                parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+        if isinstance(module, nn.Linear) and _is_adapted(module):
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
     for stack in adapter.stacks:
         stack.release()
     for parameter in trainable:
@@ -150,6 +152,12 @@ def find_targets(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Lin
     return found
 
 
+def _is_adapted(linear: nn.Linear) -> bool:
+    if not parametrize.is_parametrized(linear, "weight"):
+        return False
+    return isinstance(linear.get_submodule("parametrizations.weight.0"), _AdaptedWeight)
+
+
 def _attachment(model: nn.Module) -> tuple:
     attachment = model.__dict__.get("_delora_attachment")
     if attachment is None:
@@ -175,11 +183,11 @@ class _AdaptedWeight(nn.Module):
 
     def __init__(self, adapter: Adapter, projection: Projection):
         super().__init__()
-        self.__dict__.update(_adapter=adapter, _projection=projection)  # neither is a part of the model
+        self.unregistered = (adapter, projection)  # a tuple hides them: neither is a part of the model
 
     def forward(self, weight: Tensor) -> Tensor:
-        adapted = self._projection.weight  # type: ignore[attr-defined]
-        return weight if adapted is None or self._adapter.strength == 0 else adapted  # type: ignore[attr-defined]
+        adapter, projection = self.unregistered
+        return weight if projection.weight is None or adapter.strength == 0 else projection.weight
 
 
 class _LowRankHook:

@@ -20,6 +20,7 @@ def load_pipeline(
         InputError: no name, a folder that is not a pipeline (naming what is missing), a hub id that cannot be loaded.
     """
     check_model_folder(name_or_path)
+    assert name_or_path
     import diffusers
     import transformers
     from diffusers import StableDiffusionPipeline

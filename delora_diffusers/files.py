@@ -125,7 +125,9 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, component: str = "un
     saved = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     for name, tensor in saved.items():
         if not torch.isfinite(tensor).all():
-            raise InputError(f"{file} holds values that are not finite in {prefix}{name}; train again from a checkpoint.")
+            raise InputError(
+                f"{file} holds values that are not finite in {prefix}{name}; train again from a checkpoint."
+            )
     config = _config(file, header["config"][component])
     adapter = attach(model, config, torch.Generator())
     try:
@@ -161,7 +163,7 @@ def read_adapter(file: Path, tensors: bool = True) -> tuple[dict[str, Any], dict
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
-            loaded = {name: opened.get_tensor(name) for name in opened.keys()} if tensors else {}
+            loaded = {name: opened.get_tensor(name) for name in opened.keys()} if tensors else {}  # noqa: SIM118
     except SafetensorError as error:
         what = "is truncated" if "incomplete" in str(error).lower() else "is not a safetensors file"
         raise InputError(f"{file} {what} ({error}); save or download it again.") from error

@@ -87,7 +87,7 @@ class AdaptedAttnProcessor:
         hidden_states = hidden_states.transpose(1, 2).flatten(2).to(query.dtype)
 
         (hidden_states,) = self._project(attn, hidden_states, "to_out.0")
-        hidden_states = attn.to_out[1](hidden_states)
+        hidden_states = attn.get_submodule("to_out.1")(hidden_states)
         if image_shape is not None:
             hidden_states = hidden_states.transpose(1, 2).reshape(image_shape)
         if attn.residual_connection:

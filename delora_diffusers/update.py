@@ -49,8 +49,8 @@ def delora_factors(
     """Factors of ``dW = (lambda / r) (B Xi A - B0 Xi0 A0) * c`` (section 3.1, equations 7 to 9).
 
     With a frozen start the difference of the two products is written ``(B^ - B0^) A^ + B0^ (A^ - A0^)``, where ^
-    divides by norms: it is exactly zero, not zero up to rounding, while A, B equal A0, B0, and small differences are not
-    lost in the subtraction of large products.
+    divides by norms: it is exactly zero, not zero up to rounding, while A, B equal A0, B0, and small differences are
+    not lost in the subtraction of large products.
 
     Args:
         a: (n, r, in). b: (n, out, r). delora_lambda: (n,). All float32 (or float64).

@@ -39,7 +39,9 @@ def read_generated(folder: Path) -> list[tuple[Path, str]]:
             record = json.loads(line)
             path, prompt = folder / record["file_name"], record["prompt"]
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{file} line {number} has no file_name and prompt; generate the pictures again.") from error
+            raise InputError(
+                f"{file} line {number} has no file_name and prompt; generate the pictures again."
+            ) from error
         if not path.is_file():
             raise InputError(f"{path} is missing, though {file.name} names it; run generate again to draw it.")
         found.append((path, prompt))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -22,9 +23,7 @@ def dino_transform(kind: str, size: int = 224) -> transforms.Compose:
     else:
         bicubic = transforms.InterpolationMode.BICUBIC
         scaling = [transforms.Resize(round(size * 256 / 224), bicubic), transforms.CenterCrop(size)]
-    return transforms.Compose(
-        [*scaling, transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
-    )
+    return transforms.Compose([*scaling, transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
 
 
 class DinoEncoder:
@@ -44,16 +43,16 @@ class DinoEncoder:
 
         _check_local_dir(name, "--dino", "config.json")
         try:
-            self.model = timm.create_model(name, pretrained=True, num_classes=0).eval().to(device)
+            self.model: Any = timm.create_model(name, pretrained=True, num_classes=0).eval().to(device)
         except Exception as error:  # whatever the hub, timm and safetensors raise
             raise InputError(_refusal("--dino", name, error)) from error
-        self.transform = dino_transform(kind, self.model.pretrained_cfg["input_size"][-1])  # type: ignore[index, arg-type]
+        self.transform = dino_transform(kind, self.model.pretrained_cfg["input_size"][-1])
         self.device = device
 
     @torch.inference_mode()
     def encode(self, batch: Tensor) -> Tensor:
         """Unit features (batch, width) of preprocessed pictures (batch, 3, height, width)."""
-        features = self.model.forward_features(batch.to(self.device))[:, 0]  # type: ignore[operator]
+        features = self.model.forward_features(batch.to(self.device))[:, 0]
         return torch.nn.functional.normalize(features.float(), dim=-1)
 
 
@@ -74,7 +73,7 @@ class ClipEncoder:
 
         _check_local_dir(name, "--clip", "open_clip_config.json")
         try:
-            model, _, self.transform = open_clip.create_model_and_transforms(
+            model, _, transform = open_clip.create_model_and_transforms(
                 name,
                 None if ":" in name else pretrained,
                 # OpenAI's weights want QuickGELU; from a plain name open_clip builds GELU and only warns.
@@ -83,7 +82,8 @@ class ClipEncoder:
             self.tokenizer = open_clip.get_tokenizer(name)
         except Exception as error:  # whatever the hub, open_clip and safetensors raise
             raise InputError(_refusal("--clip", name, error)) from error
-        self.model = model.eval().to(device)
+        self.transform: Any = transform
+        self.model: Any = model.eval().to(device)
         self.device = device
 
     @torch.inference_mode()
@@ -104,7 +104,7 @@ def encode_files(
     """Unit features (pictures, width) on the CPU; every picture is decoded and encoded once, in worker threads."""
     from concurrent.futures import ThreadPoolExecutor
 
-    transform: Callable[[Image.Image], Tensor] = encoder.transform  # type: ignore[assignment]
+    transform: Callable[[Image.Image], Tensor] = encoder.transform
     features = []
     with ThreadPoolExecutor() as pool:
         for start in tqdm(range(0, len(paths), batch_size), desc=label, leave=False):

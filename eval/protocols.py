@@ -35,7 +35,7 @@ PROTOCOLS = {
             dino_transform="straight",
             clip="ViT-L-14",
             clip_pretrained="openai",
-            source="OFT's evaluation, which ETHER and DeLoRA report by: mean cosine over all (reference, generated) pairs",
+            source="OFT's evaluation, used by ETHER and DeLoRA: mean cosine of all (reference, generated) pairs",
         ),
         Protocol(
             name="dreambooth",

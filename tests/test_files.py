@@ -19,7 +19,9 @@ def saved(unet, tmp_path):
     return save_adapter(adapter, tmp_path / "out", base_model="some/model")
 
 
-@pytest.mark.parametrize("config", [AdapterConfig(rank=4), AdapterConfig(rank=4, start="zero", weight_norm="frobenius")])
+@pytest.mark.parametrize(
+    "config", [AdapterConfig(rank=4), AdapterConfig(rank=4, start="zero", weight_norm="frobenius")]
+)
 def test_save_load_save_gives_the_same_bytes(unet, unet_inputs, tmp_path, config):
     adapter = attach(unet, config)
     randomize(adapter)
@@ -107,7 +109,9 @@ def test_refuses_nan_and_newer_versions_and_other_architectures(unet, saved, tin
     from diffusers import UNet2DConditionModel
 
     wider = UNet2DConditionModel.from_config(dict(unet.config) | {"cross_attention_dim": 48})
-    with pytest.raises(InputError, match=r"another architecture.*: unet\.\S+ is \(4, 32\) in the file and \(4, 48\) in"):
+    with pytest.raises(
+        InputError, match=r"another architecture.*: unet\.\S+ is \(4, 32\) in the file and \(4, 48\) in"
+    ):
         load_adapter(wider, saved)
     assert attached_adapter(wider) is None
     with pytest.raises(InputError, match="holds no text_encoder"):

@@ -159,8 +159,17 @@ def test_a_run_with_everything(tiny_sd, photographs, tmp_path):
     )
     out = tmp_path / "out"
     flags = training_flags(model, folder, out, "--config", config, "--max_train_steps", 4, "--report_to", "tensorboard")
-    flags += "--checkpointing_steps 1 --checkpoints_total_limit 2 --validation_steps 2 --logging_steps 1".split()
-    flags += "--validation_inference_steps 2 --num_validation_images 2".split()
+    flags += [
+        "--checkpointing_steps",
+        "1",
+        "--checkpoints_total_limit",
+        "2",
+        "--validation_steps",
+        "2",
+        "--logging_steps",
+        "1",
+    ]
+    flags += ["--validation_inference_steps", "2", "--num_validation_images", "2"]
     run_in_child(train, flags)
     written = {p.name for p in out.iterdir()}
     assert {WEIGHTS_NAME, "config.json", "README.md", "logs", "validation", "class_images"} <= written

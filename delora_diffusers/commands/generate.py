@@ -55,7 +55,9 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
     if options.prompt is not None:
         return options.prompt
     if not options.prompts_file.is_file():
-        raise InputError(f"--prompts_file {options.prompts_file} is not a file; give a text file, a prompt on each line.")
+        raise InputError(
+            f"--prompts_file {options.prompts_file} is not a file; give a text file, a prompt on each line."
+        )
     prompts = [line.strip() for line in options.prompts_file.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not prompts:
         raise InputError(f"--prompts_file {options.prompts_file} holds no prompt; write one on each line.")

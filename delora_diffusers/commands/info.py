@@ -4,9 +4,6 @@ import argparse
 from pathlib import Path
 
 
-
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", type=Path, help="an output folder or the file in it")
 

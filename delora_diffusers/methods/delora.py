@@ -16,7 +16,7 @@ NO_WEIGHT_DECAY = ("lambda",)
 def initialize(
     weight: Tensor, config: AdapterConfig, generator: torch.Generator
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Kaiming-uniform A (n, r, in) and B (n, out, r), or B = 0; lambda (n,); the scale and a frozen copy of the start."""
+    """Kaiming-uniform A (n, r, in) and B (n, out, r), or B = 0; lambda (n,); the scale, the start's frozen copy."""
     n, out_features, in_features = weight.shape
     a = kaiming((n, config.rank, in_features), in_features, generator)
     if config.start == "zero":

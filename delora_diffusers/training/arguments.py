@@ -166,7 +166,9 @@ def check_training_arguments(args: argparse.Namespace) -> None:
         import importlib.util
 
         if importlib.util.find_spec("bitsandbytes") is None:
-            raise InputError("--use_8bit_adam needs bitsandbytes, which is not installed; run `pip install bitsandbytes`.")
+            raise InputError(
+                "--use_8bit_adam needs bitsandbytes, which is not installed; run `pip install bitsandbytes`."
+            )
     adapter_config(args)
     check_output_dir(args.output_dir, args.resume_from_checkpoint)
 

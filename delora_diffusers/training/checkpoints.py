@@ -56,7 +56,7 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, total
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise InputError(
-            f"{final} could not be written ({error}); free some space and continue with --resume_from_checkpoint latest."
+            f"{final} could not be written ({error}); free some space, then use --resume_from_checkpoint latest."
         ) from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

@@ -17,7 +17,7 @@ def build_optimizer(adapters: Sequence[Adapter], args: argparse.Namespace) -> to
         groups += adapter.parameter_groups(args.learning_rate, args.lambda_learning_rate, args.adam_weight_decay)
     options = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     if args.use_8bit_adam:
-        import bitsandbytes  # type: ignore[import-not-found]  # optional
+        import bitsandbytes  # pyright: ignore[reportMissingImports]
 
         return bitsandbytes.optim.AdamW8bit(groups, **options)
     return torch.optim.AdamW(groups, fused=True, **options)
@@ -43,7 +43,7 @@ def build_lr_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespac
             step_rules=args.lr_step_rules,
             num_warmup_steps=args.lr_warmup_steps,
             num_training_steps=args.max_train_steps,
-            num_cycles=cycles,  # type: ignore[arg-type]
+            num_cycles=cycles,
             power=args.lr_power,
         )
     except (ValueError, IndexError) as error:
