@@ -31,8 +31,8 @@ def build_unet() -> nn.Module:
     """Stable Diffusion 1.5's UNet (860M parameters), random, frozen, bfloat16."""
     with torch.device("cuda"):
         torch.manual_seed(0)
-        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-    return unet.to(torch.bfloat16).requires_grad_(False)
+        unet: nn.Module = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+    return unet.bfloat16().requires_grad_(False)
 
 
 def floor(unet: nn.Module) -> tuple[list, bool]:

@@ -108,7 +108,7 @@ def encode_files(
     features = []
     with ThreadPoolExecutor() as pool:
         for start in tqdm(range(0, len(paths), batch_size), desc=label, leave=False):
-            views = pool.map(lambda path: transform(load_rgb(path)), paths[start : start + batch_size])
+            views: Any = pool.map(lambda path: transform(load_rgb(path)), paths[start : start + batch_size])
             features.append(encoder.encode(torch.stack(list(views))).cpu())
     return torch.cat(features)
 

@@ -135,7 +135,6 @@ def run(options: argparse.Namespace) -> None:
 
     state = PartialState()
     state.wait_for_everyone()  # every process has looked before the first one writes
-    folder.mkdir(parents=True, exist_ok=True)
     batches = [missing[i : i + options.batch_size] for i in range(0, len(missing), options.batch_size)]
     mine = batches[state.process_index :: state.num_processes]
     if missing:

@@ -1,7 +1,9 @@
 """The flags that every training script has, named as diffusers names them, and ``--config FILE.yaml``."""
 
 import argparse
+import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,9 @@ SCHEDULERS = (
     "constant_with_warmup",
     "piecewise_constant",
 )
+
+STEP_RULES = r"(\d*\.?\d+:\d+,)*\d*\.?\d+"
+"""Factors of the rate and the steps up to which they hold, then the last factor."""
 
 MIN_FREE_BYTES = 256 * 2**20
 
@@ -120,8 +125,6 @@ def parse_with_config(parser: argparse.ArgumentParser, arguments: list[str] | No
         if key not in actions or key in ("config", "help"):
             raise InputError(f"{file} sets {key!r}, which is no flag; see --help for the names.")
         typed += _as_typed(actions[key], value)
-    import sys
-
     return parser.parse_args(typed + (sys.argv[1:] if arguments is None else arguments))
 
 
@@ -160,6 +163,10 @@ def check_training_arguments(args: argparse.Namespace) -> None:
         raise InputError(f"--resolution {args.resolution} is not a multiple of 8; use {nearest}.")
     if args.seed < 0:
         raise InputError(f"--seed {args.seed} is negative; use 0 or more.")
+    if args.lr_scheduler == "piecewise_constant" and not re.fullmatch(STEP_RULES, args.lr_step_rules or ""):
+        raise InputError(
+            f"--lr_scheduler piecewise_constant needs --lr_step_rules such as 1:500,0.1, not {args.lr_step_rules!r}."
+        )
     if args.learning_rate is None:
         args.learning_rate = DEFAULT_LEARNING_RATES[args.method]
     if args.use_8bit_adam:

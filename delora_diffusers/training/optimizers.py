@@ -4,10 +4,9 @@ import argparse
 from collections.abc import Sequence
 
 import torch
-from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.optimization import get_scheduler
 
 from delora_diffusers.adapter import Adapter
-from delora_diffusers.errors import InputError
 
 
 def build_optimizer(adapters: Sequence[Adapter], args: argparse.Namespace) -> torch.optim.Optimizer:
@@ -24,27 +23,18 @@ def build_optimizer(adapters: Sequence[Adapter], args: argparse.Namespace) -> to
 
 
 def build_lr_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace):
-    """The schedule, in optimizer steps.
-
-    Raises:
-        InputError: ``piecewise_constant`` without its rules, or with rules that cannot be read.
-    """
-    if args.lr_scheduler == SchedulerType.PIECEWISE_CONSTANT.value and not args.lr_step_rules:
-        raise InputError("--lr_scheduler piecewise_constant needs --lr_step_rules, for example 1:500,0.1.")
+    """The schedule, in optimizer steps."""
     cycles = args.lr_num_cycles
     if args.lr_scheduler == "cosine_with_restarts":
         cycles = int(cycles)
     elif args.lr_scheduler == "cosine":
         cycles = cycles / 2  # diffusers counts half waves here
-    try:
-        return get_scheduler(
-            args.lr_scheduler,
-            optimizer,
-            step_rules=args.lr_step_rules,
-            num_warmup_steps=args.lr_warmup_steps,
-            num_training_steps=args.max_train_steps,
-            num_cycles=cycles,
-            power=args.lr_power,
-        )
-    except (ValueError, IndexError) as error:
-        raise InputError(f"--lr_step_rules {args.lr_step_rules} cannot be read ({error}); write 1:500,0.1.") from error
+    return get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        step_rules=args.lr_step_rules,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+        num_cycles=cycles,
+        power=args.lr_power,
+    )

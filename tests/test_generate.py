@@ -1,0 +1,136 @@
+"""generate, merge and info."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from delora_diffusers.__main__ import main
+from tests.conftest import randomize, run_in_child
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_sd, tmp_path_factory):
+    """Folder of an adapter of the tiny pipeline that has moved away from its start."""
+    from diffusers import UNet2DConditionModel
+
+    from delora_diffusers import AdapterConfig, attach, save_adapter
+
+    unet = UNet2DConditionModel.from_pretrained(tiny_sd, subfolder="unet")
+    attached = attach(unet, AdapterConfig(rank=4))
+    randomize(attached, 0.5)
+    folder = tmp_path_factory.mktemp("adapter")
+    save_adapter(attached, folder, base_model=str(tiny_sd))
+    return folder
+
+
+def generate(adapter, out, *more: object) -> None:
+    flags = ["--adapter", adapter, "--output_dir", out, "--num_inference_steps", 3, "--num_images", 3, *more]
+    main(["generate", *map(str, flags)])
+
+
+def pixels(path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def test_pictures_metadata_and_contact_sheet(adapter, tiny_sd, tmp_path, capsys):
+    out = tmp_path / "g"
+    generate(adapter, out, "--prompt", "a sks dog", "a 🐶 in the snow", "--seed", 5, "--batch_size", 2)
+    records = [json.loads(line) for line in (out / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(r["prompt"], r["seed"]) for r in records] == [
+        (prompt, seed) for prompt in ("a sks dog", "a 🐶 in the snow") for seed in (5, 6, 7)
+    ]
+    assert all((out / r["file_name"]).is_file() for r in records)
+    assert records[0]["base_model"] == str(tiny_sd) and records[0]["guidance_scale"] == 7.5
+    assert Image.open(out / "contact_sheet.png").width > 3 * 64
+    assert "6 pictures" in capsys.readouterr().out
+
+
+def test_a_picture_does_not_depend_on_its_batch_and_plain_diffusers_draws_it(adapter, tiny_sd, tmp_path):
+    for size in (1, 4):
+        generate(adapter, tmp_path / str(size), "--prompt", "a sks dog", "--batch_size", size)
+    names = sorted(p.name for p in (tmp_path / "1").glob("0*.png"))
+    for name in names:
+        assert np.abs(pixels(tmp_path / "1" / name) - pixels(tmp_path / "4" / name)).max() <= 1
+
+    from diffusers import StableDiffusionPipeline
+
+    from delora_diffusers import load_adapter
+
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd)
+    load_adapter(pipeline.unet, adapter)
+    seeded = torch.Generator().manual_seed(1)
+    image = pipeline("a sks dog", num_inference_steps=3, generator=seeded).images[0]
+    assert np.abs(pixels(tmp_path / "1" / names[1]) - np.asarray(image).astype(int)).max() <= 1
+
+
+def test_strength_zero_is_the_base_model(adapter, tiny_sd, tmp_path):
+    generate(adapter, tmp_path / "zero", "--prompt", "a dog", "--strength", 0)
+    generate(adapter, tmp_path / "one", "--prompt", "a dog")
+    flags = ["--pretrained_model_name_or_path", tiny_sd, "--num_inference_steps", 3, "--num_images", 3]
+    main(["generate", *map(str, flags), "--prompt", "a dog", "--output_dir", str(tmp_path / "base")])
+    for name in sorted(p.name for p in (tmp_path / "base").glob("0*.png")):
+        assert np.array_equal(pixels(tmp_path / "zero" / name), pixels(tmp_path / "base" / name))
+        assert not np.array_equal(pixels(tmp_path / "one" / name), pixels(tmp_path / "base" / name))
+
+
+def generate_and_die(adapter, out) -> None:
+    """Stop as kill -9 does while the second batch is being drawn."""
+    import delora_diffusers.sampling as sampling
+
+    original, calls = sampling.sample_pictures, []
+
+    def dying(*arguments, **settings):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **settings)
+
+    sampling.sample_pictures = dying
+    generate(adapter, out, "--prompt", "a sks dog", "--batch_size", 1)
+
+
+def test_continues_where_it_was_stopped(adapter, tmp_path, capsys):
+    out = tmp_path / "g"
+    assert run_in_child(generate_and_die, adapter, out) == -signal.SIGKILL
+    (first,) = out.glob("0*.png")
+    written = first.stat().st_mtime_ns
+    generate(adapter, out, "--prompt", "a sks dog", "--batch_size", 1)
+    assert first.stat().st_mtime_ns == written
+    assert "3 pictures" in (said := capsys.readouterr().out) and "(2 new)" in said
+    generate(adapter, out, "--prompt", "a sks dog", "--batch_size", 1)
+    assert "(0 new)" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="was made with other settings; name a new --output_dir"):
+        generate(adapter, out, "--prompt", "a sks dog", "--guidance_scale", 3)
+
+
+def test_merged_pipeline_draws_the_same(adapter, tmp_path):
+    main(["merge", "--adapter", str(adapter), "--output_dir", str(tmp_path / "merged")])
+    generate(adapter, tmp_path / "adapter", "--prompt", "a dog")
+    flags = ["--pretrained_model_name_or_path", tmp_path / "merged", "--num_inference_steps", 3, "--num_images", 3]
+    main(["generate", *map(str, flags), "--prompt", "a dog", "--output_dir", str(tmp_path / "plain")])
+    for name in sorted(p.name for p in (tmp_path / "plain").glob("0*.png")):
+        assert np.abs(pixels(tmp_path / "adapter" / name) - pixels(tmp_path / "plain" / name)).max() <= 1
+    with pytest.raises(SystemExit, match="exists already"):
+        main(["merge", "--adapter", str(adapter), "--output_dir", str(tmp_path / "merged")])
+
+
+def test_info(adapter, tiny_sd, capsys):
+    main(["info", str(adapter)])
+    said = capsys.readouterr().out
+    assert f"base model: {tiny_sd}" in said and "56 modules" in said and "rank: 4" in said
+
+
+@pytest.mark.parametrize("scheduler", ["ddpm", "dpm++", "euler", "euler-a", "lms", "pndm", "unipc"])
+def test_schedulers(adapter, tmp_path, scheduler):
+    if scheduler == "lms":
+        pytest.importorskip("scipy")
+    generate(
+        adapter, tmp_path, "--prompt", "a dog", "--scheduler", scheduler, "--num_images", 1, "--num_inference_steps", 5
+    )
+    assert len(list(tmp_path.glob("0*.png"))) == 1
