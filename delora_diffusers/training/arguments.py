@@ -73,7 +73,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--lambda_learning_rate", type=float, default=1e-3)
     group.add_argument("--lr_scheduler", choices=SCHEDULERS, default="constant")
     group.add_argument("--lr_warmup_steps", type=int, default=0)
-    group.add_argument("--lr_num_cycles", type=float, default=1, help="cosine and cosine_with_restarts")
+    group.add_argument("--lr_num_cycles", type=positive_int, default=1, help="cosine_with_restarts")
     group.add_argument("--lr_power", type=float, default=1.0, help="polynomial")
     group.add_argument("--lr_step_rules", help="piecewise_constant, for example 1:500,0.1")
     group.add_argument("--use_8bit_adam", action="store_true", help="needs bitsandbytes")

@@ -24,17 +24,12 @@ def build_optimizer(adapters: Sequence[Adapter], args: argparse.Namespace) -> to
 
 def build_lr_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace):
     """The schedule, in optimizer steps."""
-    cycles = args.lr_num_cycles
-    if args.lr_scheduler == "cosine_with_restarts":
-        cycles = int(cycles)
-    elif args.lr_scheduler == "cosine":
-        cycles = cycles / 2  # diffusers counts half waves here
     return get_scheduler(
         args.lr_scheduler,
         optimizer,
         step_rules=args.lr_step_rules,
         num_warmup_steps=args.lr_warmup_steps,
         num_training_steps=args.max_train_steps,
-        num_cycles=cycles,
+        num_cycles=args.lr_num_cycles,
         power=args.lr_power,
     )
