@@ -102,8 +102,11 @@ def _child(function, arguments, reports) -> None:
 
 def run_in_child(function, *arguments) -> int:
     """Run a function in a fresh process (whose imports are warm) and return its exit code; its errors are raised."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train_dreambooth_delora", "diffusers", "torch", "accelerate", "tests.warm"])
+    # CUDA does not survive a fork, not even one of a process that has only asked for it.
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    multiprocessing.set_forkserver_preload(
+        ["train_dreambooth_delora", "diffusers", "torch", "accelerate", "tests.warm"]
+    )
     reports = context.SimpleQueue()
     process = context.Process(target=_child, args=(function, arguments, reports))
     process.start()

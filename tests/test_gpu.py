@@ -13,6 +13,11 @@ from tests.test_training import fixed_loss, train
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
+@pytest.fixture(autouse=True)
+def full_float32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def on_gpu(inputs):
     return tuple(tensor.cuda() for tensor in inputs)
 
