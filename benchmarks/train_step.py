@@ -4,7 +4,7 @@
 
 A step is forward, loss, backward and, where something trains, gradient clipping and fused AdamW; 512-pixel latents,
 frozen UNet in bfloat16. Each time is the median of many steps between CUDA events after a warm-up, the variants taking
-turns; "GPU ms" is the part of it that the GPU is busy. The floor is the frozen UNet with gradients carried to its input. "autocast" rows are what diffusers' own script
+turns. The floor is the frozen UNet with gradients carried to its input. "autocast" rows are what diffusers' own script
 does: float32 adapters under bfloat16 autocast.
 """
 
@@ -20,7 +20,6 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.utils import logging
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 from delora_diffusers import AdapterConfig, attach
 from delora_diffusers.config import UNET_TARGETS
@@ -107,14 +106,6 @@ class Trial:
         self.step()
         return (torch.cuda.max_memory_allocated() - others) / 2**30
 
-    def gpu_milliseconds(self) -> float:
-        """Time that the GPU is busy in one step: the sum of its kernels, whatever the CPU's launching costs."""
-        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-            self.step()
-            torch.cuda.synchronize()
-        kernels = (e for e in profiled.events() or () if e.device_type == torch.autograd.DeviceType.CUDA)
-        return sum(kernel.device_time for kernel in kernels) / 1000
-
     def milliseconds(self, steps: int) -> list[float]:
         """Times of a few steps, each between two events, run without waiting in between."""
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
@@ -126,8 +117,8 @@ class Trial:
         return [start.elapsed_time(end) for start, end in itertools.pairwise(marks)]
 
 
-def measure(batch_size: int, rounds: int, steps: int) -> dict[str, tuple[float, float, float]]:
-    """Median milliseconds of a step, of them the GPU's, and peak GiB of each variant; the variants take turns, round after round."""
+def measure(batch_size: int, rounds: int, steps: int) -> dict[str, tuple[float, float]]:
+    """Median milliseconds of a step and peak GiB of each variant; the variants take turns, round after round."""
     trials, memory = {}, {}
     for name, prepare in VARIANTS.items():
         gc.collect()
@@ -142,8 +133,7 @@ def measure(batch_size: int, rounds: int, steps: int) -> dict[str, tuple[float, 
             trial.step()
             times[name] += trial.milliseconds(steps)
     gc.enable()
-    busy = {name: statistics.median(trial.gpu_milliseconds() for _ in range(3)) for name, trial in trials.items()}
-    return {name: (statistics.median(times[name]), busy[name], memory[name]) for name in VARIANTS}
+    return {name: (statistics.median(times[name]), memory[name]) for name in VARIANTS}
 
 
 def main() -> None:
@@ -157,17 +147,14 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     rows: dict[str, list] = {name: [] for name in VARIANTS}
     for batch_size in options.batch_sizes:
-        for name, (total, busy, gib) in measure(batch_size, options.rounds, options.steps).items():
-            rows[name].append((total, busy, gib))
-            print(f"batch {batch_size:2}  {name:32} {total:7.1f} ms  GPU {busy:7.1f} ms  {gib:6.2f} GiB", flush=True)
+        for name, (milliseconds, gib) in measure(batch_size, options.rounds, options.steps).items():
+            rows[name].append((milliseconds, gib))
+            print(f"batch {batch_size:2}  {name:32} {milliseconds:7.1f} ms  {gib:6.2f} GiB", flush=True)
     base = rows["floor: frozen UNet, no adapter"]
-    head = " | ".join(f"batch {size}: ms | / floor | GPU ms | / floor | GiB" for size in options.batch_sizes)
-    lines = [f"| | {head} |", "| --- |" + " ---: |" * (5 * len(options.batch_sizes))]
+    head = " | ".join(f"batch {size}: ms | / floor | GiB" for size in options.batch_sizes)
+    lines = [f"| | {head} |", "| --- |" + " ---: |" * (3 * len(options.batch_sizes))]
     for name, cells in rows.items():
-        text = " | ".join(
-            f"{ms:.1f} | {ms / base[i][0]:.2f} | {busy:.1f} | {busy / base[i][1]:.2f} | {gib:.2f}"
-            for i, (ms, busy, gib) in enumerate(cells)
-        )
+        text = " | ".join(f"{ms:.1f} | {ms / base[i][0]:.2f} | {gib:.2f}" for i, (ms, gib) in enumerate(cells))
         lines.append(f"| {name} | {text} |")
     import diffusers
     import peft

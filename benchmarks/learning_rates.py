@@ -1,0 +1,104 @@
+"""How much a wrong learning rate costs: DeLoRA and LoRA at their usual rate times 1/8 to 32, on a small base model.
+
+    python benchmarks/learning_rates.py --pretrained_model_name_or_path MODEL --instance_data_dir PHOTOS \\
+        --output_dir OUT [--resolution 64] [--max_train_steps 200]
+
+Each point is one DreamBooth run of the training script and, after it, the denoising loss averaged over fixed noise and
+timesteps, as a share of the base model's. Writes OUT/learning_rates.json and OUT/learning_rates.png.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from diffusers import DDPMScheduler
+
+import train_dreambooth_delora
+from data.photographs import find_photographs, variants
+from delora_diffusers import detach, load_adapter
+from delora_diffusers.base_model import load_pipeline
+from delora_diffusers.training.arguments import DEFAULT_LEARNING_RATES
+from delora_diffusers.training.encoding import encode_pictures, encode_prompts
+from delora_diffusers.training.objective import denoising_loss
+
+PROMPT = "a photo of sks subject"
+FACTORS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8, 16, 32)
+
+
+class FixedLoss:
+    """The denoising loss of a pipeline's UNet on a folder of photographs, always with the same noise and timesteps."""
+
+    def __init__(self, model: str, photographs: Path, resolution: int, draws: int = 12):
+        self.pipeline = load_pipeline(model)
+        self.scheduler = DDPMScheduler.from_config(self.pipeline.scheduler.config)
+        found = find_photographs(photographs)
+        views = [variants(photograph.load(), resolution, None, False) for photograph in found]
+        self.latents = encode_pictures(self.pipeline.vae, views, len(views), torch.device("cpu"))
+        self.draws = draws
+
+    @torch.no_grad()
+    def __call__(self, adapter: Path | None) -> float:
+        if adapter is not None:
+            load_adapter(self.pipeline.unet, adapter)
+        count, total = len(self.latents), 0.0
+        text = encode_prompts(self.pipeline, [PROMPT] * count, torch.device("cpu"))
+        for seed in range(self.draws):
+            generator = torch.Generator().manual_seed(seed)
+            latents = self.latents.sample(range(count), generator, seed)
+            total += denoising_loss(self.pipeline.unet, self.scheduler, latents, text, generator).item()
+        if adapter is not None:
+            detach(self.pipeline.unet)
+        return total / self.draws
+
+
+def plot(results: dict[str, dict[str, float]], path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    for method, colour in (("lora", "#d1495b"), ("delora", "#00798c")):
+        label = {"lora": "LoRA", "delora": "DeLoRA"}[method]
+        factors = [float(factor) for factor in results[method]]
+        losses = [min(loss, 3.0) for loss in results[method].values()]
+        base = DEFAULT_LEARNING_RATES[method]
+        axes.plot(factors, losses, "o-", color=colour, label=f"{label}, usual rate {base:g}")
+    axes.axhline(1, color="#888", linewidth=1, linestyle="--")
+    axes.text(FACTORS[0], 1.03, "base model", color="#666", fontsize=8)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(FACTORS, [f"1/{round(1 / f)}" if f < 1 else f"{f:g}" for f in FACTORS])
+    axes.set_xlabel("learning rate, times the usual")
+    axes.set_ylabel("denoising loss / base model's\n(cut off at 3)")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pretrained_model_name_or_path", required=True)
+    parser.add_argument("--instance_data_dir", type=Path, required=True)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--resolution", type=int, default=64)
+    parser.add_argument("--max_train_steps", type=int, default=200)
+    options = parser.parse_args()
+    loss_of = FixedLoss(options.pretrained_model_name_or_path, options.instance_data_dir, options.resolution)
+    base = loss_of(None)
+    results: dict[str, dict[str, float]] = {"lora": {}, "delora": {}}
+    for method, losses in results.items():
+        for factor in FACTORS:
+            run = options.output_dir / f"{method}-{factor:g}"
+            rate = DEFAULT_LEARNING_RATES[method] * factor
+            flags = ["--pretrained_model_name_or_path", options.pretrained_model_name_or_path]
+            flags += ["--instance_data_dir", options.instance_data_dir, "--instance_prompt", PROMPT]
+            flags += ["--output_dir", run, "--method", method, "--learning_rate", rate, "--rank", 8]
+            flags += ["--resolution", options.resolution, "--max_train_steps", options.max_train_steps]
+            train_dreambooth_delora.main([str(f) for f in [*flags, "--train_batch_size", 4, "--report_to", "none"]])
+            losses[f"{factor:g}"] = loss_of(run) / base
+            print(f"{method:7} x {factor:<6g} {losses[f'{factor:g}']:.3f} of the base model's loss", flush=True)
+    record = {"base_loss": base, "share_of_base_loss": results, "steps": options.max_train_steps}
+    (options.output_dir / "learning_rates.json").write_text(json.dumps(record, indent=2) + "\n")
+    plot(results, options.output_dir / "learning_rates.png")
+
+
+if __name__ == "__main__":
+    main()
