@@ -1,4 +1,4 @@
-"""How much a wrong learning rate costs: DeLoRA and LoRA at their usual rate times 1/8 to 32, on a small base model.
+"""How much a wrong learning rate costs: DeLoRA (from either start) and LoRA at their usual rate times 1/8 to 32.
 
     python benchmarks/learning_rates.py --pretrained_model_name_or_path MODEL --instance_data_dir PHOTOS \\
         --output_dir OUT [--resolution 64] [--max_train_steps 200]
@@ -23,6 +23,12 @@ from delora_diffusers.training.encoding import encode_pictures, encode_prompts
 from delora_diffusers.training.objective import denoising_loss
 
 PROMPT = "a photo of sks subject"
+CURVES = {
+    "LoRA": ("lora", "frozen", "#d1495b"),
+    "DeLoRA": ("delora", "frozen", "#00798c"),
+    "DeLoRA from B = 0": ("delora", "zero", "#7fb7be"),
+}
+"""Method, start and colour of each curve."""
 FACTORS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8, 16, 32)
 
 
@@ -56,18 +62,18 @@ def plot(results: dict[str, dict[str, float]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    for method, colour in (("lora", "#d1495b"), ("delora", "#00798c")):
-        label = {"lora": "LoRA", "delora": "DeLoRA"}[method]
-        factors = [float(factor) for factor in results[method]]
-        losses = [min(loss, 3.0) for loss in results[method].values()]
+    for label, (method, _, colour) in CURVES.items():
+        factors = [float(factor) for factor in results[label]]
+        losses = list(results[label].values())
         base = DEFAULT_LEARNING_RATES[method]
         axes.plot(factors, losses, "o-", color=colour, label=f"{label}, usual rate {base:g}")
     axes.axhline(1, color="#888", linewidth=1, linestyle="--")
-    axes.text(FACTORS[0], 1.03, "base model", color="#666", fontsize=8)
+    axes.text(FACTORS[0], 1.005, "base model", color="#666", fontsize=8, va="bottom")
+    axes.margins(y=0.08)
     axes.set_xscale("log", base=2)
     axes.set_xticks(FACTORS, [f"1/{round(1 / f)}" if f < 1 else f"{f:g}" for f in FACTORS])
     axes.set_xlabel("learning rate, times the usual")
-    axes.set_ylabel("denoising loss / base model's\n(cut off at 3)")
+    axes.set_ylabel("denoising loss / base model's")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
@@ -83,18 +89,19 @@ def main() -> None:
     options = parser.parse_args()
     loss_of = FixedLoss(options.pretrained_model_name_or_path, options.instance_data_dir, options.resolution)
     base = loss_of(None)
-    results: dict[str, dict[str, float]] = {"lora": {}, "delora": {}}
-    for method, losses in results.items():
+    results: dict[str, dict[str, float]] = {label: {} for label in CURVES}
+    for label, losses in results.items():
+        method, start, _ = CURVES[label]
         for factor in FACTORS:
-            run = options.output_dir / f"{method}-{factor:g}"
+            run = options.output_dir / f"{method}-{start}-{factor:g}"
             rate = DEFAULT_LEARNING_RATES[method] * factor
             flags = ["--pretrained_model_name_or_path", options.pretrained_model_name_or_path]
             flags += ["--instance_data_dir", options.instance_data_dir, "--instance_prompt", PROMPT]
-            flags += ["--output_dir", run, "--method", method, "--learning_rate", rate, "--rank", 8]
+            flags += ["--output_dir", run, "--method", method, "--start", start, "--learning_rate", rate, "--rank", 8]
             flags += ["--resolution", options.resolution, "--max_train_steps", options.max_train_steps]
             train_dreambooth_delora.main([str(f) for f in [*flags, "--train_batch_size", 4, "--report_to", "none"]])
             losses[f"{factor:g}"] = loss_of(run) / base
-            print(f"{method:7} x {factor:<6g} {losses[f'{factor:g}']:.3f} of the base model's loss", flush=True)
+            print(f"{label:18} x {factor:<6g} {losses[f'{factor:g}']:.3f} of the base model's loss", flush=True)
     record = {"base_loss": base, "share_of_base_loss": results, "steps": options.max_train_steps}
     (options.output_dir / "learning_rates.json").write_text(json.dumps(record, indent=2) + "\n")
     plot(results, options.output_dir / "learning_rates.png")

@@ -22,6 +22,7 @@ def load_pipeline(
     check_model_folder(name_or_path)
     assert name_or_path
     import diffusers
+    import torch
     import transformers
     from diffusers import StableDiffusionPipeline
 
@@ -29,7 +30,7 @@ def load_pipeline(
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     try:
-        return StableDiffusionPipeline.from_pretrained(
+        pipeline = StableDiffusionPipeline.from_pretrained(
             name_or_path,
             revision=revision,
             variant=variant,
@@ -41,6 +42,7 @@ def load_pipeline(
             f"the base model {name_or_path} could not be loaded ({' '.join(str(error).split())}); "
             "give --pretrained_model_name_or_path a Stable Diffusion pipeline folder or hub id."
         ) from error
+    return pipeline.to(dtype=torch.float32)  # transformers loads in the dtype of the file
 
 
 def check_model_folder(name_or_path: str | None) -> None:

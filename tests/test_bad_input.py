@@ -1,12 +1,12 @@
 """One clear sentence for each thing that can be wrong with a training command, and nothing left behind."""
 
+import importlib.util
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from tests.conftest import draw_photographs, training_flags
@@ -74,6 +74,7 @@ CASES = {
     "config key": (config_with("rnak: 4\n"), r"config\.yaml sets 'rnak', which is no flag"),
     "config syntax": (config_with("rank: [4\n"), r"config\.yaml is not valid YAML"),
     "step rules": (flags("--lr_scheduler", "piecewise_constant"), "needs --lr_step_rules"),
+    "tracker": (flags("--report_to", "wandb"), "--report_to wandb needs wandb, which is not installed"),
     "8-bit": (flags("--use_8bit_adam"), "needs bitsandbytes, which is not installed"),
     "resume": (flags("--resume_from_checkpoint", "checkpoint-9"), "there is no checkpoint checkpoint-9"),
 }
@@ -94,8 +95,9 @@ def test_one_clear_sentence(case, tiny_sd, photographs, tmp_path):
     import train_dreambooth_delora as script
 
     change, message = CASES[case]
-    if case == "8-bit" and torch.cuda.is_available():
-        pytest.skip("bitsandbytes may be installed")
+    package = {"8-bit": "bitsandbytes", "tracker": "wandb"}.get(case)
+    if package and importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
     typed = training_flags(tiny_sd, photographs, tmp_path / "out", *change(tiny_sd, tmp_path))
     before = sorted(p for p in tmp_path.rglob("*"))
     with pytest.raises((script.InputError, script.DataError), match=message) as refusal:

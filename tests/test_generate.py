@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -107,6 +109,20 @@ def test_continues_where_it_was_stopped(adapter, tmp_path, capsys):
     assert "(0 new)" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="was made with other settings; name a new --output_dir"):
         generate(adapter, out, "--prompt", "a sks dog", "--guidance_scale", 3)
+
+
+def test_two_processes_share_the_work(adapter, tmp_path):
+    words = ["-m", "delora_diffusers", "generate", "--adapter", adapter, "--prompt", "a", "b", "--num_images", 2]
+    words += ["--num_inference_steps", 2, "--batch_size", 1, "--output_dir"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    typed = [*launch, *map(str, [*words, tmp_path / "two"])]
+    done = subprocess.run(typed, env=environment, capture_output=True, text=True)
+    assert done.stdout.count("4 pictures in") == 1, done.stderr[-2000:]
+    main([str(word) for word in [*words[2:], tmp_path / "one"]])
+    for path in (tmp_path / "one").iterdir():
+        if path.name != "contact_sheet.png":
+            assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 
 
 def test_merged_pipeline_draws_the_same(adapter, tmp_path):

@@ -204,6 +204,29 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_sd, photographs, tmp_path)
         assert all(torch.isfinite(t).all() for t in load_file(checkpoint / "model.safetensors").values())
 
 
+def train_on_a_disk_that_fills(flags: list[str]) -> None:
+    from accelerate import Accelerator
+
+    original, calls = Accelerator.save_state, []
+
+    def full(self, folder):
+        calls.append(folder)
+        original(self, folder)
+        if len(calls) == 2:
+            raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos\n397120 vs 397012")
+
+    Accelerator.save_state = full
+    train(flags)
+
+
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint(tiny_sd, photographs, tmp_path):
+    out = tmp_path / "out"
+    flags = training_flags(tiny_sd, photographs, out, "--checkpointing_steps", 2)
+    with pytest.raises(AssertionError, match="checkpoint-4 could not be written .*; free some space"):
+        run_in_child(train_on_a_disk_that_fills, flags)
+    assert sorted(p.name for p in out.iterdir()) == ["checkpoint-2", "config.json"]
+
+
 def test_draws_are_a_function_of_the_counter():
     from delora_diffusers.training.order import generator, sample_indices
 

@@ -131,22 +131,22 @@ def run(options: argparse.Namespace) -> None:
     folder: Path = options.output_dir
     missing = [record for record in records if not is_done(folder, record)]
 
-    from accelerate import PartialState
+    from accelerate import Accelerator
 
-    state = PartialState()
-    state.wait_for_everyone()  # every process has looked before the first one writes
+    accelerator = Accelerator(mixed_precision=options.mixed_precision)
+    accelerator.wait_for_everyone()  # every process has looked before the first one writes
     batches = [missing[i : i + options.batch_size] for i in range(0, len(missing), options.batch_size)]
-    mine = batches[state.process_index :: state.num_processes]
+    mine = batches[accelerator.process_index :: accelerator.num_processes]
     if missing:
-        _draw(options, base_model, mine, state)
-    state.wait_for_everyone()
-    if state.is_main_process:
+        _draw(options, base_model, mine, accelerator)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
         write_metadata(folder, records)
         sheet = write_contact_sheet(folder, prompts, records)
         print(f"{len(records)} pictures in {folder} ({len(missing)} new); look at {sheet}")
 
 
-def _draw(options: argparse.Namespace, base_model: str | None, batches: list[list[dict]], state) -> None:
+def _draw(options: argparse.Namespace, base_model: str | None, batches: list[list[dict]], accelerator) -> None:
     import diffusers
     import torch
     from PIL.PngImagePlugin import PngInfo
@@ -163,10 +163,11 @@ def _draw(options: argparse.Namespace, base_model: str | None, batches: list[lis
         revision=options.revision,
         variant=options.variant,
     )
-    pipeline.to(state.device, _dtype(options.mixed_precision, torch))
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    pipeline.to(accelerator.device, dtype)
     if options.scheduler is not None:
         pipeline.scheduler = getattr(diffusers, SCHEDULERS[options.scheduler]).from_config(pipeline.scheduler.config)
-    for batch in tqdm(batches, desc="generating", disable=not state.is_local_main_process):
+    for batch in tqdm(batches, desc="generating", disable=not accelerator.is_local_main_process):
         pictures = sample_pictures(
             pipeline,
             [record["seed"] for record in batch],
@@ -181,13 +182,6 @@ def _draw(options: argparse.Namespace, base_model: str | None, batches: list[lis
             said.add_text(RECORD_KEY, json.dumps(record))
             with written_whole(options.output_dir / record["file_name"]) as temporary:
                 picture.save(temporary, format="PNG", pnginfo=said)
-
-
-def _dtype(mixed_precision: str | None, torch):
-    from accelerate import Accelerator
-
-    precision = mixed_precision or Accelerator().mixed_precision
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
 
 
 def write_metadata(folder: Path, records: list[dict[str, Any]]) -> None:

@@ -1,6 +1,7 @@
 """The flags that every training script has, named as diffusers names them, and ``--config FILE.yaml``."""
 
 import argparse
+import importlib.util
 import re
 import shutil
 import sys
@@ -95,7 +96,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num_validation_images", type=positive_int, default=4)
     group.add_argument("--validation_inference_steps", type=positive_int, default=30)
     group.add_argument("--logging_steps", type=positive_int, default=10)
-    group.add_argument("--report_to", default="tensorboard", help="tensorboard, wandb, all or none")
+    group.add_argument("--report_to", default="tensorboard", choices=("tensorboard", "wandb", "all", "none"))
     group.add_argument("--push_to_hub", action="store_true")
     group.add_argument("--hub_model_id", help="by default the name of the output folder")
     group.add_argument("--hub_token")
@@ -169,13 +170,12 @@ def check_training_arguments(args: argparse.Namespace) -> None:
         )
     if args.learning_rate is None:
         args.learning_rate = DEFAULT_LEARNING_RATES[args.method]
-    if args.use_8bit_adam:
-        import importlib.util
-
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise InputError(
-                "--use_8bit_adam needs bitsandbytes, which is not installed; run `pip install bitsandbytes`."
-            )
+    for asked, flag, package in (
+        (args.use_8bit_adam, "--use_8bit_adam", "bitsandbytes"),
+        (args.report_to == "wandb", "--report_to wandb", "wandb"),
+    ):
+        if asked and importlib.util.find_spec(package) is None:
+            raise InputError(f"{flag} needs {package}, which is not installed; run `pip install {package}`.")
     adapter_config(args)
     check_output_dir(args.output_dir, args.resume_from_checkpoint)
 

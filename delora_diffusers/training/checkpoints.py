@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
 from delora_diffusers.errors import InputError
 
@@ -53,10 +54,11 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, total
     accelerator.wait_for_everyone()
     try:
         accelerator.save_state(str(temporary))
-    except OSError as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save says RuntimeError of a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         raise InputError(
-            f"{final} could not be written ({error}); free some space, then use --resume_from_checkpoint latest."
+            f"{final} could not be written ({' '.join(str(error).split())}); free some space, then use "
+            "--resume_from_checkpoint latest."
         ) from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
