@@ -74,7 +74,7 @@ def plot(results: dict[str, dict[str, float]], path: Path) -> None:
     axes.set_xticks(FACTORS, [f"1/{round(1 / f)}" if f < 1 else f"{f:g}" for f in FACTORS])
     axes.set_xlabel("learning rate, times the usual")
     axes.set_ylabel("denoising loss / base model's")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower left")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
