@@ -5,7 +5,9 @@
 """
 
 import argparse
+import functools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from data.errors import InputError as DataError
@@ -169,12 +171,15 @@ def main(typed: list[str] | None = None) -> None:
     instance_prompts = [photograph.caption or args.instance_prompt for photograph in photographs]
     prompts = list(dict.fromkeys([*instance_prompts, args.class_prompt or "", *args.validation_prompt, ""]))
     if args.train_text_encoder:
-        embeddings_of = lambda wanted: encode_prompts(pipeline, wanted, device)  # noqa: E731
+        embeddings_of = functools.partial(encode_prompts, pipeline, device=device)
     else:
         with torch.no_grad():
             embedded = encode_prompts(pipeline, prompts, device)
         place = {prompt: index for index, prompt in enumerate(prompts)}
-        embeddings_of = lambda wanted: embedded[[place[prompt] for prompt in wanted]]  # noqa: E731
+
+        def embeddings_of(prompts: Sequence[str]) -> torch.Tensor:
+            return embedded[[place[prompt] for prompt in prompts]]
+
         pipeline.text_encoder = text_encoder = None
     vae.to("cpu", dtype)
     if not args.validation_prompt:

@@ -46,6 +46,10 @@ def write_model_card(output_dir: Path, args: argparse.Namespace, trained_on: str
     method = {"delora": "DeLoRA", "lora": "LoRA"}[args.method]
     # A local folder is no id of the hub's, and its validator refuses one.
     base_line = "" if Path(base).exists() else f"base_model: {base}\n"
+    components = ["unet", "text_encoder"] if getattr(args, "train_text_encoder", False) else ["unet"]
+    loading = "\n".join(
+        f'load_adapter(pipeline.{name}, "{WEIGHTS_NAME}", "{name}")\nmerge(pipeline.{name})' for name in components
+    )
     card = f"""---
 {base_line}library_name: diffusers
 tags:
@@ -70,8 +74,7 @@ from diffusers import StableDiffusionPipeline
 from delora_diffusers import load_adapter, merge
 
 pipeline = StableDiffusionPipeline.from_pretrained({base!r})
-load_adapter(pipeline.unet, "{WEIGHTS_NAME}")
-merge(pipeline.unet)
+{loading}
 image = pipeline({prompt!r}).images[0]
 ```
 
