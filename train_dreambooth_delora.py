@@ -119,7 +119,7 @@ def main(typed: list[str] | None = None) -> None:
     device = accelerator.device
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
-    # The base model: frozen, in the training precision; the autoencoder in float32, which float16 overflows.
+    # The base model: frozen, in the training precision; the autoencoder in float32 throughout.
     with accelerator.main_process_first():
         pipeline = load_pipeline(args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant)
     unet, vae, text_encoder = pipeline.unet, pipeline.vae, pipeline.text_encoder
@@ -150,9 +150,7 @@ def main(typed: list[str] | None = None) -> None:
     vae.to(device)
     class_images: list[Photograph] = []
     if args.with_prior_preservation:
-        pipeline.vae.to(device, dtype)
         class_images = make_class_images(accelerator, pipeline, args)
-        pipeline.vae.to(device, torch.float32)
 
     def cache(pictures: list[Photograph]):
         views = (
@@ -181,7 +179,7 @@ def main(typed: list[str] | None = None) -> None:
             return embedded[[place[prompt] for prompt in prompts]]
 
         pipeline.text_encoder = text_encoder = None
-    vae.to("cpu", dtype)
+    vae.to("cpu")
     if not args.validation_prompt:
         pipeline.vae = vae = None
 

@@ -11,6 +11,8 @@ from PIL import Image
 def sample_pictures(pipeline, seeds: Sequence[int], resolution: int | None, **arguments: Any) -> list[Image.Image]:
     """One batch: a picture for each seed, whose noise is drawn on the CPU from that seed alone.
 
+    The autoencoder decodes in its own dtype, which may be wider than the UNet's.
+
     Args:
         pipeline: a ``StableDiffusionPipeline``.
         seeds: one for each prompt (or embedding) given in ``arguments``.
@@ -19,4 +21,9 @@ def sample_pictures(pipeline, seeds: Sequence[int], resolution: int | None, **ar
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline(generator=generators, height=resolution, width=resolution, **arguments).images
+    latents = pipeline(
+        generator=generators, height=resolution, width=resolution, output_type="latent", **arguments
+    ).images
+    vae = pipeline.vae
+    decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+    return pipeline.image_processor.postprocess(decoded, output_type="pil")
