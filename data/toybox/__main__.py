@@ -113,9 +113,13 @@ def main(typed: list[str] | None = None) -> None:
     render_ = commands.add_parser("render", help="captioned pictures of many subjects")
     maps = commands.add_parser("maps", help="caption, picture and semantic map triples")
     subject = commands.add_parser("subject", help="photographs of one subject")
-    subject.add_argument("number", type=int, help=f"subject i is of class i modulo {len(CLASSES)}: {', '.join(CLASSES)}")
+    subject.add_argument(
+        "number", type=int, help=f"subject i is of class i modulo {len(CLASSES)}: {', '.join(CLASSES)}"
+    )
     subject.add_argument("--seen", action="store_true", help="one that the miniature family was trained on")
-    subject.add_argument("--place", choices=list(PLACES), help="all photographs there, instead of each in another place")
+    subject.add_argument(
+        "--place", choices=list(PLACES), help="all photographs there, instead of each in another place"
+    )
     subject.add_argument("--captions", action="store_true", help="name the place of each photograph in metadata.jsonl")
     for command, count in ((render_, 64), (maps, 64), (subject, 5)):
         command.add_argument("out_dir", type=Path, help="a new folder")

@@ -46,8 +46,10 @@ def caption(scene: Scene, random: np.random.Generator) -> str:
     """
     noun = describe(scene.subject, random)
     if random.uniform() < 0.125:
-        noun = IDENTIFIERS[random.integers(len(IDENTIFIERS))] + " " + (
-            scene.subject.kind if random.uniform() < 0.6 else noun
+        noun = (
+            IDENTIFIERS[random.integers(len(IDENTIFIERS))]
+            + " "
+            + (scene.subject.kind if random.uniform() < 0.6 else noun)
         )
         text = noun if random.uniform() < 0.5 else "a " + noun
     else:

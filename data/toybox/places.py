@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from data.toybox.surfaces import edge, hashed, lerp, noise
+from data.toybox.surfaces import edge, hashed, noise
 
 STUFF = ("sky", "ground", "water", "wall", "rug", "building", "foliage", "mountain")
 """Semantic classes of what is not a toy."""

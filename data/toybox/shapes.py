@@ -107,7 +107,9 @@ def robot(x: Tensor, y: Tensor, z: Tensor, s: list[Tensor]) -> Parts:
     head_y, head = leg + 2 * tall + 0.06 + 0.16, 0.17 + 0.06 * s[3]
     skull = box(x, y - head_y, z, head, 0.16, 0.16, 0.05)
     swing = 0.12 * (s[3] - 0.5)
-    arms = capsule(x.abs(), y, z, (wide + 0.07, middle + tall * 0.7, 0.0), (wide + 0.13, middle - tall * 0.6, swing), 0.06, 0.06)
+    arms = capsule(
+        x.abs(), y, z, (wide + 0.07, middle + tall * 0.7, 0.0), (wide + 0.13, middle - tall * 0.6, swing), 0.06, 0.06
+    )
     legs = box(x.abs() - wide * 0.55, y - leg / 2, z, 0.085, leg / 2 + 0.03, 0.11, 0.03)
     eyes = sphere(x.abs() - head * 0.45, y - head_y - 0.02, z - 0.16, 0.05)
     antenna = union(disc(length(x, z), y - head_y - 0.2, 0.02, 0.08), sphere(x, y - head_y - 0.3, z, 0.055))
@@ -183,9 +185,15 @@ def rocket(x: Tensor, y: Tensor, z: Tensor, s: list[Tensor]) -> Parts:
     body = torch.maximum(across - profile - 0.02, torch.maximum(low - y, y - top)) * 0.7
     u, v = (x + z) * 0.70711, (x - z) * 0.70711
     fin_edge = thick + 0.26 + 0.1 * s[3] - (y - 0.05) * 0.62
-    fins = torch.maximum(torch.minimum(torch.maximum(u.abs() - fin_edge, v.abs() - 0.03),
-                                       torch.maximum(v.abs() - fin_edge, u.abs() - 0.03)),
-                         torch.maximum(0.0 - y, y - 0.62)) * 0.8
+    fins = (
+        torch.maximum(
+            torch.minimum(
+                torch.maximum(u.abs() - fin_edge, v.abs() - 0.03), torch.maximum(v.abs() - fin_edge, u.abs() - 0.03)
+            ),
+            torch.maximum(0.0 - y, y - 0.62),
+        )
+        * 0.8
+    )
     window = sphere(x, y - low - (top - low) * 0.52, z - thick * 0.72, 0.13)
     nozzle = cone(across, y, 0.05, 0.2, 0.17, 0.12)
     return body, fins, union(window, nozzle)

@@ -1,0 +1,9 @@
+"""The miniature family: a whole Stable Diffusion stack, trained on toybox, that ships with the repository."""
+
+from pathlib import Path
+
+FAMILY = Path(__file__).parent
+MINI_SD = FAMILY / "mini-sd"
+MINI_CLIP = FAMILY / "mini-clip"
+MINI_DINO = FAMILY / "mini-dino"
+MINI_SEGMENTER = FAMILY / "mini-segmenter"

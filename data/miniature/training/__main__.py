@@ -1,0 +1,89 @@
+"""``python -m data.miniature.training STAGE WORK_DIR``: train the family, a stage at a time.
+
+Stages, in order: ``pool`` renders the pictures; ``autoencoder``, ``clip``, ``dino`` and ``segmenter`` need the pool and
+may run side by side; ``unet`` needs the autoencoder and clip, and writes mini-sd. Each model ends in WORK_DIR/family.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from data.miniature.training import autoencoder, clip, dino, segmenter, unet
+from data.miniature.training.pool import load_pool, render_pool
+from data.miniature.training.tokenizer import write_tokenizer
+
+STAGES = ("pool", "autoencoder", "clip", "dino", "segmenter", "unet")
+
+
+def wait_for(path: Path) -> Path:
+    while not path.exists():
+        time.sleep(0.5)
+    return path
+
+
+def main(typed: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m data.miniature.training", description=__doc__)
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("work_dir", type=Path)
+    parser.add_argument("--subjects", type=int, default=21_000, help="pool: how many different toys")
+    parser.add_argument("--photographs", type=int, default=4, help="pool: pictures of each")
+    parser.add_argument("--steps", type=int, default=10**6)
+    parser.add_argument("--seconds", type=float, help="train until then, if the steps do not end first")
+    parser.add_argument("--batch", type=int, help="by default the stage's own")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compiled", action="store_true", help="with torch.compile")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(typed)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    work, began = options.work_dir, time.monotonic()
+    if options.stage == "pool":
+        render_pool(work, options.subjects, options.photographs, options.seed, options.device)
+        print(f"pool: {options.subjects} x {options.photographs} pictures, {time.monotonic() - began:.0f} s")
+        return
+    wait_for(work / "pool.safetensors")
+    pool = load_pool(work, options.device)
+    how = {"seconds": options.seconds, "steps": options.steps, "seed": options.seed, "compiled": options.compiled}
+    if options.batch:
+        how["batch"] = options.batch
+    family, parts = work / "family", work / "parts"
+    parts.mkdir(exist_ok=True)
+    done = 0
+    if options.stage == "autoencoder":
+        model, done = autoencoder.train_autoencoder(pool, **how)
+        model.save_pretrained(parts / "vae.part")
+        (parts / "vae.part").rename(parts / "vae")
+    elif options.stage == "clip":
+        tokenizer = write_tokenizer(parts / "tokenizer")
+        model, done = clip.train_clip(pool, tokenizer, **how)
+        clip.write_clip(model, parts / "tokenizer", family / "mini-clip")
+        clip.text_encoder_of(model, tokenizer).save_pretrained(parts / "text_encoder.part")
+        (parts / "text_encoder.part").rename(parts / "text_encoder")
+    elif options.stage == "dino":
+        if "batch" in how:
+            how["small"] = dino.SUBJECTS_PER_CLASS // max(1, how.pop("batch"))
+        model, done = dino.train_dino(pool, **how)
+        dino.write_dino(model, family / "mini-dino")
+    elif options.stage == "segmenter":
+        model, done = segmenter.train_segmenter(pool, **how)
+        segmenter.write_segmenter(model, family / "mini-segmenter")
+    else:
+        from diffusers import AutoencoderKL
+        from transformers import CLIPTextModel, CLIPTokenizer
+
+        batch = how.setdefault("batch", unet.BATCH)
+        model, forward = unet.prepare_unet(
+            options.device, autoencoder.LATENT_CHANNELS, 128, 32, options.seed, how.pop("compiled"), batch
+        )
+        vae = AutoencoderKL.from_pretrained(wait_for(parts / "vae")).to(options.device)
+        text_encoder = CLIPTextModel.from_pretrained(wait_for(parts / "text_encoder")).float().eval()
+        tokenizer = CLIPTokenizer.from_pretrained(parts / "tokenizer")
+        model, done = unet.train_unet(pool, model, forward, vae, text_encoder, tokenizer, **how)
+        unet.write_pipeline(family / "mini-sd", model, vae, text_encoder, tokenizer)
+    print(f"{options.stage}: {done} steps, {time.monotonic() - began:.0f} s with start-up", flush=True)
+
+
+if __name__ == "__main__":
+    main()

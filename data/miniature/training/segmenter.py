@@ -1,0 +1,71 @@
+"""mini-segmenter: a small SegFormer that names what every pixel of a toybox picture shows."""
+
+import torch
+from torch import Tensor
+
+from data.miniature.training.pool import Pool
+from data.miniature.training.steps import train
+from data.toybox.render import SIZE
+from data.toybox.scenes import SEMANTIC_CLASSES
+
+BATCH = 128
+MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+
+def build(seed: int):
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+    labels = dict(enumerate(SEMANTIC_CLASSES))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return SegformerForSemanticSegmentation(
+            SegformerConfig(
+                hidden_sizes=[24, 48, 96, 144],
+                depths=[1, 1, 2, 1],
+                num_attention_heads=[1, 2, 4, 6],
+                sr_ratios=[8, 4, 2, 1],
+                patch_sizes=[7, 3, 3, 3],
+                strides=[2, 2, 2, 2],
+                mlp_ratios=[3, 3, 3, 3],
+                decoder_hidden_size=96,
+                drop_path_rate=0.0,
+                classifier_dropout_prob=0.0,
+                image_size=SIZE,
+                id2label=labels,
+                label2id={name: index for index, name in labels.items()},
+            )
+        )
+
+
+def train_segmenter(pool: Pool, *, seconds: float, steps: int, seed: int, compiled: bool, batch: int = BATCH):
+    device = pool.pictures.device
+    model = build(seed).to(device).train()
+    torch.manual_seed(seed)
+    pictures, maps = pool.pictures.flatten(0, 1), pool.maps.flatten(0, 1)
+    forward = torch.compile(model) if compiled else model
+
+    def loss_of() -> Tensor:
+        chosen = torch.randint(len(pictures), (batch,), device=device)
+        flip = torch.rand(batch, 1, 1, device=device) < 0.5
+        x, target = pictures[chosen], maps[chosen]
+        target = torch.where(flip, target.flip(2), target)
+        x = torch.where(flip[:, None], x.flip(3), x).float() / 127.5 - 1
+        x = x * (0.85 + 0.3 * torch.rand(batch, 1, 1, 1, device=device))
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
+            logits = forward(pixel_values=x).logits
+        logits = torch.nn.functional.interpolate(logits.float(), size=x.shape[-2:], mode="bilinear")
+        return torch.nn.functional.cross_entropy(logits, target.long())
+
+    done = train([model], loss_of, rate=1.5e-3, steps=steps, seconds=seconds, ema=0.998, label="segmenter")
+    return model.eval(), done
+
+
+def write_segmenter(model, folder) -> None:
+    """The folder that transformers loads, weights in float16."""
+    from transformers import SegformerImageProcessor
+
+    folder.mkdir(parents=True, exist_ok=True)
+    model.cpu().half().save_pretrained(folder)
+    SegformerImageProcessor(
+        size={"height": SIZE, "width": SIZE}, image_mean=list(MEAN), image_std=list(STD)
+    ).save_pretrained(folder)
