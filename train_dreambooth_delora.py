@@ -1,5 +1,7 @@
 """DreamBooth with DeLoRA: teach Stable Diffusion one subject from a few photographs.
 
+    accelerate launch train_dreambooth_delora.py                      # the shipped miniature, on a toy of its world
+
     accelerate launch train_dreambooth_delora.py --pretrained_model_name_or_path MODEL \\
         --instance_data_dir PHOTOS --instance_prompt "a photo of sks dog" --output_dir OUT
 """
@@ -12,7 +14,8 @@ from pathlib import Path
 
 from data.errors import InputError as DataError
 from data.photographs import EXTENSIONS, Photograph, find_photographs, variants
-from delora_diffusers.base_model import check_model_folder
+from data.toybox.__main__ import write_unseen_subject
+from delora_diffusers.base_model import check_model_folder, is_miniature
 from delora_diffusers.config import TEXT_ENCODER_TARGETS
 from delora_diffusers.errors import InputError
 from delora_diffusers.training import arguments
@@ -44,7 +47,11 @@ def check(args: argparse.Namespace) -> list[Photograph]:
     arguments.check_training_arguments(args)
     check_model_folder(args.pretrained_model_name_or_path)
     if args.instance_data_dir is None:
-        raise InputError("no photographs were given; name their folder with --instance_data_dir.")
+        if not is_miniature(args.pretrained_model_name_or_path):
+            raise InputError("no photographs were given; name their folder with --instance_data_dir.")
+        args.instance_data_dir = args.output_dir.with_name(f"{args.output_dir.name}-photographs")
+        kind = write_unseen_subject(args.instance_data_dir)
+        args.instance_prompt = args.instance_prompt or f"a photo of sks {kind}"
     photographs = find_photographs(args.instance_data_dir)
     bare = [photograph.path for photograph in photographs if photograph.caption is None]
     if bare and not args.instance_prompt:

@@ -4,6 +4,16 @@ from pathlib import Path
 
 from delora_diffusers.errors import InputError
 
+MINIATURE = "mini-sd"
+"""The name of the base model that ships with the repository, and the default."""
+
+_MINIATURE_FOLDER = Path(__file__).resolve().parents[1] / "data" / "miniature" / MINIATURE
+
+
+def is_miniature(name_or_path: str | None) -> bool:
+    """Whether no model, or the shipped one by its name, was asked for."""
+    return name_or_path is None or (name_or_path == MINIATURE and not Path(name_or_path).exists())
+
 
 def load_pipeline(
     name_or_path: str | None,
@@ -14,13 +24,13 @@ def load_pipeline(
     """A ``StableDiffusionPipeline`` without its safety checker, in float32.
 
     Args:
-        name_or_path: a pipeline folder or a hub id.
+        name_or_path: a pipeline folder or a hub id; None or ``"mini-sd"`` for the one that ships here.
 
     Raises:
-        InputError: no name, a folder that is not a pipeline (naming what is missing), a hub id that cannot be loaded.
+        InputError: a folder that is not a pipeline (naming what is missing), a hub id that cannot be loaded.
     """
     check_model_folder(name_or_path)
-    assert name_or_path
+    folder_or_id = _MINIATURE_FOLDER if is_miniature(name_or_path) else name_or_path
     import diffusers
     import torch
     import transformers
@@ -31,7 +41,7 @@ def load_pipeline(
         library.utils.logging.disable_progress_bar()
     try:
         pipeline = StableDiffusionPipeline.from_pretrained(
-            name_or_path,
+            folder_or_id,
             revision=revision,
             variant=variant,
             safety_checker=None,
@@ -51,11 +61,11 @@ def check_model_folder(name_or_path: str | None) -> None:
     Raises:
         InputError
     """
+    if is_miniature(name_or_path):
+        return
+    assert name_or_path is not None
     if not name_or_path:
-        raise InputError(
-            "no base model was given; name one with --pretrained_model_name_or_path (a folder or a hub id), or write a "
-            "tiny one with `python -m data.tiny_sd OUT_DIR`."
-        )
+        raise InputError("--pretrained_model_name_or_path is empty; name a folder or a hub id, or leave it out.")
     folder = Path(name_or_path)
     if not folder.is_dir():
         if folder.is_absolute() or name_or_path.startswith(".") or name_or_path.count("/") > 1:

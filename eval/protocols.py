@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from data.miniature import MINI_CLIP, MINI_DINO
+
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
@@ -44,6 +46,14 @@ PROTOCOLS = {
             clip="ViT-B-32",
             clip_pretrained="openai",
             source="Ruiz et al., CVPR 2023, section 4.1: mean cosine over all (reference, generated) pairs",
+        ),
+        Protocol(
+            name="toybox",
+            dino=f"local-dir:{MINI_DINO}",
+            dino_transform="straight",
+            clip=f"local-dir:{MINI_CLIP}",
+            clip_pretrained=None,
+            source="the embedded miniature DINO and CLIP, which know toybox's pictures only",
         ),
     )
 }

@@ -3,7 +3,7 @@
 import argparse
 import colorsys
 import json
-import shutil
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -53,7 +53,7 @@ def written_folder(out_dir: Path, write: Callable[[Path], None]) -> None:
         whole = Path(temporary) / "whole"
         whole.mkdir()
         write(whole)
-        shutil.move(whole, out_dir)
+        os.rename(whole, out_dir)
 
 
 def subject_scenes(number: int, count: int, seen: bool = False, seed: int = 0, place: str | None = None) -> list[Scene]:
@@ -62,6 +62,23 @@ def subject_scenes(number: int, count: int, seen: bool = False, seed: int = 0, p
     order = np.random.default_rng((seed, number, 3)).permutation(len(PLACES))
     places = [place or list(PLACES)[order[i % len(PLACES)]] for i in range(count)]
     return [photograph(subject, seed, i, name) for i, name in enumerate(places)]
+
+
+def write_unseen_subject(folder: Path, number: int = 0, count: int = 5) -> str:
+    """Photographs of an unseen subject, written to ``folder`` unless they are there; returns its class."""
+    scenes = subject_scenes(number, count)
+
+    def write(whole: Path) -> None:
+        for index, (picture, _) in enumerate(pictures_of(scenes, SIZE, "cpu")):
+            picture.save(whole / f"{index:02}.png")
+
+    if not folder.exists():
+        try:
+            written_folder(folder, write)
+        except OSError:
+            if not folder.exists():  # another process of this run was quicker
+                raise
+    return scenes[0].subject.kind
 
 
 def world_scenes(count: int, seed: int, unseen: bool = False) -> list[Scene]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from delora_diffusers.base_model import MINIATURE, is_miniature
 from delora_diffusers.errors import InputError
 
 RECORD_KEY = "delora_diffusers"
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strength", type=float, default=1.0, help="scales what was learnt; 0 is the base model")
     parser.add_argument("--scheduler", choices=sorted(SCHEDULERS), help="by default the model's own")
     parser.add_argument("--num_inference_steps", type=int, default=50)
-    parser.add_argument("--guidance_scale", type=float, default=7.5)
+    parser.add_argument("--guidance_scale", type=float, help=f"by default 7.5, with {MINIATURE} 4")
     parser.add_argument("--resolution", type=int, help="by default the model's own")
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="by default accelerate's setting")
@@ -127,6 +128,9 @@ def run(options: argparse.Namespace) -> None:
         from delora_diffusers.files import read_header
 
         base_model = base_model or read_header(options.adapter)["base_model"]
+    base_model = base_model or MINIATURE
+    if options.guidance_scale is None:
+        options.guidance_scale = 4.0 if is_miniature(base_model) else 7.5
     records = plan(options, prompts, base_model)
     folder: Path = options.output_dir
     missing = [record for record in records if not is_done(folder, record)]

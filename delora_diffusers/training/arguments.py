@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from delora_diffusers.base_model import MINIATURE, is_miniature
 from delora_diffusers.config import METHOD_NAMES, PATHS, STARTS, UNET_TARGETS, WEIGHT_NORMS, AdapterConfig
 from delora_diffusers.errors import InputError
 
@@ -29,6 +30,15 @@ SCHEDULERS = (
 STEP_RULES = r"(\d*\.?\d+:\d+,)*\d*\.?\d+"
 """Factors of the rate and the steps up to which they hold, then the last factor."""
 
+MINIATURE_DEFAULTS: dict[str, Any] = {
+    "resolution": 128,
+    "train_batch_size": 4,
+    "max_train_steps": 300,
+    "validation_steps": 100,
+    "guidance_scale": 4.0,
+}
+"""Where the shipped base model wants another default than Stable Diffusion 1.5; docs/miniature.md has the search."""
+
 MIN_FREE_BYTES = 256 * 2**20
 
 
@@ -42,7 +52,9 @@ def positive_int(text: str) -> int:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("base model")
     group.add_argument(
-        "--pretrained_model_name_or_path", help="Stable Diffusion 1.x or 2.x: a pipeline folder or a hub id"
+        "--pretrained_model_name_or_path",
+        default=MINIATURE,
+        help=f"Stable Diffusion 1.x or 2.x: a pipeline folder or a hub id; by default {MINIATURE}, which ships here",
     )
     group.add_argument("--revision", help="branch, tag or commit on the hub")
     group.add_argument("--variant", help="file variant, for example fp16")
@@ -95,6 +107,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--validation_steps", type=positive_int, default=200)
     group.add_argument("--num_validation_images", type=positive_int, default=4)
     group.add_argument("--validation_inference_steps", type=positive_int, default=30)
+    group.add_argument("--guidance_scale", type=float, default=7.5, help="of validation pictures")
     group.add_argument("--logging_steps", type=positive_int, default=10)
     group.add_argument("--report_to", default="tensorboard", choices=("tensorboard", "wandb", "all", "none"))
     group.add_argument("--push_to_hub", action="store_true")
@@ -109,9 +122,16 @@ def parse_with_config(parser: argparse.ArgumentParser, arguments: list[str] | No
     Raises:
         InputError: the file is missing, is not a mapping, or has a key that is no flag.
     """
-    file = parser.parse_known_args(arguments)[0].config
-    if file is None:
-        return parser.parse_args(arguments)
+    typed = sys.argv[1:] if arguments is None else arguments
+    file = parser.parse_known_args(typed)[0].config
+    typed = ([] if file is None else _read_config(parser, file)) + typed
+    if is_miniature(parser.parse_known_args(typed)[0].pretrained_model_name_or_path):
+        parser.set_defaults(**MINIATURE_DEFAULTS)
+    return parser.parse_args(typed)
+
+
+def _read_config(parser: argparse.ArgumentParser, file: Path) -> list[str]:
+    """The flags of a YAML file as if they had been typed."""
     if not file.is_file():
         raise InputError(f"{file} is not a file; give --config a YAML file.")
     try:
@@ -126,7 +146,7 @@ def parse_with_config(parser: argparse.ArgumentParser, arguments: list[str] | No
         if key not in actions or key in ("config", "help"):
             raise InputError(f"{file} sets {key!r}, which is no flag; see --help for the names.")
         typed += _as_typed(actions[key], value)
-    return parser.parse_args(typed + (sys.argv[1:] if arguments is None else arguments))
+    return typed
 
 
 def _as_typed(action: argparse.Action, value: Any) -> list[str]:

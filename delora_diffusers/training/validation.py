@@ -13,8 +13,6 @@ from torch import Tensor
 from delora_diffusers.images import labelled_grid
 from delora_diffusers.sampling import sample_pictures
 
-GUIDANCE_SCALE = 7.5
-
 
 def validator(
     accelerator: Accelerator, pipeline, embeddings_of: Callable[[list[str]], Tensor], args: argparse.Namespace
@@ -43,7 +41,7 @@ def validator(
                     prompt_embeds=embeddings_of([prompt]).repeat(count, 1, 1),
                     negative_prompt_embeds=negative.repeat(count, 1, 1),
                     num_inference_steps=args.validation_inference_steps,
-                    guidance_scale=GUIDANCE_SCALE,
+                    guidance_scale=args.guidance_scale,
                 )
                 rows.append((prompt, pictures))
             pipeline.vae.to(device)

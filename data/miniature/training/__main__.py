@@ -33,7 +33,7 @@ def main(typed: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, help="train until then, if the steps do not end first")
     parser.add_argument("--batch", type=int, help="by default the stage's own")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compiled", action="store_true", help="with torch.compile")
+    parser.add_argument("--compiled", action="store_true", help="torch.compile the autoencoder and the UNet")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(typed)
     torch.set_float32_matmul_precision("high")
@@ -43,16 +43,24 @@ def main(typed: list[str] | None = None) -> None:
         render_pool(work, options.subjects, options.photographs, options.seed, options.device)
         print(f"pool: {options.subjects} x {options.photographs} pictures, {time.monotonic() - began:.0f} s")
         return
-    wait_for(work / "pool.safetensors")
-    pool = load_pool(work, options.device)
-    how = {"seconds": options.seconds, "steps": options.steps, "seed": options.seed, "compiled": options.compiled}
+    how = {"seconds": options.seconds, "steps": options.steps, "seed": options.seed}
     if options.batch:
         how["batch"] = options.batch
     family, parts = work / "family", work / "parts"
+    # What takes long to compile does so before it waits for what it is trained on.
+    prepared = ()
+    if options.stage == "autoencoder":
+        batch = options.batch or autoencoder.BATCH
+        prepared = autoencoder.prepare_autoencoder(options.device, options.seed, options.compiled, batch)
+    elif options.stage == "unet":
+        channels, batch = autoencoder.LATENT_CHANNELS, options.batch or unet.BATCH
+        prepared = unet.prepare_unet(options.device, channels, 128, 32, options.seed, options.compiled, batch)
+    wait_for(work / "pool.safetensors")
+    pool = load_pool(work, options.device)
     parts.mkdir(exist_ok=True)
     done = 0
     if options.stage == "autoencoder":
-        model, done = autoencoder.train_autoencoder(pool, **how)
+        model, done = autoencoder.train_autoencoder(pool, *prepared, **how)
         model.save_pretrained(parts / "vae.part")
         (parts / "vae.part").rename(parts / "vae")
     elif options.stage == "clip":
@@ -73,14 +81,10 @@ def main(typed: list[str] | None = None) -> None:
         from diffusers import AutoencoderKL
         from transformers import CLIPTextModel, CLIPTokenizer
 
-        batch = how.setdefault("batch", unet.BATCH)
-        model, forward = unet.prepare_unet(
-            options.device, autoencoder.LATENT_CHANNELS, 128, 32, options.seed, how.pop("compiled"), batch
-        )
         vae = AutoencoderKL.from_pretrained(wait_for(parts / "vae")).to(options.device)
         text_encoder = CLIPTextModel.from_pretrained(wait_for(parts / "text_encoder")).float().eval()
         tokenizer = CLIPTokenizer.from_pretrained(parts / "tokenizer")
-        model, done = unet.train_unet(pool, model, forward, vae, text_encoder, tokenizer, **how)
+        model, done = unet.train_unet(pool, *prepared, vae, text_encoder, tokenizer, **how)
         unet.write_pipeline(family / "mini-sd", model, vae, text_encoder, tokenizer)
     print(f"{options.stage}: {done} steps, {time.monotonic() - began:.0f} s with start-up", flush=True)
 

@@ -31,12 +31,9 @@ def build(seed: int):
         )
 
 
-def train_autoencoder(pool: Pool, *, seconds: float, steps: int, seed: int, compiled: bool, batch: int = BATCH):
-    """Train on the pool; the latents end with mean 0 and deviation 1 in every channel."""
-    device = pool.pictures.device
+def prepare_autoencoder(device: torch.device | str, seed: int, compiled: bool, batch: int = BATCH):
+    """The autoencoder and its training forward, compiled by a first run on nothing so that this need not wait."""
     vae = build(seed).to(device).to(memory_format=torch.channels_last)
-    torch.manual_seed(seed)
-    pictures, maps = pool.pictures.flatten(0, 1), pool.maps.flatten(0, 1)
 
     def reconstruct(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         moments = vae.quant_conv(vae.encoder(x))
@@ -45,7 +42,22 @@ def train_autoencoder(pool: Pool, *, seconds: float, steps: int, seed: int, comp
         z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
         return vae.decoder(vae.post_quant_conv(z)), mean, logvar
 
-    forward = torch.compile(reconstruct) if compiled else reconstruct
+    if not compiled:
+        return vae, reconstruct
+    forward = torch.compile(reconstruct)
+    x = torch.zeros(batch, 3, 128, 128, device=device).contiguous(memory_format=torch.channels_last)
+    with torch.autocast(torch.device(device).type, torch.bfloat16, cache_enabled=False):
+        y, mean, logvar = forward(x)
+    (y.float().square().mean() + mean.mean() + logvar.mean()).backward()
+    print("autoencoder: compiled", flush=True)
+    return vae, forward
+
+
+def train_autoencoder(pool: Pool, vae, forward, *, seconds: float, steps: int, seed: int, batch: int = BATCH):
+    """Train on the pool; the latents end with mean 0 and deviation 1 in every channel."""
+    device = pool.pictures.device
+    torch.manual_seed(seed)
+    pictures, maps = pool.pictures.flatten(0, 1), pool.maps.flatten(0, 1)
 
     def loss_of() -> Tensor:
         chosen = torch.randint(len(pictures), (batch,), device=device)
@@ -60,7 +72,7 @@ def train_autoencoder(pool: Pool, *, seconds: float, steps: int, seed: int, comp
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         return (error * weight).mean() + 0.1 * (y.float() - x).abs().mean() + KL_WEIGHT * kl
 
-    done = train([vae], loss_of, rate=1.5e-3, steps=steps, seconds=seconds, ema=0.999, label="autoencoder")
+    done = train([vae], loss_of, rate=8e-4, steps=steps, seconds=seconds, ema=0.999, label="autoencoder")
     vae = vae.to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
     standardize_latents(vae, pictures[:: max(1, len(pictures) // 2048)])
     return vae, done
@@ -68,7 +80,7 @@ def train_autoencoder(pool: Pool, *, seconds: float, steps: int, seed: int, comp
 
 @torch.no_grad()
 def standardize_latents(vae, pictures: Tensor) -> None:
-    """Fold a shift and a scale per channel into the outermost convolutions, so that latents have mean 0, deviation 1."""
+    """Fold a shift and a scale per channel into the outermost convolutions: latents of mean 0 and deviation 1."""
     latents = torch.cat([vae.encode(as_input(part)).latent_dist.mean for part in pictures.split(64)])
     mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
     channels = len(mean)

@@ -36,7 +36,7 @@ def tokenize(tokenizer, captions: list[str]) -> Tensor:
     return tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
 
 
-def train_clip(pool: Pool, tokenizer, *, seconds: float, steps: int, seed: int, compiled: bool, batch: int = BATCH):
+def train_clip(pool: Pool, tokenizer, *, seconds: float, steps: int, seed: int, batch: int = BATCH):
     from open_clip import CLIP
 
     device = pool.pictures.device
@@ -49,7 +49,6 @@ def train_clip(pool: Pool, tokenizer, *, seconds: float, steps: int, seed: int, 
     longest = int((tokens != tokenizer.pad_token_id).sum(dim=1).max())
     tokens = tokens.unflatten(0, (-1, CAPTIONS))
     print(f"clip: longest caption {longest} tokens", flush=True)
-    encode_image = torch.compile(model.encode_image) if compiled else model.encode_image
     target = torch.arange(batch, device=device)
 
     def loss_of() -> Tensor:
@@ -58,7 +57,7 @@ def train_clip(pool: Pool, tokenizer, *, seconds: float, steps: int, seed: int, 
         x = pictures[chosen].float() / 127.5 - 1
         x = torch.where(torch.rand(batch, 1, 1, 1, device=device) < 0.5, x.flip(3), x)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
-            image = torch.nn.functional.normalize(encode_image(x).float(), dim=-1)
+            image = torch.nn.functional.normalize(model.encode_image(x).float(), dim=-1)
             text = torch.nn.functional.normalize(model.encode_text(tokens[chosen, variant]).float(), dim=-1)
         logits = model.logit_scale.clamp(max=4.6).exp() * image @ text.T
         loss = torch.nn.functional.cross_entropy

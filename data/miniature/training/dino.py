@@ -1,7 +1,7 @@
 """mini-dino: a timm ViT that knows a toy again, trained without labels.
 
-Its only signal is which photographs show the same thing, as a walk around it with a camera would give: no class, colour,
-pattern or place is told. The batches hold few classes, so that the others of a batch are hard to tell apart.
+Its only signal is which photographs show the same thing, as a walk around it with a camera would give: no class,
+colour, pattern or place is told. The batches hold few classes, so that the others of a batch are hard to tell apart.
 """
 
 import json
@@ -33,7 +33,7 @@ def random_crops(x: Tensor) -> Tensor:
     return torch.nn.functional.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
 
 
-def train_dino(pool: Pool, *, seconds: float, steps: int, seed: int, compiled: bool, small: int = 1):
+def train_dino(pool: Pool, *, seconds: float, steps: int, seed: int, small: int = 1):
     import timm
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -49,7 +49,6 @@ def train_dino(pool: Pool, *, seconds: float, steps: int, seed: int, compiled: b
     pictures = pool.pictures
     per_class = len(pictures) // len(CLASSES)
     kinds, each = min(CLASSES_PER_BATCH, len(CLASSES)), min(SUBJECTS_PER_CLASS // small, per_class)
-    features = torch.compile(model.forward_features) if compiled else model.forward_features
     target = torch.arange(kinds * each, device=device)
 
     def loss_of() -> Tensor:
@@ -59,7 +58,7 @@ def train_dino(pool: Pool, *, seconds: float, steps: int, seed: int, compiled: b
         two = torch.rand(len(subject), pictures.shape[1], device=device).argsort(dim=1)[:, :2]
         x = torch.cat((pictures[subject, two[:, 0]], pictures[subject, two[:, 1]]))
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
-            z = features((random_crops(as_input(x)) - mean) / std)[:, 0]
+            z = model.forward_features((random_crops(as_input(x)) - mean) / std)[:, 0]
         a, b = torch.nn.functional.normalize(z.float(), dim=-1).chunk(2)
         logits = a @ b.T / TEMPERATURE
         loss = torch.nn.functional.cross_entropy

@@ -37,12 +37,11 @@ def build(seed: int):
         )
 
 
-def train_segmenter(pool: Pool, *, seconds: float, steps: int, seed: int, compiled: bool, batch: int = BATCH):
+def train_segmenter(pool: Pool, *, seconds: float, steps: int, seed: int, batch: int = BATCH):
     device = pool.pictures.device
     model = build(seed).to(device).train()
     torch.manual_seed(seed)
     pictures, maps = pool.pictures.flatten(0, 1), pool.maps.flatten(0, 1)
-    forward = torch.compile(model) if compiled else model
 
     def loss_of() -> Tensor:
         chosen = torch.randint(len(pictures), (batch,), device=device)
@@ -52,7 +51,7 @@ def train_segmenter(pool: Pool, *, seconds: float, steps: int, seed: int, compil
         x = torch.where(flip[:, None], x.flip(3), x).float() / 127.5 - 1
         x = x * (0.85 + 0.3 * torch.rand(batch, 1, 1, 1, device=device))
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
-            logits = forward(pixel_values=x).logits
+            logits = model(pixel_values=x).logits
         logits = torch.nn.functional.interpolate(logits.float(), size=x.shape[-2:], mode="bilinear")
         return torch.nn.functional.cross_entropy(logits, target.long())
 

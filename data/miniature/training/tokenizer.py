@@ -1,5 +1,6 @@
 """A CLIP tokenizer for toybox's captions: its words are one token each, rare identifiers too, and any text is taken."""
 
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -42,7 +43,7 @@ def merges(vocabulary: Iterable[str]) -> list[tuple[str, str]]:
     for word in vocabulary:
         pieces = [*word[:-1], word[-1] + "</w>"]
         while len(pieces) > 1:  # the earliest known merge first, exactly as the tokenizer will go about it
-            known = [pair for pair in zip(pieces, pieces[1:]) if pair in found]
+            known = [pair for pair in itertools.pairwise(pieces) if pair in found]
             order = list(found)
             pair = min(known, key=order.index) if known else (pieces[0], pieces[1])
             found.setdefault(pair)

@@ -124,7 +124,7 @@ def train_unet(
             velocity = forward(noisy, timestep, encoder_hidden_states=text, return_dict=False)[0]
         return (velocity.float() - (a * noise - b * x)).square().mean()
 
-    done = train([unet], loss_of, rate=1.2e-3, steps=steps, seconds=seconds, warmup=400, ema=0.9995, label="unet")
+    done = train([unet], loss_of, rate=1e-3, steps=steps, seconds=seconds, warmup=400, ema=0.9995, label="unet")
     return unet.to(memory_format=torch.contiguous_format).eval(), done
 
 
