@@ -30,7 +30,7 @@ def load_pipeline(
         InputError: a folder that is not a pipeline (naming what is missing), a hub id that cannot be loaded.
     """
     check_model_folder(name_or_path)
-    folder_or_id = _MINIATURE_FOLDER if is_miniature(name_or_path) else name_or_path
+    folder_or_id = _MINIATURE_FOLDER if name_or_path is None or is_miniature(name_or_path) else name_or_path
     import diffusers
     import torch
     import transformers

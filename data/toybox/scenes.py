@@ -1,5 +1,8 @@
 """What a picture shows: subjects, places, cameras and lights, drawn from a seed; and what is kept for tests."""
 
+# Colours are tuples of three, which the checker cannot count.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 import colorsys
 import dataclasses
 import zlib

@@ -4,6 +4,9 @@ Stages, in order: ``pool`` renders the pictures; ``autoencoder``, ``clip``, ``di
 may run side by side; ``unet`` needs the autoencoder and clip, and writes mini-sd. Each model ends in WORK_DIR/family.
 """
 
+# Diffusers and transformers annotate their constructors more narrowly than they take arguments.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 import argparse
 import time
 from pathlib import Path

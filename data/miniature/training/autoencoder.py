@@ -1,5 +1,8 @@
 """The autoencoder: factor 4, so that a toy's pattern survives in 32 x 32 latents."""
 
+# Diffusers and transformers annotate their constructors more narrowly than they take arguments.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 import torch
 from torch import Tensor
 

@@ -1,5 +1,8 @@
 """mini-segmenter: a small SegFormer that names what every pixel of a toybox picture shows."""
 
+# Diffusers and transformers annotate their constructors more narrowly than they take arguments.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 import torch
 from torch import Tensor
 

@@ -1,5 +1,8 @@
 """The UNet of mini-sd, and the pipeline folder."""
 
+# Diffusers and transformers annotate their constructors more narrowly than they take arguments.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 from pathlib import Path
 
 import torch
