@@ -66,7 +66,7 @@ CASES = {
     "rank": (flags("--rank", 500), "rank is 500, but .* is 32 x 32; choose a rank of at most 32"),
     "target": (flags("--targets", "to_q", "to_z"), "target to_z matches no module of UNet2DConditionModel"),
     "lambda": (flags("--delora_lambda", -2), r"delora_lambda is -2\.0; give a positive number"),
-    "no model": (flags("--pretrained_model_name_or_path", ""), "no base model was given"),
+    "no model": (flags("--pretrained_model_name_or_path", ""), "pretrained_model_name_or_path is empty"),
     "model not there": (flags("--pretrained_model_name_or_path", "/no/model"), "/no/model does not exist"),
     "unknown hub id": (flags("--pretrained_model_name_or_path", "no/model"), "base model no/model could not be loaded"),
     "model without a unet": (remove_unet, "broken has no unet; give a whole Stable Diffusion pipeline folder"),
@@ -138,7 +138,6 @@ def test_generate_refuses(tiny_sd, tmp_path):
         assert not (tmp_path / "g").exists()
 
     refused("no adapter at", "--adapter", tmp_path / "none", "--prompt", "x")
-    refused("no base model was given", "--prompt", "x")
     refused("--num_images is 0", "--prompt", "x", "--num_images", 0)
     refused("multiple of 8", "--prompt", "x", "--resolution", 33)
     refused("is not a file", "--prompts_file", tmp_path / "none")
