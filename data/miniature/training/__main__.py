@@ -73,8 +73,6 @@ def main(typed: list[str] | None = None) -> None:
         clip.text_encoder_of(model, tokenizer).save_pretrained(parts / "text_encoder.part")
         (parts / "text_encoder.part").rename(parts / "text_encoder")
     elif options.stage == "dino":
-        if "batch" in how:
-            how["small"] = dino.SUBJECTS_PER_CLASS // max(1, how.pop("batch"))
         model, done = dino.train_dino(pool, **how)
         dino.write_dino(model, family / "mini-dino")
     elif options.stage == "segmenter":

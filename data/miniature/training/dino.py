@@ -1,7 +1,7 @@
 """mini-dino: a timm ViT that knows a toy again, trained without labels.
 
 Its only signal is which photographs show the same thing, as a walk around it with a camera would give: no class,
-colour, pattern or place is told. The batches hold few classes, so that the others of a batch are hard to tell apart.
+colour, pattern or place is told.
 """
 
 import json
@@ -14,10 +14,10 @@ from torch import Tensor
 from data.miniature.training.pool import Pool, as_input
 from data.miniature.training.steps import train
 from data.toybox.render import SIZE
-from data.toybox.shapes import CLASSES
 
-CLASSES_PER_BATCH, SUBJECTS_PER_CLASS = 4, 128
-TEMPERATURE = 0.08
+BATCH = 1024
+"""Subjects, two photographs of each. The more, the more of them are alike, and those teach most."""
+TEMPERATURE = 0.07
 ARCHITECTURE: dict[str, Any] = {"img_size": SIZE, "patch_size": 8, "embed_dim": 192, "depth": 5, "num_heads": 6}
 
 
@@ -33,7 +33,7 @@ def random_crops(x: Tensor) -> Tensor:
     return torch.nn.functional.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
 
 
-def train_dino(pool: Pool, *, seconds: float, steps: int, seed: int, small: int = 1):
+def train_dino(pool: Pool, *, seconds: float, steps: int, seed: int, batch: int = BATCH):
     import timm
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -47,15 +47,12 @@ def train_dino(pool: Pool, *, seconds: float, steps: int, seed: int, small: int 
     mean = torch.tensor(IMAGENET_DEFAULT_MEAN, device=device)[:, None, None] * 2 - 1
     std = torch.tensor(IMAGENET_DEFAULT_STD, device=device)[:, None, None] * 2
     pictures = pool.pictures
-    per_class = len(pictures) // len(CLASSES)
-    kinds, each = min(CLASSES_PER_BATCH, len(CLASSES)), min(SUBJECTS_PER_CLASS // small, per_class)
-    target = torch.arange(kinds * each, device=device)
+    batch = min(batch, len(pictures))
+    target = torch.arange(batch, device=device)
 
     def loss_of() -> Tensor:
-        kind = torch.rand(len(CLASSES), device=device).argsort()[:kinds, None]
-        member = torch.rand(kinds, per_class, device=device).argsort(dim=1)[:, :each]
-        subject = (kind + len(CLASSES) * member).flatten()
-        two = torch.rand(len(subject), pictures.shape[1], device=device).argsort(dim=1)[:, :2]
+        subject = torch.rand(len(pictures), device=device).argsort()[:batch]
+        two = torch.rand(batch, pictures.shape[1], device=device).argsort(dim=1)[:, :2]
         x = torch.cat((pictures[subject, two[:, 0]], pictures[subject, two[:, 1]]))
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
             z = model.forward_features((random_crops(as_input(x)) - mean) / std)[:, 0]

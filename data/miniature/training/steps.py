@@ -45,7 +45,8 @@ def train(
         modules: whose parameters with ``requires_grad`` train.
         loss_of: draws its own batch and gives the loss; on CUDA it is captured once and replayed, so it must be made
             of device work only.
-        ema: decay of the exponential moving average of the weights, or None for none.
+        ema: greatest decay of the exponential moving average of the weights, or None for none. It grows to that as
+            (1 + step) / (10 + step), so that a short training is not averaged with where it began.
 
     Returns:
         Steps done.
@@ -61,6 +62,7 @@ def train(
     optimizer = torch.optim.AdamW(groups, lr=rate_now if cuda else rate, betas=betas, fused=cuda, capturable=cuda)
     averages = [p.detach().clone() for p in parameters]
     running = torch.zeros((), device=device)
+    fresh = torch.zeros((), device=device)  # share of the newest weights in the average
 
     def step_once() -> None:
         for p in parameters:
@@ -70,7 +72,9 @@ def train(
         nn.utils.clip_grad_norm_(parameters, clip, foreach=True)
         optimizer.step()
         if ema is not None:
-            torch._foreach_lerp_(averages, [p.data for p in parameters], 1 - ema)
+            news = torch._foreach_sub([p.data for p in parameters], averages)
+            torch._foreach_mul_(news, fresh)
+            torch._foreach_add_(averages, news)
         running.lerp_(loss.detach().float(), 0.02)
 
     replay = step_once
@@ -90,6 +94,8 @@ def train(
     done = 0
     while done < steps and schedule.progress(done) < 1:
         now = schedule.rate_at(done)
+        if ema is not None:
+            fresh.fill_(1 - min(ema, (1 + done) / (10 + done)))
         if cuda:
             rate_now.fill_(now)
         else:
