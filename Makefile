@@ -2,10 +2,9 @@
 UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 RUN := $(UV) run --frozen --quiet
 DEMO := runs/demo
-# Your own photographs: make demo PHOTOS=my_dog PROMPT="a photo of sks dog"
-PHOTOS := $(DEMO)/photographs
-PROMPT := a photo of sks cat
-SUBJECT := $(patsubst a photo of %,%,$(PROMPT))
+SUBJECT := a photo of sks mug
+PROMPTS := "$(SUBJECT) on the beach" "$(SUBJECT) in the snow" "$(SUBJECT) in the jungle" \
+  "$(SUBJECT) at night" "$(SUBJECT) in a meadow" "$(SUBJECT) on a cobblestone street"
 
 .PHONY: demo test setup check
 
@@ -16,27 +15,17 @@ setup: $(UV)
 	python3 -m venv .uv
 	.uv/bin/python -m pip install --quiet uv
 
+# mini-sd, the base model that ships here, learns a toy that it never saw; with no photographs named, they are rendered.
 demo: setup
 	rm -rf $(DEMO)
-	$(RUN) python -m data.demo_photographs $(DEMO)/photographs
-	$(RUN) python -m data.tiny_sd $(DEMO)/tiny-sd
-	$(RUN) python -m data.tiny_scorers $(DEMO)/tiny-scorers
 	$(RUN) accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-	  --num_cpu_threads_per_process 2 train_dreambooth_delora.py \
-	  --pretrained_model_name_or_path $(DEMO)/tiny-sd --instance_data_dir "$(PHOTOS)" --instance_prompt "$(PROMPT)" \
-	  --output_dir $(DEMO)/adapter --resolution 64 --rank 8 --train_batch_size 4 --max_train_steps 300 \
-	  --validation_prompt "$(PROMPT)" --validation_steps 100 --validation_inference_steps 20
-	$(RUN) python -m delora_diffusers generate --adapter $(DEMO)/adapter --num_images 4 --num_inference_steps 20 \
-	  --prompt "$(PROMPT)" "$(SUBJECT) in the snow" "$(SUBJECT) on a beach" --output_dir $(DEMO)/pictures
-	$(RUN) python -m eval dreambooth --generated_dir $(DEMO)/pictures --reference_dir "$(PHOTOS)" \
-	  --dino local-dir:$(DEMO)/tiny-scorers/dino --clip local-dir:$(DEMO)/tiny-scorers/clip --output $(DEMO)/scores.json
-	@echo
-	@echo "The base model is tiny and random, so the pictures are noise and the scores mean nothing: this shows the way."
-	@echo "Look at   $(DEMO)/photographs                  what it was trained on"
-	@echo "          $(DEMO)/adapter/validation           the same prompt while it trained"
-	@echo "          $(DEMO)/pictures/contact_sheet.png   the generated pictures"
-	@echo "          $(DEMO)/scores.json                  DINO, CLIP-I, CLIP-T"
-	@echo "          $(DEMO)/adapter                      the adapter, its model card and its logs"
+	  --num_cpu_threads_per_process 2 train_dreambooth_delora.py --output_dir $(DEMO)/adapter
+	$(RUN) python -m delora_diffusers generate --num_images 2 --num_inference_steps 25 --batch_size 12 \
+	  --prompt $(PROMPTS) --output_dir $(DEMO)/before
+	$(RUN) python -m delora_diffusers generate --num_images 2 --num_inference_steps 25 --batch_size 12 \
+	  --adapter $(DEMO)/adapter --prompt $(PROMPTS) --output_dir $(DEMO)/after
+	$(RUN) python -m eval page --reference_dir $(DEMO)/adapter-photographs --base_dir $(DEMO)/before \
+	  --generated_dir $(DEMO)/after --training_dir $(DEMO)/adapter --protocol toybox --output $(DEMO)/index.html
 
 check: setup
 	$(RUN) ruff check .

@@ -1,7 +1,7 @@
 """How good the miniature family is, on toys that no model of it was trained on.
 
 ``python -m benchmarks.miniature_family OUT_DIR`` renders held-out pictures, measures the autoencoder, mini-clip,
-mini-dino, the segmenter and mini-sd's samples, and writes a table (``family.md``, ``family.json``) and sheets to look at.
+mini-dino, the segmenter and mini-sd's samples, and writes a table (``family.md``, ``family.json``) and sheets to see.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def retrieval_at_1(images: Tensor, texts: Tensor, captions: list[str]) -> float:
 
 
 def encode(encoder: DinoEncoder | ClipEncoder, images: list[Image.Image]) -> Tensor:
-    views = [encoder.transform(image) for image in images]
+    views: Any = [encoder.transform(image) for image in images]
     return torch.cat([encoder.encode(torch.stack(views[i : i + 64])).cpu() for i in range(0, len(views), 64)])
 
 
@@ -105,7 +105,7 @@ def mean_iou(pictures: list[Image.Image], maps: Tensor, device: str) -> float:
     for first in range(0, len(pictures), 50):
         batch = pictures[first : first + 50]
         output = model(**processor(images=batch, return_tensors="pt").to(device))
-        sizes = [picture.size[::-1] for picture in batch]
+        sizes = [(picture.height, picture.width) for picture in batch]
         found = torch.stack(processor.post_process_semantic_segmentation(output, sizes)).cpu()
         truth = maps[first : first + 50].cpu().long()
         confusion += torch.bincount((truth * classes + found).flatten(), minlength=classes * classes)

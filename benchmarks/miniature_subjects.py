@@ -17,7 +17,7 @@ from typing import Any
 IDENTIFIER = "sks"
 PROMPT_PLACES = ("on the beach", "in the snow", "in the jungle", "on a wooden floor", "at night", "in a meadow")
 SUBJECTS = tuple(range(8))
-SEARCH_SUBJECTS = (100, 103, 107)
+SEARCH_SUBJECTS = (100, 101, 103, 104, 107)
 PHOTOGRAPHS, PICTURES = 5, 2
 DRAWING: dict[str, Any] = {"num_inference_steps": 25, "guidance_scale": 4.0, "batch_size": 12}
 WIDTH = 140
@@ -40,6 +40,7 @@ SEARCH: dict[str, dict[str, Any]] = {
     "150 steps": {"max_train_steps": 150},
     "600 steps": {"max_train_steps": 600},
     "batch 1": {"train_batch_size": 1},
+    "rate 1e-2, bound 0.2": {"learning_rate": 1e-2, "delora_lambda": relative(0.2)},
     "rate 5e-3, bound 0.7": {"learning_rate": 5e-3, "delora_lambda": relative(0.7)},
 }
 

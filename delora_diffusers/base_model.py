@@ -1,5 +1,6 @@
 """Load a Stable Diffusion pipeline from a folder or the hub, with one sentence where it cannot be had."""
 
+import logging
 from pathlib import Path
 
 from delora_diffusers.errors import InputError
@@ -36,9 +37,13 @@ def load_pipeline(
     import transformers
     from diffusers import StableDiffusionPipeline
 
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
+    # It warns at every cast of "modules that should be kept in float32: []".
+    logging.getLogger("diffusers.models.modeling_utils").setLevel(logging.ERROR)
+    loggers = (diffusers.utils.logging, transformers.utils.logging)
+    verbosities = [logger.get_verbosity() for logger in loggers]
+    for logger in loggers:  # quiet while loading only: later warnings, of a prompt cut short say, are for the user
+        logger.set_verbosity_error()
+        logger.disable_progress_bar()
     try:
         pipeline = StableDiffusionPipeline.from_pretrained(
             folder_or_id,
@@ -52,6 +57,9 @@ def load_pipeline(
             f"the base model {name_or_path} could not be loaded ({' '.join(str(error).split())}); "
             "give --pretrained_model_name_or_path a Stable Diffusion pipeline folder or hub id."
         ) from error
+    finally:
+        for logger, verbosity in zip(loggers, verbosities):
+            logger.set_verbosity(verbosity)
     return pipeline.to(dtype=torch.float32)  # transformers loads in the dtype of the file
 
 
