@@ -51,9 +51,8 @@ def autoencoder_scores(vae, pictures: Tensor, maps: Tensor, sheet: Path) -> dict
     y = torch.cat([vae.decode(vae.encode(part * 2 - 1).latent_dist.mean).sample for part in x.split(50)])
     y = ((y / 2 + 0.5).clamp(0, 1) * 255).round() / 255
     error, inside = (y - x).square(), (maps >= len(STUFF))[:, None].float()
-    both = [to_image(torch.cat((a, b), dim=1)) for a, b in zip(pictures[:12], (y[:12] * 255).to(torch.uint8))]
-    rows = [("Held-out renders, below each its reconstruction", both[:6]), ("", both[6:])]
-    labelled_grid(rows, 256).save(sheet)
+    shown = [[to_image(picture) for picture in half[:8]] for half in (pictures, (y[:8] * 255).to(torch.uint8))]
+    labelled_grid([("Held-out renders", shown[0]), ("Their reconstructions", shown[1])], 192).save(sheet)
     return {
         "autoencoder PSNR, dB": psnr(error.mean()),
         "autoencoder PSNR inside the toy, dB": psnr((error * inside).sum() / (3 * inside.sum())),

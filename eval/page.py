@@ -4,6 +4,7 @@ import argparse
 import base64
 import html
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +223,8 @@ def run(options: argparse.Namespace) -> None:
         figure = Figure(figsize=(9, 2.2), dpi=110, facecolor="#fafaf8", layout="constrained")
         drawn_curves(figure.subplots(1, len(curves)), curves)
         drawn = png(figure)
-    title = f"Before and after: {next(iter(after))}"
+    shared = os.path.commonprefix([prompt.split() for prompt in after])
+    title = f"Before and after: {' '.join(shared or ['training'])}"
     page = as_html(title, photographs, before, after, rows, drawn)
     picture = png(as_figure(title, photographs, before, after, rows, curves))
     options.output.parent.mkdir(parents=True, exist_ok=True)

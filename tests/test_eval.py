@@ -162,3 +162,30 @@ def test_bad_input(generated, photographs, tiny_scorers, tmp_path):
     with pytest.raises(SystemExit, match="exists already"):
         main(flags(generated, photographs, tiny_scorers, output))
     assert output.read_text() == "mine"
+
+
+def test_a_page_shows_before_and_after(generated, photographs, tmp_path, capsys):
+    import shutil
+
+    from torch.utils.tensorboard import SummaryWriter
+
+    before = shutil.copytree(generated, tmp_path / "before")
+    with SummaryWriter(str(tmp_path / "run" / "logs")) as log:
+        for step in range(3):
+            log.add_scalar("loss", 1 / (step + 1), step)
+    typed = ["page", "--generated_dir", generated, "--base_dir", before, "--reference_dir", photographs]
+    typed += ["--training_dir", tmp_path / "run", "--protocol", "toybox", "--output", tmp_path / "out" / "index.html"]
+    main([str(word) for word in typed])
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert page.count("<img") == 5 + 2 * 2 + 1 and "http" not in page
+    assert "Before and after: a sks toy number" in page
+    with Image.open(tmp_path / "out" / "index.png") as picture:
+        assert picture.width > 400
+    assert "CLIP-T" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="exists already"):
+        main([str(word) for word in typed])
+    (before / "metadata.jsonl").write_text('{"file_name": "0.png", "prompt": "something else"}\n')
+    typed[-1] = tmp_path / "other.html"
+    with pytest.raises(SystemExit, match="has no picture of 'a sks toy number 0'"):
+        main([str(word) for word in typed])
+    assert not (tmp_path / "other.html").exists()
