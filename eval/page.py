@@ -4,7 +4,7 @@ import argparse
 import base64
 import html
 import io
-import os
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,12 @@ def by_prompt(folder: Path) -> dict[str, list[Path]]:
     for path, prompt in dreambooth.read_generated(folder):
         found.setdefault(prompt, []).append(path)
     return found
+
+
+def shared_beginning(prompts: list[str]) -> str:
+    """The words that all prompts begin with."""
+    columns = zip(*(prompt.split() for prompt in prompts))
+    return " ".join(words[0] for words in itertools.takewhile(lambda words: len(set(words)) == 1, columns))
 
 
 def read_curves(training_dir: Path | None) -> dict[str, tuple[list[int], list[float]]]:
@@ -221,10 +227,9 @@ def run(options: argparse.Namespace) -> None:
     drawn = None
     if curves:
         figure = Figure(figsize=(9, 2.2), dpi=110, facecolor="#fafaf8", layout="constrained")
-        drawn_curves(figure.subplots(1, len(curves)), curves)
+        drawn_curves(figure.subplots(1, len(curves), squeeze=False)[0], curves)
         drawn = png(figure)
-    shared = os.path.commonprefix([prompt.split() for prompt in after])
-    title = f"Before and after: {' '.join(shared or ['training'])}"
+    title = f"Before and after: {shared_beginning(list(after)) or 'training'}"
     page = as_html(title, photographs, before, after, rows, drawn)
     picture = png(as_figure(title, photographs, before, after, rows, curves))
     options.output.parent.mkdir(parents=True, exist_ok=True)
