@@ -99,59 +99,29 @@ def main(typed: list[str] | None = None) -> None:
 
     # Imported after the checks, which then answer at once.
     import torch
-    from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
-    from diffusers import DDPMScheduler
 
-    from delora_diffusers import attach, save_adapter
-    from delora_diffusers.base_model import load_pipeline
-    from delora_diffusers.training import checkpoints, order, run_folder
+    from delora_diffusers import attach
+    from delora_diffusers.training import order
     from delora_diffusers.training.encoding import crop_offsets, encode_pictures, encode_prompts
     from delora_diffusers.training.loop import train
     from delora_diffusers.training.objective import denoising_loss
+    from delora_diffusers.training.setup import begin_run, finish_run, load_frozen, start_accelerator
     from delora_diffusers.training.validation import validator
 
-    trackers = None if args.report_to == "none" else args.report_to
-    accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
-        log_with=trackers,
-        project_config=ProjectConfiguration(args.output_dir, args.output_dir / "logs"),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-    )
-    if args.resume_from_checkpoint is not None:
-        checkpoints.check_same_run(args.output_dir, run_folder.settings(args))
-    checkpoints.find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    accelerator = start_accelerator(args)
     device = accelerator.device
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-
-    # The base model: frozen, in the training precision; the autoencoder in float32 throughout.
-    with accelerator.main_process_first():
-        pipeline = load_pipeline(args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant)
+    pipeline, noise_scheduler = load_frozen(accelerator, args)
     unet, vae, text_encoder = pipeline.unet, pipeline.vae, pipeline.text_encoder
-    noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    for model in (unet, vae, text_encoder):
-        model.requires_grad_(False)
-    unet.to(device, dtype)
-    text_encoder.to(device, dtype)
 
     # The adapters; refused settings end here, before anything is written.
     adapters = {"unet": attach(unet, arguments.adapter_config(args), torch.Generator().manual_seed(args.seed))}
     if args.train_text_encoder:
         config = arguments.adapter_config(args, targets=TEXT_ENCODER_TARGETS)
         adapters["text_encoder"] = attach(text_encoder, config, torch.Generator().manual_seed(args.seed + 1))
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-        unet.train()
-        if args.train_text_encoder:
+        if args.gradient_checkpointing:
             text_encoder.gradient_checkpointing_enable()
             text_encoder.train()
-    if accelerator.is_main_process:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        run_folder.write_config(args.output_dir, args)
-    accelerator.wait_for_everyone()
-    set_seed(args.seed)
+    begin_run(accelerator, args, "dreambooth-delora")
 
     # What never changes is computed once: class images, posteriors of the latents, embeddings of the prompts.
     vae.to(device)
@@ -213,27 +183,9 @@ def main(typed: list[str] | None = None) -> None:
             snr_gamma=args.snr_gamma,
         )
 
-    if trackers:
-        kinds = (int, float, str, bool)
-        flat = {k: v if isinstance(v, kinds) else str(v) for k, v in run_folder.settings(args).items()}
-        accelerator.init_trackers("dreambooth-delora", config=flat)
     validate = validator(accelerator, pipeline, embeddings_of, args) if args.validation_prompt else None
     train(accelerator, adapters, loss_of, args, validate)
-
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        file = save_adapter(
-            adapters["unet"],
-            args.output_dir,
-            text_encoder=adapters.get("text_encoder"),
-            base_model=args.pretrained_model_name_or_path,
-        )
-        trained_on = f"{len(photographs)} photographs"
-        run_folder.write_model_card(args.output_dir, args, trained_on, instance_prompts[0])
-        print(f"saved {file} ({file.stat().st_size / 2**20:.1f} MiB)")
-        if args.push_to_hub:
-            print(f"pushed to {run_folder.push_to_hub(args.output_dir, args)}")
-    accelerator.end_training()
+    finish_run(accelerator, args, adapters, f"{len(photographs)} photographs", instance_prompts[0])
 
 
 if __name__ == "__main__":

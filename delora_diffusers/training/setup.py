@@ -1,0 +1,101 @@
+"""What both training scripts do before and after they train."""
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
+from diffusers import DDPMScheduler
+
+from delora_diffusers.adapter import Adapter
+from delora_diffusers.base_model import load_pipeline
+from delora_diffusers.files import save_adapter
+from delora_diffusers.training import checkpoints, run_folder
+
+
+def start_accelerator(args: argparse.Namespace) -> Accelerator:
+    """The accelerator that the flags ask for.
+
+    Raises:
+        InputError: the run to resume is another one, or its checkpoint is not there.
+    """
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(args.output_dir, args.output_dir / "logs"),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    if args.resume_from_checkpoint is not None:
+        checkpoints.check_same_run(args.output_dir, run_folder.settings(args))
+    checkpoints.find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    return accelerator
+
+
+def load_frozen(accelerator: Accelerator, args: argparse.Namespace) -> tuple[Any, DDPMScheduler]:
+    """The base model's pipeline, frozen, and its noise schedule.
+
+    UNet and text encoder are on the device in the training precision; the autoencoder stays where it was, in float32.
+
+    Raises:
+        InputError: the model cannot be loaded.
+    """
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    with accelerator.main_process_first():
+        pipeline = load_pipeline(args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant)
+    for model in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        model.requires_grad_(False)
+    pipeline.unet.to(accelerator.device, dtype)
+    pipeline.text_encoder.to(accelerator.device, dtype)
+    if args.gradient_checkpointing:
+        pipeline.unet.enable_gradient_checkpointing()
+        pipeline.unet.train()
+    return pipeline, DDPMScheduler.from_config(pipeline.scheduler.config)
+
+
+def begin_run(accelerator: Accelerator, args: argparse.Namespace, name: str) -> None:
+    """Write the run's settings, start the trackers and seed everything. Nothing is written before this."""
+    if accelerator.is_main_process:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        run_folder.write_config(args.output_dir, args)
+    accelerator.wait_for_everyone()
+    if args.report_to != "none":
+        kinds = (int, float, str, bool)
+        flat = {k: v if isinstance(v, kinds) else str(v) for k, v in run_folder.settings(args).items()}
+        accelerator.init_trackers(name, config=flat)
+    set_seed(args.seed)
+
+
+def finish_run(
+    accelerator: Accelerator,
+    args: argparse.Namespace,
+    adapters: Mapping[str, Adapter],
+    trained_on: str,
+    prompt: str,
+    **parts: Any,
+) -> None:
+    """Save the adapter and the model card, upload them if asked, and end the trackers.
+
+    Args:
+        adapters: by component, as they were trained.
+        trained_on: for the model card: ``5 photographs``.
+        prompt: an example for the model card.
+        parts: more for ``save_adapter``.
+    """
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        file = save_adapter(
+            adapters["unet"],
+            args.output_dir,
+            text_encoder=adapters.get("text_encoder"),
+            base_model=args.pretrained_model_name_or_path,
+            **parts,
+        )
+        run_folder.write_model_card(args.output_dir, args, trained_on, prompt)
+        print(f"saved {file} ({file.stat().st_size / 2**20:.1f} MiB)")
+        if args.push_to_hub:
+            print(f"pushed to {run_folder.push_to_hub(args.output_dir, args)}")
+    accelerator.end_training()
