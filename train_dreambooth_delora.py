@@ -30,6 +30,7 @@ def parse_arguments(typed: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--center_crop", action="store_true", help="instead of random crops along the long side")
     group.add_argument("--random_flip", action="store_true")
     group.add_argument("--train_text_encoder", action="store_true", help="adapt the text encoder's attention too")
+    group.add_argument("--validation_prompt", nargs="+", default=[], help="one or several prompts")
     group = parser.add_argument_group("prior preservation")
     group.add_argument("--with_prior_preservation", action="store_true")
     group.add_argument("--class_data_dir", type=Path, help="by default class_images in the output folder")

@@ -8,11 +8,14 @@ from delora_diffusers.errors import InputError
 if TYPE_CHECKING:
     from delora_diffusers.adapter import Adapter
     from delora_diffusers.attachment import attach, attached_adapter, detach, merge
-    from delora_diffusers.files import load_adapter, save_adapter
+    from delora_diffusers.control import Control, attach_control, detach_control
+    from delora_diffusers.files import load_adapter, load_control, save_adapter
 
 _HOMES = {
     "Adapter": "adapter",
+    "Control": "control",
     "attach": "attachment",
+    "attach_control": "control",
     "attached_adapter": "attachment",
     "detach": "attachment",
     "merge": "attachment",
@@ -23,11 +26,15 @@ _HOMES = {
 __all__ = [
     "Adapter",
     "AdapterConfig",
+    "Control",
     "InputError",
     "attach",
+    "attach_control",
     "attached_adapter",
     "detach",
+    "detach_control",
     "load_adapter",
+    "load_control",
     "merge",
     "save_adapter",
 ]

@@ -5,7 +5,7 @@ from pathlib import Path
 from delora_diffusers.attachment import merge
 from delora_diffusers.base_model import load_pipeline
 from delora_diffusers.errors import InputError
-from delora_diffusers.files import load_adapter, read_header
+from delora_diffusers.files import load_adapter, load_control, read_header
 
 
 def load_adapted_pipeline(
@@ -16,12 +16,12 @@ def load_adapted_pipeline(
     revision: str | None = None,
     variant: str | None = None,
 ):
-    """A ``StableDiffusionPipeline`` with W' in its weights.
+    """A ``StableDiffusionPipeline`` with W' in its weights, and the control signal attached where the adapter has one.
 
     Args:
         adapter: output folder or file; None for the base model alone.
         name_or_path: the base model; by default the one that the adapter records.
-        strength: scales W' - W.
+        strength: scales W' - W, and the control signal.
 
     Raises:
         InputError: the adapter or the base model cannot be loaded, or they do not belong together.
@@ -37,4 +37,7 @@ def load_adapted_pipeline(
         model = getattr(pipeline, component)
         load_adapter(model, adapter, component).strength = strength
         merge(model)
+    control = load_control(pipeline.unet, adapter)
+    if control is not None:
+        control.strength = strength
     return pipeline

@@ -11,6 +11,8 @@ WEIGHT_NORMS = ("column", "frobenius", "none")
 PATHS = ("fast", "split")
 
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+MAP_TARGETS = (*UNET_TARGETS, "ff.net.0.proj", "ff.net.2")
+"""The paper's for semantic maps: feed-forward layers too."""
 TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 RELATIVE_BOUND = 0.35

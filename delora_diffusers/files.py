@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -20,11 +21,13 @@ from torch import Tensor, nn
 from delora_diffusers.adapter import Adapter
 from delora_diffusers.attachment import attach, detach
 from delora_diffusers.config import AdapterConfig
+from delora_diffusers.control import Control, attach_control, saved_encoder
 from delora_diffusers.errors import InputError
 
 WEIGHTS_NAME = "pytorch_delora_weights.safetensors"
 FORMAT_VERSION = 1
 METADATA_KEY = "delora_diffusers"
+CONTROL_PREFIX = "control_encoder."
 
 
 def adapter_path(path: str | os.PathLike) -> Path:
@@ -64,6 +67,7 @@ def save_adapter(
     path: str | os.PathLike,
     *,
     text_encoder: Adapter | None = None,
+    control: Control | None = None,
     base_model: str | None = None,
 ) -> Path:
     """Write an adapter to one safetensors file.
@@ -72,6 +76,7 @@ def save_adapter(
         adapter: the UNet's adapter.
         path: a folder (the file gets the name ``pytorch_delora_weights.safetensors``) or a ``.safetensors`` file.
         text_encoder: the text encoder's adapter, where one was trained.
+        control: the control signal that was trained with it; its encoder and palette go into the file.
         base_model: hub id or folder of the model that the adapter belongs to.
 
     Returns:
@@ -90,6 +95,12 @@ def save_adapter(
         for component, part in components.items()
         for name, tensor in part.named_tensors()
     }
+    if control is not None:
+        header["control_encoder"] = {"palette": None if control.palette is None else control.palette.tolist()}
+        tensors |= {
+            CONTROL_PREFIX + name: tensor.detach().float().cpu().contiguous().clone()
+            for name, tensor in control.encoder.state_dict().items()
+        }
     with written_whole(file) as temporary:
         # One entry: several would come in an order that changes from one process to the next.
         save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(header, sort_keys=True)})
@@ -136,6 +147,27 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, component: str = "un
         detach(model)
         raise
     return adapter
+
+
+def load_control(unet: nn.Module, path: str | os.PathLike) -> Control | None:
+    """Attach the control signal of a saved adapter to a UNet; None where the adapter has none.
+
+    Raises:
+        InputError: the file is not an adapter, or its encoder does not fit the UNet.
+    """
+    file = adapter_path(path)
+    header, tensors = read_adapter(file)
+    if "control_encoder" not in header:
+        return None
+    saved = {n.removeprefix(CONTROL_PREFIX): t for n, t in tensors.items() if n.startswith(CONTROL_PREFIX)}
+    encoder = saved_encoder(saved)
+    there, here = encoder.get_parameter("conv_out.bias").shape, unet.get_parameter("conv_in.bias").shape
+    if there != here:
+        raise InputError(
+            f"{file} was made for another UNet: its control encoder gives {there[0]}, not {here[0]} channels."
+        )
+    palette = header["control_encoder"]["palette"]
+    return attach_control(unet, encoder, None if palette is None else np.array(palette, np.uint8))
 
 
 def _config(file: Path, values: dict[str, Any]) -> AdapterConfig:

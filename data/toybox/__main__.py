@@ -72,13 +72,24 @@ def write_unseen_subject(folder: Path, number: int = 0, count: int = 5) -> str:
         for index, (picture, _) in enumerate(pictures_of(scenes, SIZE, "cpu")):
             picture.save(whole / f"{index:02}.png")
 
+    write_once(folder, write)
+    return scenes[0].subject.kind
+
+
+def write_map_pairs(folder: Path, count: int, seed: int = 0, unseen: bool = False) -> None:
+    """Caption, picture and map of ``count`` different subjects, written to ``folder`` unless it is there."""
+    options = argparse.Namespace(count=count, seed=seed, unseen=unseen, size=SIZE, device="cpu")
+    write_once(folder, lambda whole: write_world(whole, options, maps=True))
+
+
+def write_once(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder whole unless it is there."""
     if not folder.exists():
         try:
             written_folder(folder, write)
         except OSError:
             if not folder.exists():  # another process of this run was quicker
                 raise
-    return scenes[0].subject.kind
 
 
 def world_scenes(count: int, seed: int, unseen: bool = False) -> list[Scene]:

@@ -103,7 +103,6 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--checkpointing_steps", type=positive_int, default=500)
     group.add_argument("--checkpoints_total_limit", type=positive_int)
     group.add_argument("--resume_from_checkpoint", help="'latest' or a checkpoint folder")
-    group.add_argument("--validation_prompt", nargs="+", default=[], help="one or several prompts")
     group.add_argument("--validation_steps", type=positive_int, default=200)
     group.add_argument("--num_validation_images", type=positive_int, default=4)
     group.add_argument("--validation_inference_steps", type=positive_int, default=30)
@@ -116,8 +115,13 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--config", type=Path, help="YAML file whose keys are these flags; flags given here win")
 
 
-def parse_with_config(parser: argparse.ArgumentParser, arguments: list[str] | None = None) -> argparse.Namespace:
+def parse_with_config(
+    parser: argparse.ArgumentParser, arguments: list[str] | None = None, miniature: dict[str, Any] | None = None
+) -> argparse.Namespace:
     """Parse flags over the values of ``--config``, which are checked as if they had been typed.
+
+    Args:
+        miniature: defaults where the base model is the shipped one, over ``MINIATURE_DEFAULTS``.
 
     Raises:
         InputError: the file is missing, is not a mapping, or has a key that is no flag.
@@ -126,7 +130,7 @@ def parse_with_config(parser: argparse.ArgumentParser, arguments: list[str] | No
     file = parser.parse_known_args(typed)[0].config
     typed = ([] if file is None else _read_config(parser, file)) + typed
     if is_miniature(parser.parse_known_args(typed)[0].pretrained_model_name_or_path):
-        parser.set_defaults(**MINIATURE_DEFAULTS)
+        parser.set_defaults(**(MINIATURE_DEFAULTS | (miniature or {})))
     return parser.parse_args(typed)
 
 

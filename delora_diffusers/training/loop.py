@@ -24,6 +24,7 @@ def train(
     loss_of: Callable[[int, torch.Generator], Tensor],
     args: argparse.Namespace,
     validate: Callable[[int], None] | None = None,
+    control: torch.nn.Module | None = None,
 ) -> int:
     """Train until ``args.max_train_steps``, from the start or from a checkpoint.
 
@@ -33,6 +34,8 @@ def train(
         loss_of: the scalar loss of micro-batch number i, given its source of randomness on the device.
         args: the flags of ``add_training_arguments``.
         validate: called on every process after each ``args.validation_steps``-th step with the number of steps done.
+        control: a control encoder that trains too, prepared already since ``loss_of`` calls it; at
+            ``args.control_learning_rate``.
 
     Returns:
         The number of steps done.
@@ -41,7 +44,7 @@ def train(
         InputError: the loss is not finite (the last checkpoint stays), or the disk is full.
     """
     plain = list(adapters.values())
-    optimizer = build_optimizer(plain, args)
+    optimizer = build_optimizer(plain, args, control)
     schedule = build_lr_scheduler(optimizer, args)
     accelerator.register_for_checkpointing(schedule)
     # Each adapter is prepared and called by itself; the frozen models around them stay as they are.
@@ -51,12 +54,14 @@ def train(
         total=args.max_train_steps, initial=start, desc="training", disable=not accelerator.is_local_main_process
     )
     health = Health(accelerator.device)
-    parameters = [p for adapter in plain for p in adapter.parameters()]
+    trained = plain if control is None else [*plain, control]
+    parameters = [p for module in trained for p in module.parameters()]
+    accumulated = wrapped if control is None else [*wrapped, control]
     for step in range(start, args.max_train_steps):
         for part in range(args.gradient_accumulation_steps):
             number = (step * args.gradient_accumulation_steps + part) * accelerator.num_processes
             number += accelerator.process_index
-            with accelerator.accumulate(*wrapped):
+            with accelerator.accumulate(*accumulated):
                 for adapter in wrapped:
                     adapter()
                 loss = loss_of(number, order.generator(args.seed, number, accelerator.device))

@@ -9,11 +9,15 @@ from diffusers.optimization import get_scheduler
 from delora_diffusers.adapter import Adapter
 
 
-def build_optimizer(adapters: Sequence[Adapter], args: argparse.Namespace) -> torch.optim.Optimizer:
-    """AdamW over the adapters' groups: A and B at one rate, lambda at its own (``group['name']`` says which)."""
+def build_optimizer(
+    adapters: Sequence[Adapter], args: argparse.Namespace, control: torch.nn.Module | None = None
+) -> torch.optim.Optimizer:
+    """AdamW over the adapters' groups, A and B at one rate, lambda at its own, and over the control encoder's."""
     groups = []
     for adapter in adapters:
         groups += adapter.parameter_groups(args.learning_rate, args.lambda_learning_rate, args.adam_weight_decay)
+    if control is not None:
+        groups.append({"params": list(control.parameters()), "lr": args.control_learning_rate})
     options = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     if args.use_8bit_adam:
         import bitsandbytes  # pyright: ignore[reportMissingImports]

@@ -38,7 +38,9 @@ def write_config(output_dir: Path, args: argparse.Namespace) -> None:
         temporary.write_text(json.dumps(record, indent=2) + "\n")
 
 
-def write_model_card(output_dir: Path, args: argparse.Namespace, trained_on: str, prompt: str) -> None:
+def write_model_card(
+    output_dir: Path, args: argparse.Namespace, trained_on: str, prompt: str, follows_maps: bool = False
+) -> None:
     """Write ``README.md``: metadata for the hub, sample pictures, how to use the adapter, the exact command."""
     grids = sorted((output_dir / "validation").glob("*.png"))
     sample = f"![Samples](validation/{grids[-1].name})\n\n" if grids else ""
@@ -50,14 +52,19 @@ def write_model_card(output_dir: Path, args: argparse.Namespace, trained_on: str
     loading = "\n".join(
         f'load_adapter(pipeline.{name}, "{WEIGHTS_NAME}", "{name}")\nmerge(pipeline.{name})' for name in components
     )
+    asked, drawn = f"--prompt {shlex.quote(prompt)}", f"image = pipeline({prompt!r}).images[0]"
+    imports = "load_adapter, merge"
+    if follows_maps:
+        asked, imports = "--map_dir maps", "load_adapter, load_control, merge"
+        loading += f'\ncontrol = load_control(pipeline.unet, "{WEIGHTS_NAME}")'
+        drawn = f"control.see(maps)  # (1, 3, height, width), 0 to 1\n{drawn}"
     card = f"""---
 {base_line}library_name: diffusers
 tags:
 - text-to-image
 - stable-diffusion
 - {args.method}
-instance_prompt: {json.dumps(prompt)}
----
+{"" if follows_maps else f"instance_prompt: {json.dumps(prompt)}{chr(10)}"}---
 
 # {output_dir.resolve().name}
 
@@ -66,16 +73,16 @@ A {method} adapter of rank {args.rank} for `{base}`, trained on {trained_on} for
 {sample}## Use
 
 ```
-python -m delora_diffusers generate --adapter . --prompt {shlex.quote(prompt)} --output_dir pictures
+python -m delora_diffusers generate --adapter . {asked} --output_dir pictures
 ```
 
 ```python
 from diffusers import StableDiffusionPipeline
-from delora_diffusers import load_adapter, merge
+from delora_diffusers import {imports}
 
 pipeline = StableDiffusionPipeline.from_pretrained({base!r})
 {loading}
-image = pipeline({prompt!r}).images[0]
+{drawn}
 ```
 
 ## Training

@@ -53,7 +53,8 @@ def load_frozen(accelerator: Accelerator, args: argparse.Namespace) -> tuple[Any
     if args.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
         pipeline.unet.train()
-    return pipeline, DDPMScheduler.from_config(pipeline.scheduler.config)
+    scheduler: Any = DDPMScheduler.from_config(pipeline.scheduler.config)
+    return pipeline, scheduler
 
 
 def begin_run(accelerator: Accelerator, args: argparse.Namespace, name: str) -> None:
@@ -94,7 +95,7 @@ def finish_run(
             base_model=args.pretrained_model_name_or_path,
             **parts,
         )
-        run_folder.write_model_card(args.output_dir, args, trained_on, prompt)
+        run_folder.write_model_card(args.output_dir, args, trained_on, prompt, follows_maps="control" in parts)
         print(f"saved {file} ({file.stat().st_size / 2**20:.1f} MiB)")
         if args.push_to_hub:
             print(f"pushed to {run_folder.push_to_hub(args.output_dir, args)}")

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
+from delora_diffusers.control import attached_control, painted
 from delora_diffusers.images import labelled_grid
 from delora_diffusers.sampling import sample_pictures
 
@@ -45,6 +46,51 @@ def validator(
                 )
                 rows.append((prompt, pictures))
             pipeline.vae.to(device)
+            save_grid(accelerator, rows, args.output_dir / "validation" / f"step-{step:06}.png", step)
+        accelerator.wait_for_everyone()
+
+    return validate
+
+
+def map_validator(
+    accelerator: Accelerator,
+    pipeline,
+    embeddings_of: Callable[[list[str]], Tensor],
+    examples: list[tuple[str, np.ndarray, Image.Image]],
+    args: argparse.Namespace,
+) -> Callable[[int], None]:
+    """A function that draws a picture for each map at a step, beside the map and the real picture.
+
+    Args:
+        pipeline: with the adapted UNet and its control signal; its autoencoder may be on the CPU.
+        embeddings_of: gives the prompts' embeddings, (prompts, tokens, width).
+        examples: (caption, map, picture), all of one size.
+    """
+    control = attached_control(pipeline.unet)
+    assert control is not None
+
+    @torch.no_grad()
+    def validate(step: int) -> None:
+        if accelerator.is_main_process:
+            device = pipeline.vae.device
+            pipeline.vae.to(accelerator.device)
+            captions, maps, targets = (list(column) for column in zip(*examples))
+            pictures = sample_pictures(
+                pipeline,
+                [args.seed + number for number in range(len(examples))],
+                None,
+                maps=maps,
+                prompt_embeds=embeddings_of(captions),
+                negative_prompt_embeds=embeddings_of([""] * len(captions)),
+                num_inference_steps=args.validation_inference_steps,
+                guidance_scale=args.guidance_scale,
+            )
+            pipeline.vae.to(device)
+            shown = [Image.fromarray(painted(one, control.palette)) for one in maps]
+            rows = [
+                (f"{caption}: map, drawn, real", [semantic, picture, target])
+                for caption, semantic, picture, target in zip(captions, shown, pictures, targets)
+            ]
             save_grid(accelerator, rows, args.output_dir / "validation" / f"step-{step:06}.png", step)
         accelerator.wait_for_everyone()
 
