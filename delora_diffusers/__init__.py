@@ -16,10 +16,12 @@ _HOMES = {
     "Control": "control",
     "attach": "attachment",
     "attach_control": "control",
+    "detach_control": "control",
     "attached_adapter": "attachment",
     "detach": "attachment",
     "merge": "attachment",
     "load_adapter": "files",
+    "load_control": "files",
     "save_adapter": "files",
 }
 

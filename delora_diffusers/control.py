@@ -164,6 +164,18 @@ def painted(one: np.ndarray, palette: np.ndarray | None) -> np.ndarray:
     return colours[one]
 
 
+def fitted(one: np.ndarray, side: int) -> np.ndarray:
+    """A map scaled by nearest neighbour to ``side`` on its short side, its middle cut to a square: as in training."""
+    from PIL import Image
+
+    height, width = one.shape[:2]
+    scale = side / min(height, width)
+    size = max(side, round(width * scale)), max(side, round(height * scale))
+    scaled = np.asarray(Image.fromarray(one).resize(size, Image.Resampling.NEAREST))
+    top, left = round((size[1] - side) / 2), round((size[0] - side) / 2)
+    return scaled[top : top + side, left : left + side]
+
+
 def read_map(path: Path) -> np.ndarray:
     """A map file as (height, width) class indices or as (height, width, 3) colours, uint8.
 

@@ -25,3 +25,7 @@ def run(options: argparse.Namespace) -> None:
         if lambdas:
             mean = sum(lambdas) / len(lambdas)
             print(f"  trained lambda: mean {mean:.4g}, {min(lambdas):.4g} to {max(lambdas):.4g}")
+    if "control_encoder" in header:
+        palette = header["control_encoder"]["palette"]
+        kind = "maps in colour" if palette is None else f"index maps, a palette of {len(palette)} colours"
+        print(f"control encoder: follows {kind}")

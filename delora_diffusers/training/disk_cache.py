@@ -1,7 +1,7 @@
 """What is computed once before training on maps, kept on disk: latents' posteriors, maps and prompts' embeddings.
 
-A cache lies in a folder named by a hash of all that it was made from, in shards that are renamed into place when whole. So
-a killed run continues where it stopped, and changed settings never meet an old cache.
+A cache lies in a folder named by a hash of all that it was made from, in shards that are renamed into place when whole.
+So a killed run continues where it stopped, and changed settings never meet an old cache.
 """
 
 import dataclasses
