@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +96,13 @@ def run_one(task: tuple[Path, int, str | None, dict[str, Any]]) -> dict[str, Any
     return result
 
 
-def quietly(task: tuple) -> dict[str, Any] | None:
+def quietly(task: tuple, run: Callable[[Any], dict[str, Any]] = run_one) -> dict[str, Any] | None:
     """Run one; what goes wrong with it is said and does not stop the others."""
     import torch
 
     torch.set_num_threads(1)
     try:
-        return run_one(task)
+        return run(task)
     except BaseException as error:
         print(f"{task[0]}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return None

@@ -1,6 +1,6 @@
 """Time and peak memory of one training step on a UNet of Stable Diffusion 1.5's shape with random weights, on a GPU.
 
-    python benchmarks/train_step.py [--batch_sizes 1 4 16] [--output table.md]
+    python benchmarks/train_step.py [--targets attention|maps] [--batch_sizes 1 4 16] [--output table.md]
 
 A step is forward, loss, backward and, where something trains, gradient clipping and fused AdamW; 512-pixel latents,
 frozen UNet in bfloat16. Each time is the median of many steps between CUDA events after a warm-up, the variants taking
@@ -22,9 +22,14 @@ from diffusers.utils import logging
 from torch import nn
 
 from delora_diffusers import AdapterConfig, attach
-from delora_diffusers.config import UNET_TARGETS
+from delora_diffusers.config import MAP_TARGETS, UNET_TARGETS
 
 RANK = 16
+TARGETS = {"attention": UNET_TARGETS, "maps": MAP_TARGETS}
+"""Which modules are adapted; maps adds the feed-forward layers."""
+
+Prepare = Callable[[nn.Module, tuple[str, ...]], tuple[list, bool]]
+"""Adapts a UNet's targets; returns what trains, and whether it wants autocast."""
 
 
 def build_unet() -> nn.Module:
@@ -35,23 +40,23 @@ def build_unet() -> nn.Module:
     return unet.bfloat16().requires_grad_(False)
 
 
-def floor(unet: nn.Module) -> tuple[list, bool]:
+def floor(unet: nn.Module, targets: tuple[str, ...]) -> tuple[list, bool]:
     return [], False
 
 
-def ours(**settings) -> Callable[[nn.Module], tuple[list, bool]]:
-    def prepare(unet: nn.Module) -> tuple[list, bool]:
-        adapter = attach(unet, AdapterConfig(rank=RANK, **settings))
+def ours(**settings) -> Prepare:
+    def prepare(unet: nn.Module, targets: tuple[str, ...]) -> tuple[list, bool]:
+        adapter = attach(unet, AdapterConfig(rank=RANK, targets=targets, **settings))
         return list(adapter.parameters()), False
 
     return prepare
 
 
-def with_peft(config_name: str, dtype: torch.dtype, **settings) -> Callable[[nn.Module], tuple[list, bool]]:
-    def prepare(unet: nn.Module) -> tuple[list, bool]:
+def with_peft(config_name: str, dtype: torch.dtype, **settings) -> Prepare:
+    def prepare(unet: nn.Module, targets: tuple[str, ...]) -> tuple[list, bool]:
         import peft
 
-        config = getattr(peft, config_name)(r=RANK, target_modules=list(UNET_TARGETS), **settings)
+        config = getattr(peft, config_name)(r=RANK, target_modules=list(targets), **settings)
         peft.inject_adapter_in_model(config, unet)
         parameters = [p for p in unet.parameters() if p.requires_grad]
         for parameter in parameters:
@@ -61,7 +66,7 @@ def with_peft(config_name: str, dtype: torch.dtype, **settings) -> Callable[[nn.
     return prepare
 
 
-VARIANTS: dict[str, Callable[[nn.Module], tuple[list, bool]]] = {
+VARIANTS: dict[str, Prepare] = {
     "floor: frozen UNet, no adapter": floor,
     "ours, DeLoRA, fast path": ours(method="delora"),
     "ours, DeLoRA, split path": ours(method="delora", path="split"),
@@ -75,9 +80,9 @@ VARIANTS: dict[str, Callable[[nn.Module], tuple[list, bool]]] = {
 class Trial:
     """One variant with a model of its own, whose step can be timed at any moment."""
 
-    def __init__(self, prepare: Callable, batch_size: int):
+    def __init__(self, prepare: Prepare, targets: tuple[str, ...], batch_size: int):
         self.unet = build_unet()
-        self.parameters, autocast = prepare(self.unet)
+        self.parameters, autocast = prepare(self.unet, targets)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True) if self.parameters else None
         shape, trains = (batch_size, 4, 64, 64), bool(self.parameters)
         self.latents = torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=not trains)
@@ -117,13 +122,13 @@ class Trial:
         return [start.elapsed_time(end) for start, end in itertools.pairwise(marks)]
 
 
-def measure(batch_size: int, rounds: int, steps: int) -> dict[str, tuple[float, float]]:
+def measure(targets: tuple[str, ...], batch_size: int, rounds: int, steps: int) -> dict[str, tuple[float, float]]:
     """Median milliseconds of a step and peak GiB of each variant; the variants take turns, round after round."""
     trials, memory = {}, {}
     for name, prepare in VARIANTS.items():
         gc.collect()
         others = torch.cuda.memory_allocated()
-        trials[name] = Trial(prepare, batch_size)
+        trials[name] = Trial(prepare, targets, batch_size)
         memory[name] = trials[name].peak_gib(others)
     times: dict[str, list[float]] = {name: [] for name in VARIANTS}
     gc.collect()
@@ -138,6 +143,7 @@ def measure(batch_size: int, rounds: int, steps: int) -> dict[str, tuple[float, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", choices=list(TARGETS), default="attention")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=8, help="of each variant in each round")
@@ -147,7 +153,8 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     rows: dict[str, list] = {name: [] for name in VARIANTS}
     for batch_size in options.batch_sizes:
-        for name, (milliseconds, gib) in measure(batch_size, options.rounds, options.steps).items():
+        timed = measure(TARGETS[options.targets], batch_size, options.rounds, options.steps)
+        for name, (milliseconds, gib) in timed.items():
             rows[name].append((milliseconds, gib))
             print(f"batch {batch_size:2}  {name:32} {milliseconds:7.1f} ms  {gib:6.2f} GiB", flush=True)
     base = rows["floor: frozen UNet, no adapter"]
@@ -160,7 +167,7 @@ def main() -> None:
     import peft
 
     versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}, peft {peft.__version__}"
-    counted = f"rank {RANK}, median of {options.rounds * options.steps} steps"
+    counted = f"rank {RANK}, targets {options.targets}, median of {options.rounds * options.steps} steps"
     lines += ["", f"{torch.cuda.get_device_name()}, {versions}, python {platform.python_version()}; {counted}."]
     print("\n".join(lines))
     if options.output:

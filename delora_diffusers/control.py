@@ -8,6 +8,7 @@ what follows the map is the adapted UNet itself (DeLoRA section 3.1, after OFT).
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,7 +65,7 @@ def new_encoder(unet: nn.Module, factor: int, generator: torch.Generator | None 
     with torch.random.fork_rng(devices=[]):
         if generator is not None:
             torch.manual_seed(generator.initial_seed())
-        encoder = ControlNetConditioningEmbedding(_width(unet), block_out_channels=channels)
+        encoder: Any = ControlNetConditioningEmbedding(_width(unet), block_out_channels=channels)
         # Torch's own start makes what five layers pass on 16 times smaller; at a rate of 1e-4 little would be learnt.
         for convolution in (encoder.conv_in, *encoder.blocks):
             nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")

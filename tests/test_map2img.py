@@ -143,6 +143,9 @@ def test_one_picture_for_each_map_and_it_continues(drawn, trained, pairs, tmp_pa
     typed = draw_flags(trained, other, tmp_path / "o", "--default_caption", "scene b")
     library([str(word) for word in typed])
     assert (tmp_path / "o" / "b.png").read_bytes() != before["b"]
+    (other / "metadata.jsonl").write_text('{"file_name": "b.png", "text": ""}\n')  # empty is a caption too
+    library([str(word) for word in draw_flags(trained, other, tmp_path / "p")])
+    assert '"prompt": ""' in (tmp_path / "p" / "metadata.jsonl").read_text()
 
 
 def test_generate_refuses(trained, pairs, tmp_path):

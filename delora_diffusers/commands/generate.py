@@ -104,9 +104,8 @@ def read_maps(folder: Path, default_caption: str | None) -> list[tuple[Path, str
     found, bare = [], []
     for path in paths:
         texts = [path.with_suffix(".txt"), folder / "images" / f"{path.stem}.txt"]
-        beside = next((text.read_text(encoding="utf-8").strip() for text in texts if text.is_file()), None)
-        caption = captions.get(path.stem) or beside
-        caption = default_caption if caption is None else caption
+        beside = next((text.read_text(encoding="utf-8").strip() for text in texts if text.is_file()), default_caption)
+        caption = beside if captions.get(path.stem) is None else captions[path.stem]
         bare += [path.name] if caption is None else []
         found.append((path, caption or ""))
     if bare:
