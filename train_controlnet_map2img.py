@@ -22,7 +22,7 @@ from delora_diffusers.config import MAP_TARGETS
 from delora_diffusers.errors import InputError
 from delora_diffusers.training import arguments
 
-MINIATURE = {"max_train_steps": 600, "validation_steps": 200}
+MINIATURE = {"max_train_steps": 1000, "validation_steps": 500, "proportion_empty_prompts": 0.5}
 MINIATURE_PAIRS = 512
 HIGHEST_CONTROL_RATE = 1e-4
 """The paper's: the encoder must not run ahead of the adapters."""
