@@ -33,7 +33,8 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
         raise InputError(f"a Frechet distance needs two pictures a side, not {len(real)} and {len(generated)}.")
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(feature=_Given(real.shape[1])).set_dtype(torch.float64)
+    # All features are here already: nothing is to be gathered from other processes.
+    metric = FrechetInceptionDistance(feature=_Given(real.shape[1]), sync_on_compute=False).set_dtype(torch.float64)
     metric.update(real.double(), real=True)
     metric.update(generated.double(), real=False)
     return float(metric.compute())
