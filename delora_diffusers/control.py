@@ -161,17 +161,17 @@ def as_signal(maps: Sequence[np.ndarray], palette: np.ndarray | None) -> Tensor:
     return torch.from_numpy(np.stack([painted(one, palette) for one in maps])).permute(0, 3, 1, 2).float() / 255
 
 
-def painted(one: np.ndarray, palette: np.ndarray | None) -> np.ndarray:
-    """A map in colour, (height, width, 3) uint8; see ``as_signal``."""
+def painted(one: np.ndarray, palette: np.ndarray | None, name: str = "the map") -> np.ndarray:
+    """A map in colour, (height, width, 3) uint8; see ``as_signal``. The name is for the message."""
     if one.ndim == 3:
         return one
     if palette is None:
-        raise InputError("the map holds class indices, but this adapter was trained on maps in colour; give such maps.")
+        raise InputError(f"{name} holds class indices, but this adapter was trained on maps in colour; give such maps.")
     colours = np.zeros((256, 3), np.uint8)
     colours[: len(palette)] = palette
     outside = sorted(set(np.unique(one).tolist()) - set(range(len(palette))) - {255})
     if outside:
-        raise InputError(f"the map holds class {outside[0]}, but the palette has {len(palette)} colours; mend the map.")
+        raise InputError(f"{name} holds class {outside[0]}, but the palette has {len(palette)} colours; mend the map.")
     return colours[one]
 
 

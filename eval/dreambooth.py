@@ -15,13 +15,18 @@ from eval.scores import IDENTIFIERS
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--generated_dir", type=Path, required=True, help="pictures and metadata.jsonl of generate")
     parser.add_argument("--reference_dir", type=Path, required=True, help="photographs of the subject")
+    add_scorer_arguments(parser)
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+
+
+def add_scorer_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that say how ``score`` is to score."""
     parser.add_argument("--protocol", choices=sorted(PROTOCOLS), default="delora")
     parser.add_argument("--dino", help="another DINO: timm name, hf-hub:ID or local-dir:FOLDER")
     parser.add_argument("--clip", help="another CLIP: open_clip name, hf-hub:ID or local-dir:FOLDER")
     parser.add_argument("--identifier", nargs="+", default=list(IDENTIFIERS), help="words taken out of the prompts")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--device", help="by default a GPU where there is one")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
 
 
 def read_generated(folder: Path) -> list[tuple[Path, str]]:

@@ -13,8 +13,6 @@ from PIL import Image
 from data.errors import InputError
 from data.photographs import find_photographs, load_rgb
 from eval import dreambooth
-from eval.protocols import PROTOCOLS
-from eval.scores import IDENTIFIERS
 
 SIDE = 256
 """Of the pictures in the page, pixels at most."""
@@ -38,12 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base_dir", type=Path, required=True, help="pictures of the same prompts without it")
     parser.add_argument("--reference_dir", type=Path, required=True, help="photographs of the subject")
     parser.add_argument("--training_dir", type=Path, help="output folder of the training, for its curves")
-    parser.add_argument("--protocol", choices=sorted(PROTOCOLS), default="delora")
-    parser.add_argument("--dino", help="another DINO: timm name, hf-hub:ID or local-dir:FOLDER")
-    parser.add_argument("--clip", help="another CLIP: open_clip name, hf-hub:ID or local-dir:FOLDER")
-    parser.add_argument("--identifier", nargs="+", default=list(IDENTIFIERS), help="words taken out of the prompts")
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--device", help="by default a GPU where there is one")
+    dreambooth.add_scorer_arguments(parser)
     parser.add_argument("--output", type=Path, required=True, help="HTML file to write; a PNG of it goes beside")
 
 

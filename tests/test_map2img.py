@@ -165,6 +165,10 @@ def test_generate_refuses(trained, pairs, tmp_path):
     refused("there is no map", "--adapter", trained, "--map_dir", tmp_path / "bare")
     Image.new("L", (8, 8)).save(tmp_path / "bare" / "x.png")
     refused("1 maps have no caption, x.png first", "--adapter", trained, "--map_dir", tmp_path / "bare")
+    Image.fromarray(np.full((8, 8), 254, np.uint8)).save(tmp_path / "bare" / "x.png")
+    (tmp_path / "bare" / "y.png").write_text("no picture")
+    typed = ("--adapter", trained, "--map_dir", tmp_path / "bare", "--default_caption", "x")
+    refused("y.png is not a readable map", *typed)
     with pytest.raises(SystemExit, match="a pipeline folder has no place for"):
         library(["merge", "--adapter", str(trained), "--output_dir", str(tmp_path / "merged")])
 

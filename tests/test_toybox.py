@@ -120,6 +120,7 @@ def test_maps_command(tmp_path):
         (["render", "{out}", "--count", "0"], "count"),
         (["render", "{out}", "--size", "7"], "size"),
         (["subject", "0", "{out}", "--place", "the moon"], "the moon"),
+        (["render", "{out}", "--device", "nonsense"], "--device nonsense cannot be used"),
         (["subject", "0", "{there}"], "exists already"),
     ],
 )

@@ -163,6 +163,11 @@ def main(typed: list[str] | None = None) -> None:
     for name, low in (("count", 1), ("size", 8)):
         if getattr(options, name) < low:
             sys.exit(f"error: --{name} is {getattr(options, name)}; give at least {low}.")
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        sys.exit(f"error: --device {options.device} cannot be used ({reason}); use cpu.")
     if options.command == "subject":
         if options.number < 0:
             sys.exit(f"error: subject {options.number} does not exist; give a number from 0.")

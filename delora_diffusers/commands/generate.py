@@ -185,13 +185,13 @@ def run(options: argparse.Namespace) -> None:
     if options.resolution is not None and (options.resolution < 8 or options.resolution % 8):
         raise InputError(f"--resolution {options.resolution} is not a multiple of 8; use a multiple of 8.")
     prompts = [] if options.map_dir is not None else read_prompts(options)
-    base_model, follows_maps = options.pretrained_model_name_or_path, False
+    base_model, header = options.pretrained_model_name_or_path, {}
     if options.adapter is not None:
         from delora_diffusers.files import read_header
 
         header = read_header(options.adapter)
         base_model = base_model or header["base_model"]
-        follows_maps = "control_encoder" in header
+    follows_maps = "control_encoder" in header
     if follows_maps and options.map_dir is None:
         raise InputError(f"{options.adapter} was trained to follow maps; name their folder with --map_dir.")
     if options.map_dir is not None and options.adapter is not None and not follows_maps:
@@ -202,6 +202,12 @@ def run(options: argparse.Namespace) -> None:
     records = plan(options, prompts, base_model)
     folder: Path = options.output_dir
     missing = [record for record in records if not is_done(folder, record)]
+    if follows_maps:
+        from delora_diffusers.control import painted, read_map
+
+        palette = header["control_encoder"]["palette"]
+        for source in dict.fromkeys(record["map_source"] for record in missing):
+            painted(read_map(Path(source)), palette, source)
 
     from accelerate import Accelerator
 
