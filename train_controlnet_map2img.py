@@ -60,7 +60,7 @@ def parse_arguments(typed: list[str] | None = None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> tuple[list[MapPair], list[MapPair], np.ndarray | None]:
     """Refuse bad input before anything is loaded; return the pairs, those to validate with, and the palette."""
-    arguments.check_training_arguments(args)
+    arguments.check_training_arguments(args, arguments.DEFAULT_LEARNING_RATES)
     check_model_folder(args.pretrained_model_name_or_path)
     if not 0 <= args.proportion_empty_prompts <= 1:
         raise InputError(

@@ -45,10 +45,12 @@ def parse_arguments(typed: list[str] | None = None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> list[Photograph]:
     """Refuse bad input before anything is loaded; return the photographs."""
-    arguments.check_training_arguments(args)
+    miniature = is_miniature(args.pretrained_model_name_or_path)
+    rates = arguments.MINIATURE_SUBJECT_RATES if miniature else arguments.DEFAULT_LEARNING_RATES
+    arguments.check_training_arguments(args, rates)
     check_model_folder(args.pretrained_model_name_or_path)
     if args.instance_data_dir is None:
-        if not is_miniature(args.pretrained_model_name_or_path):
+        if not miniature:
             raise InputError("no photographs were given; name their folder with --instance_data_dir.")
         args.instance_data_dir = args.output_dir.with_name(f"{args.output_dir.name}-photographs")
         kind = write_unseen_subject(args.instance_data_dir)

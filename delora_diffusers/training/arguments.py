@@ -17,6 +17,9 @@ from delora_diffusers.errors import InputError
 DEFAULT_LEARNING_RATES = {"delora": 2e-2, "lora": 6e-4}
 """The paper's rates for subject-driven generation (its table of hyperparameters for Stable Diffusion 1.5)."""
 
+MINIATURE_SUBJECT_RATES = DEFAULT_LEARNING_RATES | {"delora": 1e-2}
+"""On the shipped miniature DeLoRA keeps to the prompt better at half of the paper's rate; docs/miniature.md."""
+
 SCHEDULERS = (
     "linear",
     "cosine",
@@ -177,8 +180,11 @@ def adapter_config(args: argparse.Namespace, **changes: Any) -> AdapterConfig:
     return AdapterConfig(**(values | changes))
 
 
-def check_training_arguments(args: argparse.Namespace) -> None:
-    """Refuse what can be refused before anything is loaded; fill in the rates that depend on the method.
+def check_training_arguments(args: argparse.Namespace, learning_rates: dict[str, float]) -> None:
+    """Refuse what can be refused before anything is loaded; fill in the rate that depends on the method.
+
+    Args:
+        learning_rates: by method, where ``--learning_rate`` was not given.
 
     Raises:
         InputError: a value that cannot work, an output folder that holds another run, a disk that is full.
@@ -193,7 +199,7 @@ def check_training_arguments(args: argparse.Namespace) -> None:
             f"--lr_scheduler piecewise_constant needs --lr_step_rules such as 1:500,0.1, not {args.lr_step_rules!r}."
         )
     if args.learning_rate is None:
-        args.learning_rate = DEFAULT_LEARNING_RATES[args.method]
+        args.learning_rate = learning_rates[args.method]
     for asked, flag, package in (
         (args.use_8bit_adam, "--use_8bit_adam", "bitsandbytes"),
         (args.report_to == "wandb", "--report_to wandb", "wandb"),

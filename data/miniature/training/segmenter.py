@@ -23,9 +23,9 @@ def build(seed: int):
         torch.manual_seed(seed)
         return SegformerForSemanticSegmentation(
             SegformerConfig(
-                hidden_sizes=[24, 48, 96, 144],
-                depths=[1, 1, 2, 1],
-                num_attention_heads=[1, 2, 4, 6],
+                hidden_sizes=[32, 64, 96, 160],
+                depths=[1, 2, 2, 1],
+                num_attention_heads=[1, 2, 4, 5],
                 sr_ratios=[8, 4, 2, 1],
                 patch_sizes=[7, 3, 3, 3],
                 strides=[2, 2, 2, 2],
