@@ -7,6 +7,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import multiprocessing
 import signal
+import subprocess
+import sys
 import traceback
 from pathlib import Path
 
@@ -14,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+ROOT = Path(__file__).parent.parent
 
 torch.set_num_threads(1)
 
@@ -98,6 +102,14 @@ def _child(function, arguments, reports) -> None:
         reports.put(f"SystemExit: {stop.code}")
     except BaseException:
         reports.put(traceback.format_exc())
+
+
+def run_in_two_processes(*typed: object) -> None:
+    """Run a script, or ``-m MODULE``, in two processes of one host."""
+    # `accelerate launch --cpu --num_processes 2` starts one process; on CPUs torchrun starts as many as it is told.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    subprocess.run([*launch, *map(str, typed)], cwd=ROOT, env=environment, check=True)
 
 
 def run_in_child(function, *arguments) -> int:

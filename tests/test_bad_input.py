@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.conftest import draw_photographs, training_flags
-
-ROOT = Path(__file__).parent.parent
+from tests.conftest import ROOT, draw_photographs, training_flags
 
 
 def remove_unet(model, tmp_path):

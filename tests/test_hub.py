@@ -6,10 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.conftest import training_flags
+from tests.conftest import ROOT, training_flags
 from tests.hub_server import serve_hub
-
-ROOT = Path(__file__).parent.parent
 
 
 def test_the_three_commands_by_hub_id(tiny_sd, tiny_scorers, photographs, tmp_path):

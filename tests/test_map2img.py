@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import train_controlnet_map2img as script
 from delora_diffusers.__main__ import main as library
 from delora_diffusers.errors import InputError
+from delora_diffusers.files import WEIGHTS_NAME
 from eval.__main__ import main as evaluate
 from eval.frechet import Inception, frechet_distance
 from eval.segmentation import agreement, confusion_matrix
-from tests.conftest import run_in_child
+from tests.conftest import run_in_child, run_in_two_processes
 from tests.test_maps import PALETTE, write_folders
 
 
@@ -89,7 +91,6 @@ def test_the_cache_is_continued_after_a_kill_and_left_when_settings_change(train
 
 def test_a_frozen_encoder_of_a_controlnet_stays_as_it_was(unet, tiny_sd, pairs, tmp_path):
     from diffusers import ControlNetModel
-    from safetensors.torch import load_file
 
     controlnet = ControlNetModel.from_unet(unet)
     torch.nn.init.normal_(controlnet.controlnet_cond_embedding.conv_out.weight, std=0.1)
@@ -224,6 +225,24 @@ def test_scoring(drawn, pairs, tiny_segmenter, tiny_scorers, tmp_path, capsys):
     refused("names.json is not a JSON object", "--label_map", tmp_path / "names.json")
     more = ("--frechet_features", "inception", "--inception_weights", tmp_path / "nowhere.pth")
     refused("Inception weights .*nowhere.pth could not be loaded", *more)
+
+
+def test_two_processes_train_and_score_as_one(drawn, pairs, tiny_sd, tiny_segmenter, tmp_path):
+    rate = ("--learning_rate", 1e-3)
+    run_in_two_processes("train_controlnet_map2img.py", *flags(tiny_sd, pairs, tmp_path / "two", *rate))
+    one = flags(tiny_sd, pairs, tmp_path / "one", *rate, "--gradient_accumulation_steps", 2)
+    assert run_in_child(script.main, one) == 0
+    found, expected = (load_file(tmp_path / name / WEIGHTS_NAME) for name in ("two", "one"))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-4)
+
+    scoring = ["map2img", "--generated_dir", drawn, "--map_dir", pairs, "--segmenter", tiny_segmenter]
+    scoring += ["--frechet_features", "none", "--output"]
+    run_in_two_processes("-m", "eval", *scoring, tmp_path / "two.json")
+    evaluate([str(word) for word in [*scoring, tmp_path / "one.json"]])
+    two, one = (json.loads((tmp_path / name).read_text()) for name in ("two.json", "one.json"))
+    assert two["scores"] == one["scores"] and two["classes"] == one["classes"] and two["real"] == one["real"]
 
 
 @pytest.mark.parametrize("seed", range(3))

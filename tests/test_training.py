@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from delora_diffusers.files import WEIGHTS_NAME
-from tests.conftest import run_in_child, training_flags
+from tests.conftest import ROOT, run_in_child, run_in_two_processes, training_flags
 
-ROOT = Path(__file__).parent.parent
 QUICK_SAMPLES = ["--validation_inference_steps", "2"]
 REAL_PHOTOGRAPHS = ROOT.parent / "shared" / "photos" / "dreambooth" / "dog6"
 
@@ -89,11 +86,8 @@ def test_the_loss_falls_in_200_steps(tiny_sd, photographs, tmp_path, method):
 
 def test_two_processes_are_one_with_accumulation(tiny_sd, photographs, tmp_path):
     flags = training_flags(tiny_sd, photographs, tmp_path / "two", "--train_batch_size", 2, "--learning_rate", 1e-3)
-    # `accelerate launch --cpu --num_processes 2` starts one process; on CPUs torchrun starts as many as it is told.
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     prior = ["--with_prior_preservation", "--class_prompt", "a toy", "--num_class_images", "3", *QUICK_SAMPLES]
-    subprocess.run([*launch, "train_dreambooth_delora.py", *flags, *prior], cwd=ROOT, env=environment, check=True)
+    run_in_two_processes("train_dreambooth_delora.py", *flags, *prior)
     one = training_flags(tiny_sd, photographs, tmp_path / "one", "--train_batch_size", 2, "--learning_rate", 1e-3)
     run_in_child(train, [*one, "--gradient_accumulation_steps", "2", *prior])
     for name in sorted(p.name for p in (tmp_path / "one" / "class_images").iterdir()):
