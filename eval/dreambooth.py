@@ -77,7 +77,7 @@ def score(options: argparse.Namespace) -> dict[str, Any]:
     dino = DinoEncoder(options.dino or protocol.dino, protocol.dino_transform, device)
     dino_generated = encode_files(dino, pictures, options.batch_size, "DINO, generated")
     dino_reference = encode_files(dino, photographs, options.batch_size, "DINO, reference")
-    clip = ClipEncoder(options.clip or protocol.clip, protocol.clip_pretrained, device)
+    clip = ClipEncoder(options.clip or protocol.clip, protocol.clip_pretrained, device, protocol.clip_crop)
     clip_generated = encode_files(clip, pictures, options.batch_size, "CLIP, generated")
     clip_reference = encode_files(clip, photographs, options.batch_size, "CLIP, reference")
     unique = list(dict.fromkeys(prompts))

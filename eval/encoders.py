@@ -26,6 +26,17 @@ def dino_transform(kind: str, size: int = 224) -> transforms.Compose:
     return transforms.Compose([*scaling, transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
 
 
+class FloorCenterCrop(transforms.CenterCrop):
+    """The centre crop of transformers' processors: of an odd leftover, the far side loses the larger half.
+
+    Torchvision's rounds to the even half instead, so the two can lie one pixel apart.
+    """
+
+    def forward(self, img: Image.Image) -> Image.Image:
+        (height, width), left, top = self.size, (img.width - self.size[1]) // 2, (img.height - self.size[0]) // 2
+        return img.crop((left, top, left + width, top + height))
+
+
 class DinoEncoder:
     """CLS features of a DINO ViT, of norm 1.
 
@@ -63,12 +74,13 @@ class ClipEncoder:
         name: an open_clip model name, ``hf-hub:ID`` or ``local-dir:FOLDER`` (open_clip_config.json and weights).
         pretrained: open_clip's tag of the weights, for a plain model name.
         device: where to run.
+        crop: see ``Protocol.clip_crop``.
 
     Raises:
         InputError: the model cannot be loaded.
     """
 
-    def __init__(self, name: str, pretrained: str | None, device: torch.device | str):
+    def __init__(self, name: str, pretrained: str | None, device: torch.device | str, crop: str = "torchvision"):
         import open_clip
 
         _check_local_dir(name, "--clip", "open_clip_config.json")
@@ -83,6 +95,11 @@ class ClipEncoder:
         except Exception as error:  # whatever the hub, open_clip and safetensors raise
             raise InputError(_refusal("--clip", name, error)) from error
         self.transform: Any = transform
+        if crop == "floor":
+            steps = [
+                FloorCenterCrop(s.size) if isinstance(s, transforms.CenterCrop) else s for s in transform.transforms
+            ]
+            self.transform = transforms.Compose(steps)
         self.model: Any = model.eval().to(device)
         self.device = device
 

@@ -17,6 +17,8 @@ class Protocol:
             evaluation transform of the DINO repository). Both normalize with ImageNet's mean and deviation.
         clip: open_clip model name (or ``local-dir:``, ``hf-hub:``).
         clip_pretrained: open_clip's tag of the weights.
+        clip_crop: where CLIP's centre crop lies when an odd number of pixels is left over: ``"floor"`` as in the
+            processor of transformers, ``"torchvision"`` as in OpenAI's code.
         source: where the protocol is from.
     """
 
@@ -25,6 +27,7 @@ class Protocol:
     dino_transform: str
     clip: str
     clip_pretrained: str | None
+    clip_crop: str
     source: str
 
 
@@ -37,6 +40,7 @@ PROTOCOLS = {
             dino_transform="straight",
             clip="ViT-L-14",
             clip_pretrained="openai",
+            clip_crop="floor",
             source="OFT's evaluation, used by ETHER and DeLoRA: mean cosine of all (reference, generated) pairs",
         ),
         Protocol(
@@ -45,6 +49,7 @@ PROTOCOLS = {
             dino_transform="crop",
             clip="ViT-B-32",
             clip_pretrained="openai",
+            clip_crop="torchvision",
             source="Ruiz et al., CVPR 2023, section 4.1: mean cosine over all (reference, generated) pairs",
         ),
         Protocol(
@@ -53,6 +58,7 @@ PROTOCOLS = {
             dino_transform="straight",
             clip=f"local-dir:{MINI_CLIP}",
             clip_pretrained=None,
+            clip_crop="torchvision",
             source="the embedded miniature DINO and CLIP, which know toybox's pictures only",
         ),
     )
