@@ -141,8 +141,12 @@ class Segmenter:
         return torch.stack(found).cpu().numpy()
 
 
-def score(options: argparse.Namespace) -> tuple[dict[str, Any], list[tuple[str, Path, MapPair]]] | None:
-    """The scores, and (file name, picture, pair) of each picture from the worst to the best.
+Ranked = list[tuple[str, Path, MapPair]]
+"""(its score in words, picture, pair) of each picture from the worst to the best."""
+
+
+def score(options: argparse.Namespace) -> tuple[dict[str, Any], Ranked, Segmenter] | None:
+    """The scores, the pictures in their order, and the segmenter that they were made with.
 
     Spread over the processes of ``accelerate launch``; on all but the main one the result is None.
 
@@ -262,7 +266,7 @@ def score(options: argparse.Namespace) -> tuple[dict[str, Any], list[tuple[str, 
             for i, value in rows
         ],
     }
-    return scored, [(f"{value:.0%} of the pixels", *drawn[i]) for i, value in order]
+    return scored, [(f"{value:.0%} of the pixels", *drawn[i]) for i, value in order], segmenter
 
 
 def _number(value: Any) -> float | None:
@@ -270,18 +274,11 @@ def _number(value: Any) -> float | None:
     return None if number != number else number
 
 
-def write_sheet(
-    file: Path, ranked: list[tuple[str, Path, MapPair]], options: argparse.Namespace, each: int = 6
-) -> None:
+def write_sheet(file: Path, ranked: Ranked, segmenter: Segmenter, truth_of: Truth, each: int = 6) -> None:
     """The best and the worst pictures: map, picture, what the segmenter saw, the real picture."""
-    from accelerate import PartialState
     from matplotlib.figure import Figure
 
-    toybox = options.protocol == "toybox"
-    segmenter = Segmenter(
-        options.segmenter or (str(MINI_SEGMENTER) if toybox else ADE20K_SEGMENTER), PartialState().device
-    )
-    truth_of, colours = Truth(options), np.zeros((256, 3), np.uint8)
+    colours = np.zeros((256, 3), np.uint8)
     colours[:IGNORED] = generated(IGNORED)
     each = min(each, (len(ranked) + 1) // 2)
     shown = [("best", row) for row in ranked[::-1][:each]] + [("worst", row) for row in ranked[:each]]
@@ -319,10 +316,10 @@ def run(options: argparse.Namespace) -> None:
     scored = score(options)
     if scored is None:
         return
-    result, ranked = scored
+    result, ranked, segmenter = scored
     options.output.parent.mkdir(parents=True, exist_ok=True)
     temporary = options.output.with_name(f".{options.output.name}.{os.getpid()}.part")
-    write_sheet(temporary, ranked, options)
+    write_sheet(temporary, ranked, segmenter, Truth(options))
     temporary.replace(sheet)
     temporary.write_text(json.dumps(result, indent=2) + "\n")
     temporary.replace(options.output)
