@@ -156,6 +156,8 @@ def main(typed: list[str] | None = None) -> None:
     parser.add_argument("--settings", nargs="+", choices=list(SEARCH), help="only these of the search")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     options = parser.parse_args(typed)
+    if options.settings and not options.search:
+        parser.error("--settings names settings of the search; give --search too.")
     settings = {name: SEARCH[name] for name in options.settings or SEARCH} if options.search else {"default": {}}
     tasks = []
     for setting, values in [(None, {}), *settings.items()]:
