@@ -44,11 +44,10 @@ class Benchmark:
     prompts: dict[str, tuple[str, ...]]
     subjects: tuple[Subject, ...]
 
-    def prompts_of(self, subject: Subject, identifier: str | None = None) -> list[str]:
-        """The subject's prompts as a model reads them; an identifier of '' is left out together with its space."""
-        given = self.identifier if identifier is None else identifier
-        filled = (t.format_map({"identifier": given, "class": subject.class_name}) for t in self.prompts[subject.kind])
-        return [" ".join(prompt.split()) for prompt in filled]
+    def prompts_of(self, subject: Subject) -> list[str]:
+        """The subject's prompts as a model reads them."""
+        words = {"identifier": self.identifier, "class": subject.class_name}
+        return [template.format_map(words) for template in self.prompts[subject.kind]]
 
     def instance_prompt(self, subject: Subject) -> str:
         """What every photograph of the subject is called while training."""

@@ -4,11 +4,10 @@ import shutil
 
 import pytest
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
 
 from data.benchmark import SHIPPED, find_subjects, load_benchmark, main, render_subjects
 from data.errors import InputError
+from eval.scores import without_identifier
 from tests.conftest import ROOT, draw_photographs
 
 REAL = ROOT.parent / "shared" / "photos" / "dreambooth"
@@ -24,7 +23,6 @@ def test_dreambooth_is_the_published_one():
     assert len(prompts["object"] & prompts["live"]) == 15
     sunglasses = next(s for s in benchmark.subjects if s.name == "pink_sunglasses")
     assert benchmark.prompts_of(sunglasses)[13] == "a sks glasses floating on top of water"
-    assert benchmark.prompts_of(sunglasses, identifier="")[-1] == "a cube shaped glasses"
     assert benchmark.instance_prompt(sunglasses) == "a photo of sks glasses"
 
 
@@ -61,11 +59,13 @@ def test_toys_are_rendered_once(tmp_path):
         render_subjects(load_benchmark(tmp_path / "one.yaml"), tmp_path / "other")
 
 
-@given(st.sampled_from(load_benchmark("dreambooth").subjects), st.from_regex(r"[a-z]{1,6}", fullmatch=True))
-def test_leaving_the_identifier_out_is_writing_without_it(subject, word):
-    benchmark = load_benchmark("dreambooth")
-    with_word, without = (benchmark.prompts_of(subject, identifier) for identifier in (f"<{word}>", ""))
-    assert [prompt.replace(f"<{word}> ", "") for prompt in with_word] == without
+@pytest.mark.parametrize("name", ["dreambooth", "toybox"])
+def test_scores_find_the_identifier_in_every_prompt(name):
+    benchmark = load_benchmark(name)
+    for subject in benchmark.subjects:
+        for prompt, template in zip(benchmark.prompts_of(subject), benchmark.prompts[subject.kind]):
+            bare = template.replace("{identifier} ", "").replace("{class}", subject.class_name)
+            assert without_identifier(prompt) == bare != prompt
 
 
 def test_the_check_of_a_folder(tmp_path, capsys):
