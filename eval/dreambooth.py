@@ -8,7 +8,7 @@ from typing import Any
 
 from data.errors import InputError
 from data.photographs import find_photographs
-from eval.protocols import PROTOCOLS
+from eval.protocols import PRECISIONS, PROTOCOLS
 from eval.scores import IDENTIFIERS
 
 
@@ -26,6 +26,7 @@ def add_scorer_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clip", help="another CLIP: open_clip name, hf-hub:ID or local-dir:FOLDER")
     parser.add_argument("--identifier", nargs="+", default=list(IDENTIFIERS), help="words taken out of the prompts")
     parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the encoders")
     parser.add_argument("--device", help="by default a GPU where there is one")
 
 
@@ -66,7 +67,8 @@ def score(options: argparse.Namespace) -> dict[str, Any]:
 
     import torch
 
-    from eval.encoders import ClipEncoder, DinoEncoder, encode_files
+    from eval.embedding import embed
+    from eval.encoders import ClipEncoder, DinoEncoder
     from eval.scores import pair_scores, real_score, text_scores, without_identifier
 
     protocol = PROTOCOLS[options.protocol]
@@ -74,12 +76,12 @@ def score(options: argparse.Namespace) -> dict[str, Any]:
     pictures, photographs = [path for path, _ in generated], [photograph.path for photograph in reference]
     prompts = [without_identifier(prompt, options.identifier) for _, prompt in generated]
 
-    dino = DinoEncoder(options.dino or protocol.dino, protocol.dino_transform, device)
-    dino_generated = encode_files(dino, pictures, options.batch_size, "DINO, generated")
-    dino_reference = encode_files(dino, photographs, options.batch_size, "DINO, reference")
-    clip = ClipEncoder(options.clip or protocol.clip, protocol.clip_pretrained, device, protocol.clip_crop)
-    clip_generated = encode_files(clip, pictures, options.batch_size, "CLIP, generated")
-    clip_reference = encode_files(clip, photographs, options.batch_size, "CLIP, reference")
+    dino = DinoEncoder(options.dino or protocol.dino, protocol.dino_transform, device, options.precision)
+    clip_name = options.clip or protocol.clip
+    clip = ClipEncoder(clip_name, protocol.clip_pretrained, device, protocol.clip_crop, options.precision)
+    features = embed([*pictures, *photographs], {"dino": dino, "clip": clip}, batch_size=options.batch_size)
+    dino_generated, dino_reference = features["dino"].split([len(pictures), len(photographs)])
+    clip_generated, clip_reference = features["clip"].split([len(pictures), len(photographs)])
     unique = list(dict.fromkeys(prompts))
     texts = clip.encode_texts(unique).cpu()[[unique.index(prompt) for prompt in prompts]]
 
@@ -97,9 +99,10 @@ def score(options: argparse.Namespace) -> dict[str, Any]:
         "models": {
             "dino": options.dino or protocol.dino,
             "dino_transform": str(dino.transform),
-            "clip": options.clip or protocol.clip,
+            "clip": clip_name,
             "clip_pretrained": None if options.clip else protocol.clip_pretrained,
             "clip_transform": str(clip.transform),
+            "precision": options.precision,
         },
         "identifiers_removed": list(options.identifier),
         "pictures": [

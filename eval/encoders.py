@@ -1,6 +1,8 @@
 """The encoders of the protocols: unit features of pictures and prompts, each computed once."""
 
-from collections.abc import Callable, Sequence
+import functools
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms
-from tqdm.auto import tqdm
 
 from data.errors import InputError
-from data.photographs import load_rgb
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -37,37 +37,62 @@ class FloorCenterCrop(transforms.CenterCrop):
         return img.crop((left, top, left + width, top + height))
 
 
-class DinoEncoder:
+class _Encoder:
+    """A model on its device in its precision, and the preprocessing that it wants."""
+
+    model: Any
+    transform: Any
+
+    def __init__(self, device: torch.device | str, precision: str):
+        self.device, self.dtype = device, {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """Stands for the weights, the preprocessing and the precision: what features of a picture depend on."""
+        digest = hashlib.sha256(f"{type(self).__name__} {self.dtype} {self.transform}".encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
+
+    def _unit(self, features: Tensor) -> Tensor:
+        return torch.nn.functional.normalize(features.float(), dim=-1)
+
+    def _placed(self, batch: Tensor) -> Tensor:
+        return batch.to(self.device, self.dtype, non_blocking=True)
+
+
+class DinoEncoder(_Encoder):
     """CLS features of a DINO ViT, of norm 1.
 
     Args:
         name: a timm name, ``hf-hub:ID`` or ``local-dir:FOLDER`` (config.json and model.safetensors).
         kind: see ``Protocol.dino_transform``.
         device: where to run.
+        precision: ``fp32`` or ``bf16``; features come out in float32.
 
     Raises:
         InputError: the model cannot be loaded.
     """
 
-    def __init__(self, name: str, kind: str, device: torch.device | str):
+    def __init__(self, name: str, kind: str, device: torch.device | str, precision: str = "fp32"):
+        super().__init__(device, precision)
         import timm
 
         _check_local_dir(name, "--dino", "config.json")
         try:
-            self.model: Any = timm.create_model(name, pretrained=True, num_classes=0).eval().to(device)
+            self.model = timm.create_model(name, pretrained=True, num_classes=0).eval().to(device, self.dtype)
         except Exception as error:  # whatever the hub, timm and safetensors raise
             raise InputError(_refusal("--dino", name, error)) from error
         self.transform = dino_transform(kind, self.model.pretrained_cfg["input_size"][-1])
-        self.device = device
 
     @torch.inference_mode()
     def encode(self, batch: Tensor) -> Tensor:
         """Unit features (batch, width) of preprocessed pictures (batch, 3, height, width)."""
-        features = self.model.forward_features(batch.to(self.device))[:, 0]
-        return torch.nn.functional.normalize(features.float(), dim=-1)
+        return self._unit(self.model.forward_features(self._placed(batch))[:, 0])
 
 
-class ClipEncoder:
+class ClipEncoder(_Encoder):
     """Image and text features of a CLIP, of norm 1.
 
     Args:
@@ -75,12 +100,21 @@ class ClipEncoder:
         pretrained: open_clip's tag of the weights, for a plain model name.
         device: where to run.
         crop: see ``Protocol.clip_crop``.
+        precision: ``fp32`` or ``bf16``; features come out in float32.
 
     Raises:
         InputError: the model cannot be loaded.
     """
 
-    def __init__(self, name: str, pretrained: str | None, device: torch.device | str, crop: str = "torchvision"):
+    def __init__(
+        self,
+        name: str,
+        pretrained: str | None,
+        device: torch.device | str,
+        crop: str = "torchvision",
+        precision: str = "fp32",
+    ):
+        super().__init__(device, precision)
         import open_clip
 
         _check_local_dir(name, "--clip", "open_clip_config.json")
@@ -94,40 +128,24 @@ class ClipEncoder:
             self.tokenizer = open_clip.get_tokenizer(name)
         except Exception as error:  # whatever the hub, open_clip and safetensors raise
             raise InputError(_refusal("--clip", name, error)) from error
-        self.transform: Any = transform
+        self.transform = transform
         if crop == "floor":
             steps = [
                 FloorCenterCrop(s.size) if isinstance(s, transforms.CenterCrop) else s for s in transform.transforms
             ]
             self.transform = transforms.Compose(steps)
-        self.model: Any = model.eval().to(device)
-        self.device = device
+        self.model = model.eval().to(device, self.dtype)  # pyright: ignore[reportCallIssue]
 
     @torch.inference_mode()
     def encode(self, batch: Tensor) -> Tensor:
         """Unit features (batch, width) of preprocessed pictures (batch, 3, height, width)."""
-        return torch.nn.functional.normalize(self.model.encode_image(batch.to(self.device)).float(), dim=-1)
+        return self._unit(self.model.encode_image(self._placed(batch)))
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """Unit features (texts, width)."""
         tokens = self.tokenizer(list(texts)).to(self.device)
-        return torch.nn.functional.normalize(self.model.encode_text(tokens).float(), dim=-1)
-
-
-def encode_files(
-    encoder: DinoEncoder | ClipEncoder, paths: Sequence[Path], batch_size: int = 32, label: str = "encoding"
-) -> Tensor:
-    """Unit features (pictures, width) on the CPU; every picture is decoded and encoded once, in worker threads."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    transform: Callable[[Image.Image], Tensor] = encoder.transform
-    features = []
-    with ThreadPoolExecutor() as pool:
-        for start in tqdm(range(0, len(paths), batch_size), desc=label, leave=False):
-            views: Any = pool.map(lambda path: transform(load_rgb(path)), paths[start : start + batch_size])
-            features.append(encoder.encode(torch.stack(list(views))).cpu())
-    return torch.cat(features)
+        return self._unit(self.model.encode_text(tokens))
 
 
 def _check_local_dir(name: str, flag: str, file: str) -> None:

@@ -4,6 +4,9 @@ import dataclasses
 
 from data.miniature import MINI_CLIP, MINI_DINO
 
+PRECISIONS = ("bf16", "fp32")
+"""That the encoders can compute in; published numbers are made in fp32."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from eval.encoders import ClipEncoder, DinoEncoder, encode_files
+from eval.embedding import embed
+from eval.encoders import ClipEncoder, DinoEncoder
 
 WORDS = ["a dog", "a red backpack on top of a mirror", "a stuffed animal with the Eiffel Tower in the background"]
 
@@ -81,7 +82,7 @@ def test_dino_is_the_transformers_model(pictures, tmp_path):
     processor = ViTImageProcessorPil(image_mean=mean, image_std=std)
     with torch.no_grad():
         output = theirs(**processor(opened(pictures), return_tensors="pt"))
-    found = encode_files(DinoEncoder(f"local-dir:{tmp_path}", "straight", "cpu"), pictures)
+    found = embed(pictures, {"dino": DinoEncoder(f"local-dir:{tmp_path}", "straight", "cpu")})["dino"]
     torch.testing.assert_close(found, unit(output.last_hidden_state[:, 0]), atol=1e-5, rtol=0)
 
 
@@ -134,5 +135,6 @@ def test_clip_is_the_transformers_model(pictures, tmp_path):
     tokens = encoder.tokenizer(WORDS)
     with torch.no_grad():
         output = theirs(**inputs, input_ids=tokens, attention_mask=torch.ones_like(tokens))
-    torch.testing.assert_close(encode_files(encoder, pictures), unit(output.image_embeds), atol=1e-5, rtol=0)
+    found = embed(pictures, {"clip": encoder})["clip"]
+    torch.testing.assert_close(found, unit(output.image_embeds), atol=1e-5, rtol=0)
     torch.testing.assert_close(encoder.encode_texts(WORDS), unit(output.text_embeds), atol=1e-5, rtol=0)

@@ -1,0 +1,143 @@
+"""Features of many pictures: each decoded once, in worker processes, and encoded once; kept by content where asked."""
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from data.errors import InputError
+from data.photographs import load_rgb
+from eval.encoders import ClipEncoder, DinoEncoder
+
+PICTURES_PER_WORKER = 64
+"""Starting a worker process does not pay for fewer."""
+
+PICTURES_PER_FILE = 2048
+"""Of the cache, so that a stopped run loses little."""
+
+Encoder = DinoEncoder | ClipEncoder
+
+
+class _Views(Dataset):
+    """What each encoder wants to see of each picture; an unreadable one is its error instead."""
+
+    def __init__(self, paths: Sequence[Path], transforms: Sequence[Any]):
+        self.paths, self.transforms = paths, transforms
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> list[Tensor] | str:
+        try:
+            picture = load_rgb(self.paths[index])
+        except InputError as error:
+            return str(error)
+        return [transform(picture) for transform in self.transforms]
+
+
+def _collate(samples: list[list[Tensor] | str]) -> list[Tensor] | list[str]:
+    errors = [sample for sample in samples if isinstance(sample, str)]
+    return errors or [torch.stack(views) for views in zip(*samples)]  # pyright: ignore[reportArgumentType]
+
+
+def content_hashes(paths: Sequence[Path]) -> list[str]:
+    """SHA-256 of each file."""
+
+    def of(path: Path) -> str:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(of, paths))
+
+
+def embed(
+    paths: Sequence[Path],
+    encoders: Mapping[str, Encoder],
+    *,
+    batch_size: int = 32,
+    workers: int | None = None,
+    cache_dir: Path | None = None,
+    label: str = "encoding",
+) -> dict[str, Tensor]:
+    """Unit features (pictures, width) on the CPU by each encoder, by the encoder's key.
+
+    Args:
+        paths: pictures; equal files are encoded once.
+        encoders: all of them see one decoding of a picture.
+        batch_size: pictures at a time.
+        workers: processes that decode, by default as many as there are cores and work for.
+        cache_dir: where features are kept by the content of the picture and the encoder's identity.
+        label: of the progress bar.
+
+    Raises:
+        InputError: pictures that cannot be read; they are counted and the first is named.
+    """
+    hashes = content_hashes(paths)
+    known: dict[str, dict[str, Tensor]] = {key: {} for key in encoders}
+    if cache_dir is not None:
+        known = {key: _load(cache_dir, encoder.identity) for key, encoder in encoders.items()}
+    missing = {h: path for h, path in zip(hashes, paths) if any(h not in features for features in known.values())}
+    for start in range(0, len(missing), PICTURES_PER_FILE):
+        part = dict(list(missing.items())[start : start + PICTURES_PER_FILE])
+        found = _encode(list(part.values()), encoders, batch_size, workers, label)
+        for key, encoder in encoders.items():
+            fresh = dict(zip(part, found[key]))
+            known[key] |= fresh
+            if cache_dir is not None:
+                _save(cache_dir, encoder.identity, fresh)
+    return {key: torch.stack([features[h] for h in hashes]) for key, features in known.items()}
+
+
+def _encode(
+    paths: list[Path], encoders: Mapping[str, Encoder], batch_size: int, workers: int | None, label: str
+) -> dict[str, Tensor]:
+    if workers is None:
+        workers = min(os.cpu_count() or 1, len(paths) // PICTURES_PER_WORKER)
+    on_gpu = any(torch.device(encoder.device).type == "cuda" for encoder in encoders.values())
+    loader = DataLoader(
+        _Views(paths, [encoder.transform for encoder in encoders.values()]),
+        batch_size,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=on_gpu,
+        prefetch_factor=4 if workers else None,
+    )
+    features: dict[str, list[Tensor]] = {key: [] for key in encoders}
+    errors: list[Any] = []
+    for views in tqdm(loader, desc=label, leave=False, disable=None):
+        if isinstance(views[0], str):
+            errors += views
+        else:
+            for (key, encoder), batch in zip(encoders.items(), views):
+                features[key].append(encoder.encode(batch))
+    if errors:
+        raise InputError(f"{len(errors)} of {len(paths)} pictures cannot be scored: {errors[0]}")
+    return {key: torch.cat(some).cpu() for key, some in features.items()}
+
+
+def _load(cache_dir: Path, identity: str) -> dict[str, Tensor]:
+    known: dict[str, Tensor] = {}
+    for file in sorted(cache_dir.glob(f"{identity}-*.safetensors")):
+        try:
+            known |= load_file(file)
+        except SafetensorError as error:
+            raise InputError(f"{file} is damaged ({error}); remove it, its pictures are encoded anew.") from error
+    return known
+
+
+def _save(cache_dir: Path, identity: str, features: dict[str, Tensor]) -> None:
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    name = hashlib.sha256("".join(sorted(features)).encode()).hexdigest()[:16]
+    file = cache_dir / f"{identity}-{name}.safetensors"
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.part")
+    save_file({h: vector.clone() for h, vector in features.items()}, temporary)
+    temporary.replace(file)
