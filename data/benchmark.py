@@ -36,18 +36,28 @@ class Subject:
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """Subjects, and for each kind of subject its prompts with ``{identifier}`` and ``{class}`` in them."""
+    """Subjects, and for each kind of subject its prompts with ``{identifier}`` and ``{class}`` in them.
+
+    Attributes:
+        drift_prompts: prompts without the subject, with ``{class}`` or without; their pictures, compared to the base
+            model's, say how much else a training has moved.
+    """
 
     name: str
     identifier: str
     images_per_prompt: int
     prompts: dict[str, tuple[str, ...]]
     subjects: tuple[Subject, ...]
+    drift_prompts: tuple[str, ...] = ()
 
     def prompts_of(self, subject: Subject) -> list[str]:
         """The subject's prompts as a model reads them."""
         words = {"identifier": self.identifier, "class": subject.class_name}
         return [template.format_map(words) for template in self.prompts[subject.kind]]
+
+    def drift_prompts_of(self, subject: Subject) -> list[str]:
+        """The prompts without the subject."""
+        return list(dict.fromkeys(p.format_map({"class": subject.class_name}) for p in self.drift_prompts))
 
     def instance_prompt(self, subject: Subject) -> str:
         """What every photograph of the subject is called while training."""
@@ -76,7 +86,7 @@ def load_benchmark(name_or_file: str | Path) -> Benchmark:
             raise InputError(f"{file}: {what}; data/benchmarks/dreambooth.yaml is an example.")
 
     require(isinstance(content, dict), "this is no mapping")
-    unknown = sorted(set(content) - {"name", "identifier", "images_per_prompt", "prompts", "subjects"})
+    unknown = sorted(set(content) - {field.name for field in dataclasses.fields(Benchmark)})
     require(not unknown, f"{', '.join(map(str, unknown))} means nothing here")
     prompts, listed = content.get("prompts"), content.get("subjects")
     require(isinstance(prompts, dict) and bool(prompts), "prompts are to be lists by kind of subject")
@@ -105,8 +115,12 @@ def load_benchmark(name_or_file: str | Path) -> Benchmark:
     require(isinstance(images, int) and images > 0, f"images_per_prompt is {images!r}, not a number from 1")
     identifier: Any = content.get("identifier", "sks")
     require(isinstance(identifier, str) and bool(identifier), f"the identifier is {identifier!r}, not a word")
+    drift: Any = content.get("drift_prompts", [])
+    require(isinstance(drift, list), "drift_prompts is no list")
+    for template in drift:
+        require(_fields(template) in (set(), {"class"}), f"the drift prompt {template!r} takes {{class}} or nothing")
     by_kind = {kind: tuple(templates) for kind, templates in prompts.items()}
-    return Benchmark(str(content.get("name", file.stem)), identifier, images, by_kind, tuple(subjects))
+    return Benchmark(str(content.get("name", file.stem)), identifier, images, by_kind, tuple(subjects), tuple(drift))
 
 
 def _fields(template: Any) -> set[str] | None:

@@ -156,7 +156,7 @@ def plan(options: argparse.Namespace, prompts: list[str], base_model: str | None
 
 
 def is_done(folder: Path, record: dict[str, Any]) -> bool:
-    """Whether a picture is there already, made in the very same way.
+    """Whether a picture is there already, whole and made in the very same way.
 
     Raises:
         InputError: a picture of that name was made in another way.
@@ -166,11 +166,14 @@ def is_done(folder: Path, record: dict[str, Any]) -> bool:
     path = folder / record["file_name"]
     if not path.exists():
         return False
+    found = None
     try:
         with Image.open(path) as image:
             found = json.loads(image.info.get(RECORD_KEY, "null"))
-    except (UnidentifiedImageError, OSError, ValueError):
-        found = None
+            image.verify()
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
+        if found == record:
+            return False  # ours, but damaged: drawn anew
     if found != record:
         raise InputError(f"{path} was made with other settings; name a new --output_dir, or remove the old pictures.")
     return True

@@ -1,0 +1,14 @@
+// A thumbnail opens larger; Escape or the button closes it again.
+const dialog = document.querySelector("dialog");
+document.addEventListener("click", (event) => {
+  const button = event.target.closest("button.t");
+  if (!button) return;
+  const large = dialog.querySelector("i");
+  large.className = button.className;
+  large.style.cssText = button.style.cssText;
+  dialog.querySelector("p").textContent = button.getAttribute("aria-label");
+  dialog.showModal();
+});
+dialog.addEventListener("click", (event) => {
+  if (event.target === dialog) dialog.close();
+});

@@ -1,0 +1,155 @@
+"""Train and draw the subjects of a benchmark: commands run as a user would type them, each only where its result is not
+there and whole."""
+
+import dataclasses
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from PIL import Image
+from tqdm.auto import tqdm
+
+ROOT = Path(__file__).parent.parent
+TRAINING_SCRIPT = ROOT / "train_dreambooth_delora.py"
+WEIGHTS_NAME = "pytorch_delora_weights.safetensors"
+
+LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCH_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_")
+"""What accelerate launch tells its processes, and a subject's own commands must not hear."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A command and whether its result is there."""
+
+    command: Sequence[str]
+    is_done: Callable[[], bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is made in one folder: steps one after the other, what they print goes to ``log.txt`` there."""
+
+    folder: Path
+    steps: Sequence[Step]
+
+    def is_done(self) -> bool:
+        return all(step.is_done() for step in self.steps)
+
+
+def flags(values: dict[str, object]) -> list[str]:
+    """``{"rank": 4, "center_crop": True}`` as typed flags; None leaves one out."""
+    typed: list[str] = []
+    for name, value in values.items():
+        if value is not None:
+            typed += [f"--{name}", *([] if value is True else [str(value)])]
+    return typed
+
+
+def training_step(adapter: Path, values: dict[str, object]) -> Step:
+    """Train into ``adapter``, going on from its last checkpoint."""
+    values = {"checkpoints_total_limit": 1, "report_to": "tensorboard", **values}
+    command = [sys.executable, str(TRAINING_SCRIPT), *flags(values), "--output_dir", str(adapter)]
+    return Step([*command, "--resume_from_checkpoint", "latest"], (adapter / WEIGHTS_NAME).is_file)
+
+
+def drawing_step(pictures: Path, prompts: Sequence[str], values: dict[str, object]) -> Step:
+    """Draw every prompt into ``pictures``; pictures that are there are kept."""
+    command = [sys.executable, "-m", "delora_diffusers", "generate", *flags(values), "--output_dir", str(pictures)]
+    return Step([*command, "--prompt", *prompts], lambda: pictures_are_whole(pictures))
+
+
+def pictures_are_whole(folder: Path) -> bool:
+    """Whether every picture that the folder's ``metadata.jsonl`` names is there to its last byte."""
+    file = folder / "metadata.jsonl"
+    if not file.is_file():
+        return False
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            with Image.open(folder / json.loads(line)["file_name"]) as image:
+                image.verify()
+        except (OSError, SyntaxError, ValueError, KeyError, TypeError):
+            return False
+    return True
+
+
+def run_tasks(tasks: Sequence[Task], jobs: int, environment: dict[str, str], show: bool) -> dict[str, str]:
+    """Run tasks, ``jobs`` at a time; one that fails does not stop the others.
+
+    Returns:
+        What went wrong, a sentence for each folder of a failed task.
+    """
+    running: set[subprocess.Popen] = set()
+
+    def run(task: Task) -> str | None:
+        task.folder.mkdir(parents=True, exist_ok=True)
+        with _lock(task.folder / ".lock") as lock, (task.folder / "log.txt").open("ab") as log:
+            for step in task.steps:
+                if step.is_done():
+                    continue
+                # The lock goes on with the command, should this process be killed and the command go on.
+                with subprocess.Popen(
+                    step.command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, pass_fds=[lock]
+                ) as process:
+                    running.add(process)
+                    process.wait()
+                    running.discard(process)
+                if not step.is_done():
+                    return f"{_last_line(task.folder / 'log.txt')} (exit {process.returncode}; {task.folder}/log.txt)"
+        return None
+
+    failed = {}
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        progress = tqdm(pool.map(run, tasks), total=len(tasks), desc="subjects", disable=None if show else True)
+        for task, problem in zip(tasks, progress):
+            if problem is not None:
+                failed[str(task.folder)] = problem
+                tqdm.write(f"{task.folder}: {problem}", file=sys.stderr)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(running):
+            process.terminate()
+    return failed
+
+
+def child_environment(jobs: int, num_processes: int, local_index: int, on_gpu: bool) -> dict[str, str]:
+    """The environment of a subject's commands: one process, its share of the cores, the GPU of this process.
+
+    Args:
+        jobs: subjects that run at once in this process.
+        num_processes: of accelerate launch on this host. local_index: which of them this is.
+        on_gpu: whether the processes have a GPU each.
+    """
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in LAUNCH_VARIABLES and not name.startswith(LAUNCH_PREFIXES)
+    }
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // (jobs * num_processes)))
+    if on_gpu and num_processes > 1:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local_index] if visible else str(local_index)
+    return environment
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[int]:
+    """Hold a file's lock, waiting for whoever holds it: a command of a run that was killed may still be at work."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file.fileno()
+
+
+def _last_line(log: Path) -> str:
+    text = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    refusals = [line for line in lines[-3:] if line.startswith("error: ")]
+    return (refusals or lines or ["nothing was printed"])[-1].removeprefix("error: ")[:500]
