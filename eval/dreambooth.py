@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from data.errors import InputError
 from data.photographs import find_photographs
 from eval.protocols import PRECISIONS, PROTOCOLS
 from eval.scores import IDENTIFIERS
+from eval.writing import write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -132,9 +132,6 @@ def run(options: argparse.Namespace) -> None:
     if options.output.exists():
         raise InputError(f"--output {options.output} exists already; remove it or name another file.")
     result = score(options)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = options.output.with_name(f".{options.output.name}.{os.getpid()}.part")
-    temporary.write_text(json.dumps(result, indent=2) + "\n")
-    temporary.replace(options.output)
+    write_text(options.output, json.dumps(result, indent=2) + "\n")
     print(table(result))
     print(f"wrote {options.output}")

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from data.errors import InputError
 from data.photographs import load_rgb
 from eval.encoders import ClipEncoder, DinoEncoder
+from eval.writing import written_whole
 
 PICTURES_PER_WORKER = 64
 """Starting a worker process does not pay for fewer."""
@@ -135,9 +136,6 @@ def _load(cache_dir: Path, identity: str) -> dict[str, Tensor]:
 
 
 def _save(cache_dir: Path, identity: str, features: dict[str, Tensor]) -> None:
-    cache_dir.mkdir(parents=True, exist_ok=True)
     name = hashlib.sha256("".join(sorted(features)).encode()).hexdigest()[:16]
-    file = cache_dir / f"{identity}-{name}.safetensors"
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.part")
-    save_file({h: vector.clone() for h, vector in features.items()}, temporary)
-    temporary.replace(file)
+    with written_whole(cache_dir / f"{identity}-{name}.safetensors") as temporary:
+        save_file({h: vector.clone() for h, vector in features.items()}, temporary)

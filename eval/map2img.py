@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from data.maps import MapPair, find_pairs, pair_views
 from data.miniature import MINI_DINO, MINI_SEGMENTER
 from data.palettes import IGNORED, generated, indices_of, read_palette
 from data.photographs import load_rgb
+from eval.writing import write_text, written_whole
 
 ADE20K_SEGMENTER = "openmmlab/upernet-convnext-small"
 FEATURES = ("inception", "dino", "none")
@@ -317,11 +317,8 @@ def run(options: argparse.Namespace) -> None:
     if scored is None:
         return
     result, ranked, segmenter = scored
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = options.output.with_name(f".{options.output.name}.{os.getpid()}.part")
-    write_sheet(temporary, ranked, segmenter, Truth(options))
-    temporary.replace(sheet)
-    temporary.write_text(json.dumps(result, indent=2) + "\n")
-    temporary.replace(options.output)
+    with written_whole(sheet) as temporary:
+        write_sheet(temporary, ranked, segmenter, Truth(options))
+    write_text(options.output, json.dumps(result, indent=2) + "\n")
     print(table(result))
     print(f"wrote {options.output} and {sheet}")

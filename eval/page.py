@@ -13,6 +13,7 @@ from PIL import Image
 from data.errors import InputError
 from data.photographs import find_photographs, load_rgb
 from eval import dreambooth
+from eval.writing import written_whole
 
 SIDE = 256
 """Of the pictures in the page, pixels at most."""
@@ -225,10 +226,8 @@ def run(options: argparse.Namespace) -> None:
     title = f"Before and after: {shared_beginning(list(after)) or 'training'}"
     page = as_html(title, photographs, before, after, rows, drawn)
     picture = png(as_figure(title, photographs, before, after, rows, curves))
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     for file, content in ((picture_file, picture), (options.output, page.encode())):
-        temporary = file.with_name(f".{file.name}.part")
-        temporary.write_bytes(content)
-        temporary.replace(file)
+        with written_whole(file) as temporary:
+            temporary.write_bytes(content)
     print(dreambooth.table(scored[1]))
     print(f"wrote {options.output} and {picture_file}; open the first in a browser")

@@ -1,4 +1,4 @@
-"""LPIPS (Zhang et al., CVPR 2018) between many pictures: each goes through the network once, then pairs are compared."""
+"""LPIPS (Zhang et al., CVPR 2018) of many pictures: each goes through the network once, then pairs are compared."""
 
 from collections.abc import Sequence
 from pathlib import Path

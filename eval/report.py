@@ -1,4 +1,4 @@
-"""One page about a benchmark run, or two runs side by side: tables, every picture, distributions. One file, no network."""
+"""One page about a benchmark run, or two side by side: tables, every picture, distributions. One file, no network."""
 
 import argparse
 import base64
@@ -6,7 +6,6 @@ import dataclasses
 import html
 import io
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from PIL import Image
 
 from data.errors import InputError
 from data.photographs import load_rgb
+from eval.writing import write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,7 +50,7 @@ class Run:
     subjects: "pd.DataFrame"
 
     def of(self, table: "pd.DataFrame", protocol: str) -> "pd.DataFrame":
-        return table[table["protocol"] == protocol].reset_index(drop=True)
+        return table.query("protocol == @protocol").reset_index(drop=True)
 
 
 def read_run(folder: Path, label: str | None = None) -> Run:
@@ -95,11 +95,8 @@ def write(folders: Sequence[Path], output: Path, labels: Sequence[str] | None = 
     for file in files:
         if file.exists() and not overwrite:
             raise InputError(f"{file} exists already; remove it or name another --output.")
-    output.parent.mkdir(parents=True, exist_ok=True)
     for file, text in files.items():
-        temporary = file.with_name(f".{file.name}.{os.getpid()}.part")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(file)
+        write_text(file, text)
     return output
 
 
@@ -170,7 +167,7 @@ def page(runs: Sequence[Run], protocols: Sequence[str]) -> str:
     body += _picks(first, sheets[0], protocols[0])
     body += _subjects(runs, sheets, protocols[0])
     body.append(
-        "<dialog aria-label=Picture><i role=img class=t></i><p></p><form method=dialog><button autofocus>Close</button></form></dialog>"
+        "<dialog aria-label=Picture><i class=t></i><p></p><form method=dialog><button>Close</button></form></dialog>"
     )
     style = (ASSETS / "report.css").read_text() + "".join(sheet.style() for sheet in sheets)
     head = '<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">'
@@ -180,6 +177,15 @@ def page(runs: Sequence[Run], protocols: Sequence[str]) -> str:
 
 def _e(text: object) -> str:
     return html.escape(str(text))
+
+
+def _short(name: str) -> str:
+    """A model's name without the folder that it lies in."""
+    return Path(name).name if name.startswith("local-dir:") else name
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _described(run: Run) -> str:
@@ -218,9 +224,10 @@ def _summaries(runs: Sequence[Run], protocols: Sequence[str]) -> list[str]:
         body.append(f"<h2>Scores, protocol {_e(protocol)}</h2>")
         body.append(_table(*tables.summary_rows(found, protocol, runs[0].summary["benchmark"]), marked=len(runs)))
         body.append(
-            f"<p>{counts['subjects']} subjects, {counts['seeds']} seeds, {counts['pictures']} pictures, "
-            f"{counts['references']} photographs, {counts['pairs']} pairs. In brackets: 95% interval, bootstrap over "
-            f"subjects. {_e(models['dino'])}, {_e(models['clip'])}, {models['precision']}.</p>"
+            f"<p>{_counted(counts['subjects'], 'subject')}, {_counted(counts['seeds'], 'seed')}, "
+            f"{_counted(counts['pictures'], 'picture')}, {_counted(counts['references'], 'photograph')}, "
+            f"{_counted(counts['pairs'], 'pair')}. In brackets: 95% interval, bootstrap over "
+            f"subjects. {_e(_short(models['dino']))}, {_e(_short(models['clip']))}, {models['precision']}.</p>"
         )
         if len(runs) == 2:
             body += ["<h3>Paired differences</h3>", _table(*difference_rows(runs, protocol))]
@@ -332,7 +339,7 @@ def distributions(runs: Sequence[Run], protocol: str) -> str:
             axis.spines[["top", "right", "left"]].set_visible(False)
             axis.patch.set_visible(False)
             if name == "dino":
-                axis.legend(fontsize=8, frameon=False)
+                axis.legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1.08), ncols=3)
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     drawing = buffer.getvalue()
     label = "Histograms of the pictures' DINO, CLIP-I and CLIP-T"
@@ -368,10 +375,8 @@ def _subjects(runs: Sequence[Run], sheets: Sequence[_Sheets], protocol: str) -> 
             row = table.loc[subject]
             values = [f"{SCORES[n]} {row[n]:.3f}" for n in SCORES if n in row and row[n] == row[n]]
             prefix = f"{run.label}: " if len(runs) > 1 else ""
-            said += "".join(
-                f"<span>{_e(prefix + value)}</span>"
-                for value in values[:: 1 if len(runs) == 1 else 1][: 4 if len(runs) > 1 else None]
-            )
+            shown = values if len(runs) == 1 else values[:3]
+            said += "".join(f"<span>{_e(prefix + value)}</span>" for value in shown)
         body.append(f"<details id='{_e(subject)}'><summary><b>{_e(subject)}</b>{said}</summary>")
         body.append("<div class=row>")
         for name in runs[0].summary["references"].get(subject, []):

@@ -187,7 +187,7 @@ def paired_differences(ours: pd.DataFrame, theirs: pd.DataFrame) -> dict[str, di
     for name in SCORES:
         if name not in ours or name not in theirs:
             continue
-        means = [rows.groupby("subject")[name].mean() for rows in (ours, theirs)]
+        means: list[Any] = [rows.groupby("subject")[name].mean() for rows in (ours, theirs)]
         difference = (means[0] - means[1]).dropna()
         if len(difference):
             low, high = bootstrap_interval(np.ones(len(difference)), difference.to_numpy())

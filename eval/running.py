@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,7 +43,7 @@ class Task:
         return all(step.is_done() for step in self.steps)
 
 
-def flags(values: dict[str, object]) -> list[str]:
+def flags(values: Mapping[str, object]) -> list[str]:
     """``{"rank": 4, "center_crop": True}`` as typed flags; None leaves one out."""
     typed: list[str] = []
     for name, value in values.items():
@@ -52,14 +52,14 @@ def flags(values: dict[str, object]) -> list[str]:
     return typed
 
 
-def training_step(adapter: Path, values: dict[str, object]) -> Step:
+def training_step(adapter: Path, values: Mapping[str, object]) -> Step:
     """Train into ``adapter``, going on from its last checkpoint."""
     values = {"checkpoints_total_limit": 1, "report_to": "tensorboard", **values}
     command = [sys.executable, str(TRAINING_SCRIPT), *flags(values), "--output_dir", str(adapter)]
     return Step([*command, "--resume_from_checkpoint", "latest"], (adapter / WEIGHTS_NAME).is_file)
 
 
-def drawing_step(pictures: Path, prompts: Sequence[str], values: dict[str, object]) -> Step:
+def drawing_step(pictures: Path, prompts: Sequence[str], values: Mapping[str, object]) -> Step:
     """Draw every prompt into ``pictures``; pictures that are there are kept."""
     command = [sys.executable, "-m", "delora_diffusers", "generate", *flags(values), "--output_dir", str(pictures)]
     return Step([*command, "--prompt", *prompts], lambda: pictures_are_whole(pictures))

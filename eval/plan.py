@@ -1,0 +1,208 @@
+"""What a benchmark run is to make: checked before anything is made, recorded, and cut into tasks."""
+
+import argparse
+import dataclasses
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data.benchmark import Benchmark, Subject, find_subjects, load_benchmark, render_subjects
+from data.errors import InputError
+from data.photographs import find_photographs
+from eval import running
+from eval.writing import write_text
+
+PACKAGES = ("accelerate", "diffusers", "open_clip_torch", "pillow", "timm", "torch", "torchvision", "transformers")
+
+
+def pairs(typed: Sequence[str], flag: str) -> dict[str, object]:
+    """``rank=16 center_crop`` as flags and values.
+
+    Raises:
+        InputError: something that is no FLAG=VALUE.
+    """
+    found: dict[str, object] = {}
+    for word in typed:
+        name, equals, value = word.lstrip("-").partition("=")
+        if not name.isidentifier():
+            raise InputError(f"{flag} {word} is not FLAG=VALUE; write for example {flag} seed=1.")
+        found[name] = value if equals else True
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A checked request: which subjects, whose photographs, what is made, in which folders.
+
+    Attributes:
+        photographs: by subject. made: the settings that the pictures depend on.
+    """
+
+    benchmark: Benchmark
+    folder: Path
+    photographs: dict[str, list[Path]]
+    made: dict[str, Any]
+
+    @property
+    def seeds(self) -> range:
+        return range(self.made["seeds"])
+
+    def place(self, subject: Subject, seed: int) -> Path:
+        return self.folder / f"seed-{seed}" / subject.name
+
+    def base(self, seed: int) -> Path:
+        return self.folder / f"seed-{seed}" / ".base"
+
+    def drifts(self) -> bool:
+        """Whether pictures without the subject are drawn and compared."""
+        return self.made["method"] != "none" and bool(self.benchmark.drift_prompts)
+
+
+def check(options: argparse.Namespace) -> Plan:
+    """Refuse bad input before anything is made; render the toys, if they are the subjects.
+
+    Raises:
+        InputError
+    """
+    benchmark = load_benchmark(options.benchmark)
+    for flag in ("seeds", "jobs", "batch_size"):
+        if getattr(options, flag) < 1:
+            raise InputError(f"--{flag} is {getattr(options, flag)}; give at least 1.")
+    if options.subjects:
+        known = {subject.name for subject in benchmark.subjects}
+        unknown = [name for name in options.subjects if name not in known]
+        if unknown:
+            raise InputError(f"--subjects {unknown[0]}: {benchmark.name} has {', '.join(sorted(known))}.")
+        kept = tuple(subject for subject in benchmark.subjects if subject.name in options.subjects)
+        benchmark = dataclasses.replace(benchmark, subjects=kept)
+    toys = all(subject.toybox is not None for subject in benchmark.subjects)
+    if options.photographs is None:
+        if not toys:
+            raise InputError(f"{benchmark.name} has no photographs of its own; name their folder with --photographs.")
+        options.photographs = options.output_dir / "photographs"
+        render_subjects(benchmark, options.photographs)
+    if options.pretrained_model_name_or_path is None and not toys and options.generated_dir is None:
+        raise InputError(f"{benchmark.name} needs a base model; name it with --pretrained_model_name_or_path.")
+    options.protocol = options.protocol or (["toybox"] if toys else ["delora"])
+    options.lpips = options.lpips or ("none" if options.protocol == ["toybox"] else "alex")
+    found = find_subjects(benchmark, options.photographs)
+    if found.missing:
+        raise InputError(
+            f"{options.photographs} holds no photographs of {', '.join(found.missing)}; add them, or name the others "
+            "with --subjects."
+        )
+    photographs = {}
+    for subject in benchmark.subjects:
+        folder = options.photographs / subject.name
+        photographs[subject.name] = [photograph.path for photograph in find_photographs(folder)]
+        if len(photographs[subject.name]) < 2:
+            raise InputError(f"{folder} holds one photograph; real images are scored in pairs, so add another.")
+    if not running.TRAINING_SCRIPT.is_file() and options.generated_dir is None:
+        raise InputError(f"{running.TRAINING_SCRIPT} is missing; run benchmarks from a clone of the repository.")
+    made = {
+        "benchmark": dataclasses.asdict(dataclasses.replace(benchmark, subjects=())),
+        "photographs": {name: _content(paths) for name, paths in photographs.items()},
+        "pretrained_model_name_or_path": options.pretrained_model_name_or_path,
+        "method": options.method,
+        "train": pairs(options.train, "--train"),
+        "generate": pairs(options.generate, "--generate"),
+        "seeds": options.seeds,
+    }
+    if options.generated_dir is not None:
+        if options.train or options.generate or options.seeds != 1:
+            raise InputError(
+                "--generated_dir scores pictures that are there; --train, --generate and --seeds make them."
+            )
+        made |= {"generated_dir": str(options.generated_dir), "method": "none"}
+    return Plan(benchmark, options.output_dir, photographs, made)
+
+
+def _content(paths: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def write_settings(plan: Plan, options: argparse.Namespace) -> None:
+    """Record what is asked, and with which versions and commit this start of the run works.
+
+    More subjects and more seeds continue a run.
+
+    Raises:
+        InputError: the folder holds a run with other settings, or something else.
+    """
+    file = plan.folder / "settings.json"
+    made = json.loads(json.dumps(plan.made))
+    starts: list[Any] = []
+    if file.is_file():
+        before = json.loads(file.read_text())
+        starts = before["starts"]
+        for name, value in made.items():
+            old = before["made"].get(name)
+            if name == "photographs":
+                other = [n for n in value if old.get(n, value[n]) != value[n]]
+                if other:
+                    raise InputError(
+                        f"{plan.folder} was made with other photographs of {other[0]}; name another --output_dir."
+                    )
+                made[name] = old | value
+            elif name != "seeds" and old != value:
+                raise InputError(
+                    f"{plan.folder} was made with {name} {json.dumps(old)}, not {json.dumps(value)}; name another "
+                    "--output_dir."
+                )
+    elif plan.folder.is_dir() and any(path.name != "photographs" for path in plan.folder.iterdir()):
+        raise InputError(f"--output_dir {plan.folder} holds something else; name a new folder.")
+    scored = {name: getattr(options, name) for name in ("protocol", "dino", "clip", "lpips", "precision")}
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    starts.append({"started": now, "git_commit": git_commit(), "versions": versions(), "command": sys.argv[1:]})
+    write_text(file, json.dumps({"made": made, "scored": scored, "starts": starts}, indent=2) + "\n")
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def git_commit() -> str | None:
+    """The commit that runs, ``-dirty`` where files differ from it; None outside a repository."""
+    command = ["git", "-C", str(running.ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def tasks(plan: Plan) -> list[running.Task]:
+    """Everything that is to be trained and drawn."""
+    made, benchmark, found = plan.made, plan.benchmark, []
+    base_model = {"pretrained_model_name_or_path": made["pretrained_model_name_or_path"]}
+    for seed in plan.seeds:
+        drawing = {"num_images": benchmark.images_per_prompt, "seed": 1000 * seed, **made["generate"]}
+        if plan.drifts():
+            prompts = dict.fromkeys(p for s in benchmark.subjects for p in benchmark.drift_prompts_of(s))
+            step = running.drawing_step(plan.base(seed) / "pictures", list(prompts), base_model | drawing)
+            found.append(running.Task(plan.base(seed), [step]))
+        for subject in benchmark.subjects:
+            folder, prompts = plan.place(subject, seed), benchmark.prompts_of(subject)
+            steps, source = [], base_model
+            if made["method"] != "none":
+                values = base_model | {
+                    "instance_data_dir": plan.photographs[subject.name][0].parent,
+                    "instance_prompt": benchmark.instance_prompt(subject),
+                    "method": made["method"],
+                    "seed": seed,
+                }
+                steps.append(running.training_step(folder / "adapter", values | made["train"]))
+                source = {"adapter": folder / "adapter"}
+                prompts = prompts + benchmark.drift_prompts_of(subject)
+            steps.append(running.drawing_step(folder / "pictures", prompts, source | drawing))
+            found.append(running.Task(folder, steps))
+    return found
