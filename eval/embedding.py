@@ -1,13 +1,15 @@
 """Features of many pictures: each decoded once, in worker processes, and encoded once; kept by content where asked."""
 
+import functools
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -16,7 +18,7 @@ from tqdm.auto import tqdm
 
 from data.errors import InputError
 from data.photographs import load_rgb
-from eval.encoders import ClipEncoder, DinoEncoder
+from eval.encoders import ClipEncoder, DinoEncoder, view
 from eval.writing import written_whole
 
 PICTURES_PER_WORKER = 64
@@ -31,8 +33,8 @@ Encoder = DinoEncoder | ClipEncoder
 class _Views(Dataset):
     """What each encoder wants to see of each picture; an unreadable one is its error instead."""
 
-    def __init__(self, paths: Sequence[Path], transforms: Sequence[Any]):
-        self.paths, self.transforms = paths, transforms
+    def __init__(self, paths: Sequence[Path], views: Sequence[Callable[[Image.Image], Tensor]]):
+        self.paths, self.views = paths, views
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -42,7 +44,7 @@ class _Views(Dataset):
             picture = load_rgb(self.paths[index])
         except InputError as error:
             return str(error)
-        return [transform(picture) for transform in self.transforms]
+        return [view(picture) for view in self.views]
 
 
 def _collate(samples: list[list[Tensor] | str]) -> list[Tensor] | list[str]:
@@ -103,13 +105,11 @@ def _encode(
 ) -> dict[str, Tensor]:
     if workers is None:
         workers = min(os.cpu_count() or 1, len(paths) // PICTURES_PER_WORKER)
-    on_gpu = any(torch.device(encoder.device).type == "cuda" for encoder in encoders.values())
     loader = DataLoader(
-        _Views(paths, [encoder.transform for encoder in encoders.values()]),
+        _Views(paths, [functools.partial(view, encoder.transform) for encoder in encoders.values()]),
         batch_size,
         num_workers=workers,
         collate_fn=_collate,
-        pin_memory=on_gpu,
         prefetch_factor=4 if workers else None,
     )
     features: dict[str, list[Tensor]] = {key: [] for key in encoders}

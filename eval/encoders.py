@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -24,6 +25,16 @@ def dino_transform(kind: str, size: int = 224) -> transforms.Compose:
         bicubic = transforms.InterpolationMode.BICUBIC
         scaling = [transforms.Resize(round(size * 256 / 224), bicubic), transforms.CenterCrop(size)]
     return transforms.Compose([*scaling, transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+
+
+def view(transform: transforms.Compose, picture: Image.Image) -> Tensor:
+    """What of a picture a model sees: scaled and cut, (height, width, 3) uint8.
+
+    The last two steps of the transform, to floats and normalized, are left to ``encode`` and its device.
+    """
+    for step in transform.transforms[:-2]:
+        picture = step(picture)
+    return torch.from_numpy(np.array(picture))
 
 
 class FloorCenterCrop(transforms.CenterCrop):
@@ -59,7 +70,12 @@ class _Encoder:
         return torch.nn.functional.normalize(features.float(), dim=-1)
 
     def _placed(self, batch: Tensor) -> Tensor:
-        return batch.to(self.device, self.dtype, non_blocking=True)
+        """Views (batch, height, width, 3) uint8, or what ``transform`` makes of pictures, as the model takes them."""
+        batch = batch.to(self.device)
+        if batch.dtype == torch.uint8:
+            normalize: transforms.Normalize = self.transform.transforms[-1]
+            batch = normalize(batch.permute(0, 3, 1, 2).float() / 255)
+        return batch.to(self.dtype)
 
 
 class DinoEncoder(_Encoder):
@@ -88,7 +104,7 @@ class DinoEncoder(_Encoder):
 
     @torch.inference_mode()
     def encode(self, batch: Tensor) -> Tensor:
-        """Unit features (batch, width) of preprocessed pictures (batch, 3, height, width)."""
+        """Unit features (batch, width) of views (batch, height, width, 3), or of transformed pictures as floats."""
         return self._unit(self.model.forward_features(self._placed(batch))[:, 0])
 
 
@@ -138,7 +154,7 @@ class ClipEncoder(_Encoder):
 
     @torch.inference_mode()
     def encode(self, batch: Tensor) -> Tensor:
-        """Unit features (batch, width) of preprocessed pictures (batch, 3, height, width)."""
+        """Unit features (batch, width) of views (batch, height, width, 3), or of transformed pictures as floats."""
         return self._unit(self.model.encode_image(self._placed(batch)))
 
     @torch.inference_mode()
