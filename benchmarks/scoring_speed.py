@@ -119,11 +119,10 @@ def main() -> None:
         settings = {"batch_size": options.batch_size, "workers": options.workers}
         alone = encoders_alone(encoders, options.batch_size)
         embed(files[:256], encoders, **settings)
+        cached = folder / f"cache-{time.time()}-{precision}"
         begun = time.perf_counter()
-        embed(files, encoders, **settings)
-        seconds = time.perf_counter() - begun
-        cached = folder / f"cache-{precision}"
         embed(files, encoders, cache_dir=cached, **settings)
+        seconds = time.perf_counter() - begun
         begun = time.perf_counter()
         embed(files, encoders, cache_dir=cached, **settings)
         again = time.perf_counter() - begun

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -89,20 +89,30 @@ def embed(
     if cache_dir is not None:
         known = {key: _load(cache_dir, encoder.identity) for key, encoder in encoders.items()}
     missing = {h: path for h, path in zip(hashes, paths) if any(h not in features for features in known.values())}
-    for start in range(0, len(missing), PICTURES_PER_FILE):
-        part = dict(list(missing.items())[start : start + PICTURES_PER_FILE])
-        found = _encode(list(part.values()), encoders, batch_size, workers, label)
+    fresh: list[str] = []
+
+    def keep() -> None:
         for key, encoder in encoders.items():
-            fresh = dict(zip(part, found[key]))
-            known[key] |= fresh
-            if cache_dir is not None:
-                _save(cache_dir, encoder.identity, fresh)
-    return {key: torch.stack([features[h] for h in hashes]) for key, features in known.items()}
+            if cache_dir is not None and fresh:
+                _save(cache_dir, encoder.identity, {h: known[key][h] for h in fresh})
+        fresh.clear()
+
+    waiting = iter(missing)
+    for found in _encode(list(missing.values()), encoders, batch_size, workers, label):
+        some = [next(waiting) for _ in range(len(next(iter(found.values()))))]
+        for key, features in found.items():
+            known[key].update(zip(some, features))
+        fresh += some
+        if len(fresh) >= PICTURES_PER_FILE:
+            keep()
+    keep()
+    return {key: torch.stack([features[h].cpu() for h in hashes]) for key, features in known.items()}
 
 
 def _encode(
     paths: list[Path], encoders: Mapping[str, Encoder], batch_size: int, workers: int | None, label: str
-) -> dict[str, Tensor]:
+) -> Iterator[dict[str, Tensor]]:
+    """Features of each batch in order, on the encoders' device so that nothing waits for it."""
     if workers is None:
         workers = min(os.cpu_count() or 1, len(paths) // PICTURES_PER_WORKER)
     loader = DataLoader(
@@ -112,17 +122,14 @@ def _encode(
         collate_fn=_collate,
         prefetch_factor=4 if workers else None,
     )
-    features: dict[str, list[Tensor]] = {key: [] for key in encoders}
     errors: list[Any] = []
     for views in tqdm(loader, desc=label, leave=False, disable=None):
         if isinstance(views[0], str):
             errors += views
-        else:
-            for (key, encoder), batch in zip(encoders.items(), views):
-                features[key].append(encoder.encode(batch))
+        elif not errors:
+            yield {key: encoder.encode(batch) for (key, encoder), batch in zip(encoders.items(), views)}
     if errors:
         raise InputError(f"{len(errors)} of {len(paths)} pictures cannot be scored: {errors[0]}")
-    return {key: torch.cat(some).cpu() for key, some in features.items()}
 
 
 def _load(cache_dir: Path, identity: str) -> dict[str, Tensor]:
@@ -138,4 +145,4 @@ def _load(cache_dir: Path, identity: str) -> dict[str, Tensor]:
 def _save(cache_dir: Path, identity: str, features: dict[str, Tensor]) -> None:
     name = hashlib.sha256("".join(sorted(features)).encode()).hexdigest()[:16]
     with written_whole(cache_dir / f"{identity}-{name}.safetensors") as temporary:
-        save_file({h: vector.clone() for h, vector in features.items()}, temporary)
+        save_file({h: vector.cpu().clone() for h, vector in features.items()}, temporary)
