@@ -21,6 +21,9 @@ from data.photographs import load_rgb
 from eval.encoders import ClipEncoder, DinoEncoder, view
 from eval.writing import written_whole
 
+PICTURES_AT_A_TIME = 8
+"""That a worker decodes before it hands them over; few, so that large files at the end keep all workers busy."""
+
 PICTURES_PER_WORKER = 64
 """Starting a worker process does not pay for fewer."""
 
@@ -117,17 +120,26 @@ def _encode(
         workers = min(os.cpu_count() or 1, len(paths) // PICTURES_PER_WORKER)
     loader = DataLoader(
         _Views(paths, [functools.partial(view, encoder.transform) for encoder in encoders.values()]),
-        batch_size,
+        PICTURES_AT_A_TIME,
         num_workers=workers,
         collate_fn=_collate,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=16 if workers else None,
     )
     errors: list[Any] = []
-    for views in tqdm(loader, desc=label, leave=False, disable=None):
+    waiting: list[list[Tensor]] = []
+    progress = tqdm(total=len(paths), desc=label, leave=False, disable=None)
+    for number, views in enumerate(loader, 1):
         if isinstance(views[0], str):
             errors += views
-        elif not errors:
-            yield {key: encoder.encode(batch) for (key, encoder), batch in zip(encoders.items(), views)}
+        else:
+            waiting.append(views)
+        if errors or not (len(waiting) * PICTURES_AT_A_TIME >= batch_size or number == len(loader)):
+            continue
+        batches = [torch.cat(some) for some in zip(*waiting)]
+        waiting.clear()
+        yield {key: encoder.encode(batch) for (key, encoder), batch in zip(encoders.items(), batches)}
+        progress.update(len(batches[0]))
+    progress.close()
     if errors:
         raise InputError(f"{len(errors)} of {len(paths)} pictures cannot be scored: {errors[0]}")
 
