@@ -109,6 +109,8 @@ def embed(
         if len(fresh) >= PICTURES_PER_FILE:
             keep()
     keep()
+    if not paths:
+        return {key: torch.empty(0, 0) for key in encoders}
     return {key: torch.stack([features[h].cpu() for h in hashes]) for key, features in known.items()}
 
 

@@ -116,12 +116,26 @@ def check(options: argparse.Namespace) -> Plan:
         "seeds": options.seeds,
     }
     if options.generated_dir is not None:
-        if options.train or options.generate or options.seeds != 1:
-            raise InputError(
-                "--generated_dir scores pictures that are there; --train, --generate and --seeds make them."
-            )
+        check_generated(options, benchmark)
         made |= {"generated_dir": str(options.generated_dir), "method": "none"}
     return Plan(benchmark, options.output_dir, photographs, made)
+
+
+def check_generated(options: argparse.Namespace, benchmark: Benchmark) -> None:
+    """Refuse pictures that cannot be those of the benchmark.
+
+    Raises:
+        InputError: no such folder, a folder that is no subject's, flags that would make pictures.
+    """
+    given: Path = options.generated_dir
+    if options.train or options.generate or options.seeds != 1:
+        raise InputError("--generated_dir scores what is there; leave out --train, --generate and --seeds.")
+    if not given.is_dir():
+        raise InputError(f"--generated_dir {given} is not a folder; name one that holds a folder for each subject.")
+    names = {subject.name for subject in benchmark.subjects}
+    extra = sorted(path.name for path in given.iterdir() if path.is_dir() and path.name not in names)
+    if extra:
+        raise InputError(f"{given} holds {', '.join(extra)}, no subject of {benchmark.name}; remove it.")
 
 
 def _content(paths: Sequence[Path]) -> str:

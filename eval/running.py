@@ -62,21 +62,24 @@ def training_step(adapter: Path, values: Mapping[str, object]) -> Step:
 def drawing_step(pictures: Path, prompts: Sequence[str], values: Mapping[str, object]) -> Step:
     """Draw every prompt into ``pictures``; pictures that are there are kept."""
     command = [sys.executable, "-m", "delora_diffusers", "generate", *flags(values), "--output_dir", str(pictures)]
-    return Step([*command, "--prompt", *prompts], lambda: pictures_are_whole(pictures))
+    return Step([*command, "--prompt", *prompts], lambda: pictures_are_whole(pictures, prompts))
 
 
-def pictures_are_whole(folder: Path) -> bool:
-    """Whether every picture that the folder's ``metadata.jsonl`` names is there to its last byte."""
+def pictures_are_whole(folder: Path, prompts: Sequence[str]) -> bool:
+    """Whether the folder's ``metadata.jsonl`` has all prompts and every picture in it is there to its last byte."""
     file = folder / "metadata.jsonl"
     if not file.is_file():
         return False
+    found = set()
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
-            with Image.open(folder / json.loads(line)["file_name"]) as image:
+            record = json.loads(line)
+            with Image.open(folder / record["file_name"]) as image:
                 image.verify()
+            found.add(record["prompt"])
         except (OSError, SyntaxError, ValueError, KeyError, TypeError):
             return False
-    return True
+    return found >= set(prompts)
 
 
 def run_tasks(tasks: Sequence[Task], jobs: int, environment: dict[str, str], show: bool) -> dict[str, str]:

@@ -22,14 +22,6 @@ def collect(plan: Plan, options: argparse.Namespace, failed: dict[str, str]) -> 
 
     words = [*IDENTIFIERS, plan.benchmark.identifier]
     given: Path | None = options.generated_dir
-    if given is not None:
-        if not given.is_dir():
-            raise InputError(
-                f"--generated_dir {given} is not a folder; name the one that holds a folder for each subject."
-            )
-        extra = sorted({p.name for p in given.iterdir() if p.is_dir()} - {s.name for s in plan.benchmark.subjects})
-        if extra:
-            raise InputError(f"{given} holds {', '.join(extra)}, no subject of {plan.benchmark.name}; remove it.")
     found = []
     for seed in plan.seeds:
         base = {}
