@@ -385,6 +385,9 @@ def _subjects(runs: Sequence[Run], sheets: Sequence[_Sheets], protocol: str) -> 
             body.append(f'<img alt="photograph {_e(Path(name).name)}" src="{_data(picture)}">')
         body.append("</div>")
         holders = [sheet for sheet in sheets if subject in sheet.places]
+        if len(holders) > 1:
+            names = "".join(f"<b>{_e(runs[sheet.index].label)}</b>" for sheet in holders)
+            body.append(f"<div class=prompt><span></span>{names}</div>")
         for prompt in range(max(len(sheet.places[subject]) for sheet in holders)):
             rows = [sheet.places[subject][prompt] for sheet in holders]
             text = holders[0].rows["prompt"][rows[0][0]]

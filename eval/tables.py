@@ -5,17 +5,18 @@ from typing import Any
 
 import pandas as pd
 
+from eval.protocols import PROTOCOLS
 from eval.results import SCORES
 
 PUBLISHED = {
     "delora": [
-        ("real images, DeLoRA's Table", {"dino": 0.703, "clip_i": 0.864}),
+        ("real images", {"dino": 0.703, "clip_i": 0.864}),
         ("DeLoRA r=16, three seeds", {"dino": 0.686, "clip_i": 0.820}),
         ("DeLoRA r=16, tuned", {"dino": 0.693, "clip_i": 0.820}),
         ("LoRA r=16", {"dino": 0.686, "clip_i": 0.818}),
         ("DreamBooth", {"dino": 0.644, "clip_i": 0.793}),
     ],
-    "dreambooth": [("real images, Ruiz et al.", {"dino": 0.774, "clip_i": 0.885})],
+    "dreambooth": [("real images", {"dino": 0.774, "clip_i": 0.885})],
 }
 """Published rows of each protocol, made on DreamBooth's 30 subjects with Stable Diffusion 1.5 (DeLoRA, arXiv
 2503.18225; Ruiz et al., CVPR 2023)."""
@@ -37,13 +38,17 @@ def summary_rows(
 
     Args:
         runs: (label, summary of the protocol) of each.
-        protocol: whose rows. benchmark: its name; published rows belong to ``dreambooth``.
+        protocol: whose rows. benchmark: its name.
+
+    Published rows are shown beside scores of the same benchmark, dreambooth, by the protocol's own models.
     """
+    models, own = runs[0][1]["models"], PROTOCOLS[protocol]
+    comparable = benchmark == "dreambooth" and (models["dino"], models["clip"]) == (own.dino, own.clip)
     names = [name for name in SCORES if any(name in summary["scores"] for _, summary in runs)]
     rows = [[label, *(interval(summary["scores"].get(name)) for name in names)] for label, summary in runs]
     real = runs[0][1]["real"]
     rows.append(["real images", *(interval(real.get(name)) for name in names)])
-    for label, values in PUBLISHED.get(protocol, []) if benchmark == "dreambooth" else []:
+    for label, values in PUBLISHED.get(protocol, []) if comparable else []:
         rows.append([f"published: {label}", *(number(values.get(name)) for name in names)])
     return ["", *(SCORES[name] for name in names)], rows
 

@@ -3,6 +3,7 @@
 # Transformers annotates its models and configurations more narrowly than they take arguments.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
+import dataclasses
 import json
 
 import numpy as np
@@ -48,32 +49,77 @@ def spread(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
-def joined(state: dict, names: list[str], kind: str) -> torch.Tensor:
-    return torch.cat([state[f"{name}.{kind}"] for name in names])
+@dataclasses.dataclass(frozen=True)
+class Same:
+    """A tensor of ours and those of transformers that it is made of, one below the other, or turned."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    turned: bool = False
 
 
-def test_dino_is_the_transformers_model(pictures, tmp_path):
+def to_ours(pairs: list[Same], theirs: dict) -> dict:
+    found = {pair.ours: torch.cat([theirs[name] for name in pair.theirs]) for pair in pairs}
+    return found | {pair.ours: found[pair.ours].T for pair in pairs if pair.turned}
+
+
+def to_theirs(pairs: list[Same], ours: dict) -> dict:
+    found = {}
+    for pair in pairs:
+        tensor = ours[pair.ours].T if pair.turned else ours[pair.ours]
+        found |= dict(zip(pair.theirs, tensor.chunk(len(pair.theirs))))
+    return found
+
+
+def with_kinds(names: dict[str, tuple[str, ...]]) -> list[Same]:
+    """Weights and biases of modules."""
+    return [
+        Same(f"{ours}.{kind}", tuple(f"{name}.{kind}" for name in theirs))
+        for ours, theirs in names.items()
+        for kind in ("weight", "bias")
+    ]
+
+
+def shared_weights(pairs: list[Same], theirs: torch.nn.Module, ours: torch.nn.Module, direction: str) -> dict:
+    """Convert one model's random weights to the other's names, and back onto it; return ours."""
+    if direction == "from transformers":
+        state = to_ours(pairs, spread(theirs).state_dict())
+        missing, unexpected = ours.load_state_dict(state, strict=False)
+        assert not unexpected and set(missing) <= {"logit_scale", "attn_mask"}, missing
+    else:
+        state = to_ours(pairs, to_theirs(pairs, spread(ours).state_dict()))
+        missing, unexpected = theirs.load_state_dict(to_theirs(pairs, ours.state_dict()), strict=False)
+        assert not unexpected and set(missing) <= {"logit_scale"}, missing
+    return {name: tensor.contiguous().clone() for name, tensor in state.items()}
+
+
+DIRECTIONS = pytest.mark.parametrize("direction", ["from transformers", "to transformers"])
+
+
+@DIRECTIONS
+def test_dino_is_the_transformers_model(pictures, tmp_path, direction):
     """facebook/dino-vits16's architecture and preprocessing, loaded here through timm."""
+    import timm
     from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
-    theirs = spread(ViTModel(ViTConfig(**sizes), add_pooling_layer=False))
-    state = theirs.state_dict()
-    ours = {"cls_token": state["embeddings.cls_token"], "pos_embed": state["embeddings.position_embeddings"]}
-    names = {"patch_embed.proj": "embeddings.patch_embeddings.projection", "norm": "layernorm"}
+    theirs = ViTModel(ViTConfig(**sizes), add_pooling_layer=False)
+    ours = timm.create_model("vit_small_patch16_224", num_classes=0)
+    pairs = [Same("cls_token", ("embeddings.cls_token",)), Same("pos_embed", ("embeddings.position_embeddings",))]
+    names = {"patch_embed.proj": ("embeddings.patch_embeddings.projection",), "norm": ("layernorm",)}
     for index in range(12):
         block, layer = f"blocks.{index}", f"layers.{index}"
-        names |= {f"{block}.norm1": f"{layer}.layernorm_before", f"{block}.norm2": f"{layer}.layernorm_after"}
-        names |= {f"{block}.mlp.fc1": f"{layer}.mlp.fc1", f"{block}.mlp.fc2": f"{layer}.mlp.fc2"}
-        names[f"{block}.attn.proj"] = f"{layer}.attention.o_proj"
-        for kind in ("weight", "bias"):
-            qkv = [f"{layer}.attention.{name}_proj" for name in "qkv"]
-            ours[f"{block}.attn.qkv.{kind}"] = joined(state, qkv, kind)
-    for name, source in names.items():
-        for kind in ("weight", "bias"):
-            ours[f"{name}.{kind}"] = state[f"{source}.{kind}"]
-    save_file({name: tensor.contiguous() for name, tensor in ours.items()}, tmp_path / "model.safetensors")
+        names[f"{block}.attn.qkv"] = tuple(f"{layer}.attention.{name}_proj" for name in "qkv")
+        for name, source in (
+            ("norm1", "layernorm_before"),
+            ("norm2", "layernorm_after"),
+            ("mlp.fc1", "mlp.fc1"),
+            ("mlp.fc2", "mlp.fc2"),
+            ("attn.proj", "attention.o_proj"),
+        ):
+            names[f"{block}.{name}"] = (f"{layer}.{source}",)
+    save_file(shared_weights(pairs + with_kinds(names), theirs, ours, direction), tmp_path / "model.safetensors")
     config = {"architecture": "vit_small_patch16_224", "num_classes": 0, "global_pool": "token"}
     config["pretrained_cfg"] = {"input_size": [3, 224, 224], "num_classes": 0, "classifier": "head"}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -81,60 +127,62 @@ def test_dino_is_the_transformers_model(pictures, tmp_path):
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     processor = ViTImageProcessorPil(image_mean=mean, image_std=std)
     with torch.no_grad():
-        output = theirs(**processor(opened(pictures), return_tensors="pt"))
+        output = theirs.eval()(**processor(opened(pictures), return_tensors="pt"))
     found = embed(pictures, {"dino": DinoEncoder(f"local-dir:{tmp_path}", "straight", "cpu")})["dino"]
     torch.testing.assert_close(found, unit(output.last_hidden_state[:, 0]), atol=1e-5, rtol=0)
 
 
-def test_clip_is_the_transformers_model(pictures, tmp_path):
+@DIRECTIONS
+def test_clip_is_the_transformers_model(pictures, tmp_path, direction):
     """openai/clip-vit-large-patch14's architecture and preprocessing, loaded here through open_clip."""
-    from open_clip import get_model_config
+    import open_clip
     from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
     from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
     torch.manual_seed(0)
     text = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "eos_token_id": 49407}
     vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-    config = CLIPConfig(text_config=text, vision_config=vision | {"patch_size": 14}, projection_dim=768)
-    theirs = spread(CLIPModel(config))
-    state, ours = theirs.state_dict(), {"logit_scale": theirs.logit_scale.detach()}
-    norms = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj"}
-    names = norms | {"mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+    theirs = CLIPModel(CLIPConfig(text_config=text, vision_config=vision | {"patch_size": 14}, projection_dim=768))
+    ours = open_clip.create_model("ViT-L-14", force_quick_gelu=True)
+    names = {
+        "visual.ln_pre": ("vision_model.pre_layrnorm",),
+        "visual.ln_post": ("vision_model.post_layernorm",),
+        "ln_final": ("text_model.final_layer_norm",),
+    }
+    pairs = [
+        Same("visual.class_embedding", ("vision_model.embeddings.class_embedding",)),
+        Same("visual.positional_embedding", ("vision_model.embeddings.position_embedding.weight",)),
+        Same("visual.conv1.weight", ("vision_model.embeddings.patch_embedding.weight",)),
+        Same("visual.proj", ("visual_projection.weight",), turned=True),
+        Same("positional_embedding", ("text_model.embeddings.position_embedding.weight",)),
+        Same("token_embedding.weight", ("text_model.embeddings.token_embedding.weight",)),
+        Same("text_projection", ("text_projection.weight",), turned=True),
+    ]
     for tower, target, layers in (("vision_model", "visual.transformer", 24), ("text_model", "transformer", 12)):
         for index in range(layers):
-            source = f"{tower}.encoder.layers.{index}"
-            qkv = [f"{source}.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")]
-            for kind in ("weight", "bias"):
-                ours[f"{target}.resblocks.{index}.attn.in_proj_{kind}"] = joined(state, qkv, kind)
-                for name, theirs_name in names.items():
-                    ours[f"{target}.resblocks.{index}.{name}.{kind}"] = state[f"{source}.{theirs_name}.{kind}"]
-    for name, source in (
-        ("visual.ln_pre", "vision_model.pre_layrnorm"),
-        ("visual.ln_post", "vision_model.post_layernorm"),
-        ("ln_final", "text_model.final_layer_norm"),
-    ):
-        for kind in ("weight", "bias"):
-            ours[f"{name}.{kind}"] = state[f"{source}.{kind}"]
-    ours |= {
-        "visual.class_embedding": state["vision_model.embeddings.class_embedding"],
-        "visual.positional_embedding": state["vision_model.embeddings.position_embedding.weight"],
-        "visual.conv1.weight": state["vision_model.embeddings.patch_embedding.weight"],
-        "visual.proj": state["visual_projection.weight"].T,
-        "positional_embedding": state["text_model.embeddings.position_embedding.weight"],
-        "token_embedding.weight": state["text_model.embeddings.token_embedding.weight"],
-        "text_projection": state["text_projection.weight"].T,
-    }
-    copies = {name: tensor.contiguous().clone() for name, tensor in ours.items()}
-    save_file(copies, tmp_path / "open_clip_model.safetensors")
+            source, block = f"{tower}.encoder.layers.{index}", f"{target}.resblocks.{index}"
+            qkv = tuple(f"{source}.self_attn.{name}_proj" for name in "qkv")
+            pairs += [Same(f"{block}.attn.in_proj_{k}", tuple(f"{n}.{k}" for n in qkv)) for k in ("weight", "bias")]
+            for name, theirs_name in (
+                ("ln_1", "layer_norm1"),
+                ("ln_2", "layer_norm2"),
+                ("attn.out_proj", "self_attn.out_proj"),
+                ("mlp.c_fc", "mlp.fc1"),
+                ("mlp.c_proj", "mlp.fc2"),
+            ):
+                names[f"{block}.{name}"] = (f"{source}.{theirs_name}",)
+    pairs += with_kinds(names)
+    scale = {"logit_scale": theirs.logit_scale.detach()}  # features do not depend on it
+    save_file(shared_weights(pairs, theirs, ours, direction) | scale, tmp_path / "open_clip_model.safetensors")
     settings = {"mean": list(OPENAI_DATASET_MEAN), "std": list(OPENAI_DATASET_STD)}
-    model = (get_model_config("ViT-L-14") or {}) | {"quick_gelu": True}
+    model = (open_clip.get_model_config("ViT-L-14") or {}) | {"quick_gelu": True}
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": settings}))
 
     encoder = ClipEncoder(f"local-dir:{tmp_path}", None, "cpu", "floor")
     inputs = CLIPImageProcessorPil()(opened(pictures), return_tensors="pt")
     tokens = encoder.tokenizer(WORDS)
     with torch.no_grad():
-        output = theirs(**inputs, input_ids=tokens, attention_mask=torch.ones_like(tokens))
+        output = theirs.eval()(**inputs, input_ids=tokens, attention_mask=torch.ones_like(tokens))
     found = embed(pictures, {"clip": encoder})["clip"]
     torch.testing.assert_close(found, unit(output.image_embeds), atol=1e-5, rtol=0)
     torch.testing.assert_close(encoder.encode_texts(WORDS), unit(output.text_embeds), atol=1e-5, rtol=0)
