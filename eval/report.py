@@ -130,6 +130,8 @@ def text_tables(runs: Sequence[Run], protocols: Sequence[str]) -> dict[str, str]
         if len(runs) == 2:
             found.append(("Paired differences over subjects", *difference_rows(runs, protocol)))
         for run in runs:
+            if run.summary["protocols"][protocol]["counts"]["seeds"] > 1:
+                found.append((f"{run.label}, by seed", *tables.seed_rows(run.summary["protocols"][protocol])))
             found.append((f"{run.label}, by subject", *tables.subject_rows(run.of(run.subjects, protocol))))
             found.append((f"{run.label}, by prompt", *tables.prompt_rows(run.summary["protocols"][protocol])))
         for caption, header, rows in found:
@@ -229,6 +231,10 @@ def _summaries(runs: Sequence[Run], protocols: Sequence[str]) -> list[str]:
             f"{_counted(counts['pairs'], 'pair')}. In brackets: 95% interval, bootstrap over "
             f"subjects. {_e(_short(models['dino']))}, {_e(_short(models['clip']))}, {models['precision']}.</p>"
         )
+        for run in runs:
+            if run.summary["protocols"][protocol]["counts"]["seeds"] > 1:
+                title = "By seed" if len(runs) == 1 else f"{run.label}, by seed"
+                body += [f"<h3>{_e(title)}</h3>", _table(*tables.seed_rows(run.summary["protocols"][protocol]))]
         if len(runs) == 2:
             body += ["<h3>Paired differences</h3>", _table(*difference_rows(runs, protocol))]
         names = [name for name in SCORES if any(name in summary["scores"] for _, summary in found)]

@@ -61,6 +61,14 @@ def subject_rows(subjects: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     return header, [[str(subject), *(number(value) for value in row)] for subject, row in means.iterrows()]
 
 
+def seed_rows(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: the scores of each seed, and their standard deviation over seeds."""
+    seeds = pd.DataFrame(summary["by_seed"]).T
+    rows = [[f"seed {seed}", *(number(value) for value in row)] for seed, row in seeds.iterrows()]
+    rows.append(["standard deviation", *(number(value) for value in seeds.std())])
+    return ["", *(SCORES[str(name)] for name in seeds)], rows
+
+
 def prompt_rows(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: each prompt's scores, the mean over all its pictures."""
     header = ["prompt", *(SCORES[name] for name in ("dino", "clip_i", "clip_t"))]

@@ -15,8 +15,9 @@ from PIL import Image
 
 from data.benchmark import load_benchmark
 from eval.__main__ import main
-from eval.results import bootstrap_interval, mean_and_interval, paired_differences
-from eval.tables import latex, markdown
+from eval.results import bootstrap_interval, mean_and_interval, paired_differences, summarize
+from eval.running import child_environment
+from eval.tables import latex, markdown, seed_rows
 from tests.conftest import ROOT, draw_photographs
 
 PHOTOS = ROOT.parent / "shared" / "photos" / "dreambooth"
@@ -293,6 +294,27 @@ def test_subjects_count_by_their_pairs_and_seeds_stay_together():
     assert paired_differences(table, other)["dino"] == pytest.approx(
         {"mean": 0.1, "low": 0.1, "high": 0.1, "higher": 2, "subjects": 2}
     )
+
+
+def test_seeds_are_shown_apart():
+    rows = [("a", 0, 4, 5, 0.2), ("a", 1, 4, 5, 0.4), ("b", 0, 4, 5, 0.8), ("b", 1, 4, 5, 0.6)]
+    subjects = pd.DataFrame(rows, columns=["subject", "seed", "pictures", "references", "dino"])
+    pictures = pd.DataFrame({"template": ["x"], "dino": [0.0], "clip_i": [0.0], "clip_t": [0.0]})
+    header, shown = seed_rows(summarize(subjects.assign(real_dino=0.9, real_clip_i=0.9), pictures))
+    assert header == ["", "DINO"]
+    assert shown == [["seed 0", "0.500"], ["seed 1", "0.500"], ["standard deviation", "0.000"]]
+
+
+def test_a_subject_runs_alone_on_the_gpu_of_its_process(monkeypatch):
+    for name, value in (("RANK", "1"), ("TORCHELASTIC_RUN_ID", "x"), ("ACCELERATE_MIXED_PRECISION", "bf16")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    environment = child_environment(jobs=1, num_processes=2, local_index=1, on_gpu=True)
+    assert environment["CUDA_VISIBLE_DEVICES"] == "6" and environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    assert not {"RANK", "TORCHELASTIC_RUN_ID"} & set(environment)
+    assert child_environment(1, 1, 0, True)["CUDA_VISIBLE_DEVICES"] == "4,6"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert child_environment(2, 2, 1, True)["CUDA_VISIBLE_DEVICES"] == "1"
 
 
 def test_tables_escape_what_their_format_reads():
