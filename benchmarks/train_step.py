@@ -32,12 +32,16 @@ Prepare = Callable[[nn.Module, tuple[str, ...]], tuple[list, bool]]
 """Adapts a UNet's targets; returns what trains, and whether it wants autocast."""
 
 
-def build_unet() -> nn.Module:
+def build_unet(device: str) -> nn.Module:
     """Stable Diffusion 1.5's UNet (860M parameters), random, frozen, bfloat16."""
-    with torch.device("cuda"):
-        torch.manual_seed(0)
-        unet: nn.Module = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-    return unet.bfloat16().requires_grad_(False)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            torch.manual_seed(0)
+            unet: nn.Module = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return unet.requires_grad_(False)
 
 
 def floor(unet: nn.Module, targets: tuple[str, ...]) -> tuple[list, bool]:
@@ -80,16 +84,16 @@ VARIANTS: dict[str, Prepare] = {
 class Trial:
     """One variant with a model of its own, whose step can be timed at any moment."""
 
-    def __init__(self, prepare: Prepare, targets: tuple[str, ...], batch_size: int):
-        self.unet = build_unet()
+    def __init__(self, prepare: Prepare, targets: tuple[str, ...], batch_size: int, device: str = "cuda"):
+        self.unet = build_unet(device)
         self.parameters, autocast = prepare(self.unet, targets)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True) if self.parameters else None
         shape, trains = (batch_size, 4, 64, 64), bool(self.parameters)
-        self.latents = torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=not trains)
-        self.text = torch.randn(batch_size, 77, 768, device="cuda", dtype=torch.bfloat16)
-        self.target = torch.randn(shape, device="cuda")
-        self.timesteps = torch.randint(0, 1000, (batch_size,), device="cuda")
-        self.autocast = torch.autocast("cuda", torch.bfloat16, enabled=autocast)
+        self.latents = torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=not trains)
+        self.text = torch.randn(batch_size, 77, 768, device=device, dtype=torch.bfloat16)
+        self.target = torch.randn(shape, device=device)
+        self.timesteps = torch.randint(0, 1000, (batch_size,), device=device)
+        self.autocast = torch.autocast(device, torch.bfloat16, enabled=autocast)
 
     def step(self) -> None:
         with self.autocast:
