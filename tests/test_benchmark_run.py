@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import yaml
+from PIL import Image
 
 from tests.conftest import ROOT, draw_photographs
 
@@ -58,11 +60,12 @@ def test_a_run_goes_on_past_a_failure_and_after_it(tiny_sd, tiny_scorers, tmp_pa
     # Out of its way, and a picture of the finished subject cut short: both are made, the rest is kept.
     shutil.rmtree(blocked)
     damaged = sorted((output / "seed-0" / "one" / "pictures").glob("0*.png"))[1]
-    whole = damaged.read_bytes()
+    whole, before = damaged.read_bytes(), np.asarray(Image.open(damaged), dtype=int)
     damaged.write_bytes(whole[: len(whole) * 2 // 3])
     done = run([*typed, "--subjects", "one", "two"], two, LAUNCH)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert damaged.read_bytes() == whole
+    # Drawn alone instead of in a batch, whose sums may round otherwise.
+    assert np.abs(np.asarray(Image.open(damaged), dtype=int) - before).max() <= 2
     after = times(output)
     changed = {name for name in first if after[name] != first[name]}
     assert changed == {str(damaged.relative_to(output))}
