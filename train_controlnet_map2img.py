@@ -114,7 +114,7 @@ def main(typed: list[str] | None = None) -> None:
     from delora_diffusers.training.disk_cache import build_cache, file_stamp, fingerprint
     from delora_diffusers.training.encoding import crop_offsets, encode_prompts
     from delora_diffusers.training.loop import train
-    from delora_diffusers.training.objective import denoising_loss
+    from delora_diffusers.training.objective import denoising_loss, noised
     from delora_diffusers.training.setup import begin_run, finish_run, load_frozen, start_accelerator
     from delora_diffusers.training.validation import map_validator
 
@@ -180,7 +180,7 @@ def main(typed: list[str] | None = None) -> None:
     pipeline.text_encoder = None
     vae.to("cpu")
 
-    def loss_of(microbatch: int, generator: torch.Generator) -> torch.Tensor:
+    def batch_of(microbatch: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         seed = order.mixed_seed(args.seed, microbatch, 1)
         batch = cache.read(order.sample_indices(args.seed, microbatch, args.train_batch_size, len(cache)), seed)
         mean, std = batch.mean.to(device, non_blocking=True), batch.std.to(device, non_blocking=True)
@@ -189,22 +189,20 @@ def main(typed: list[str] | None = None) -> None:
         texts = batch.embeddings.to(device, non_blocking=True)
         if empty.any():
             texts[torch.from_numpy(empty).to(device)] = embedded[""].to(texts.dtype)
-        control.see(as_signal(list(batch.maps.numpy()), palette).to(device, non_blocking=True))
-        return denoising_loss(
-            unet,
-            noise_scheduler,
-            (mean + std * noise) * vae.config.scaling_factor,
-            texts,
-            generator,
-            noise_offset=args.noise_offset,
-            snr_gamma=args.snr_gamma,
-        )
+        latents = (mean + std * noise) * vae.config.scaling_factor
+        signal = as_signal(list(batch.maps.numpy()), palette).to(device, non_blocking=True)
+        drawn = noised(noise_scheduler, latents, generator, None, args.noise_offset, args.snr_gamma)
+        return drawn | {"encoder_hidden_states": texts, "maps": signal}
+
+    def loss_of(maps: torch.Tensor, **batch: torch.Tensor) -> torch.Tensor:
+        control.see(maps)
+        return denoising_loss(unet, **batch)
 
     def embeddings_of(prompts: list[str]) -> torch.Tensor:
         return torch.stack([embedded[prompt] for prompt in prompts])
 
     validate = map_validator(accelerator, pipeline, embeddings_of, examples, args)
-    train(accelerator, adapters, loss_of, args, validate, trained_encoder)
+    train(accelerator, adapters, batch_of, loss_of, args, validate, trained_encoder)
     control.encoder = accelerator.unwrap_model(control.encoder)
     finish_run(accelerator, args, adapters, f"{len(pairs)} pictures and their maps", captions[0], control=control)
 

@@ -105,9 +105,9 @@ def main(typed: list[str] | None = None) -> None:
 
     from delora_diffusers import attach
     from delora_diffusers.training import order
-    from delora_diffusers.training.encoding import crop_offsets, encode_pictures, encode_prompts
+    from delora_diffusers.training.encoding import crop_offsets, encode_pictures, encode_prompts, tokenize
     from delora_diffusers.training.loop import train
-    from delora_diffusers.training.objective import denoising_loss
+    from delora_diffusers.training.objective import denoising_loss, noised
     from delora_diffusers.training.setup import begin_run, finish_run, load_frozen, start_accelerator
     from delora_diffusers.training.validation import validator
 
@@ -122,7 +122,7 @@ def main(typed: list[str] | None = None) -> None:
         config = arguments.adapter_config(args, targets=TEXT_ENCODER_TARGETS)
         adapters["text_encoder"] = attach(text_encoder, config, torch.Generator().manual_seed(args.seed + 1))
         if args.gradient_checkpointing:
-            text_encoder.gradient_checkpointing_enable()
+            text_encoder.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
             text_encoder.train()
     begin_run(accelerator, args, "dreambooth-delora")
 
@@ -148,22 +148,23 @@ def main(typed: list[str] | None = None) -> None:
     class_latents = cache(class_images) if class_images else None
     instance_prompts = [photograph.caption or args.instance_prompt for photograph in photographs]
     prompts = list(dict.fromkeys([*instance_prompts, args.class_prompt or "", *args.validation_prompt, ""]))
+    embeddings_of = functools.partial(encode_prompts, pipeline, device=device)
+    place = {prompt: index for index, prompt in enumerate(prompts)}
     if args.train_text_encoder:
-        embeddings_of = functools.partial(encode_prompts, pipeline, device=device)
+        encoded_prompts = tokenize(pipeline, prompts, device)
     else:
         with torch.no_grad():
-            embedded = encode_prompts(pipeline, prompts, device)
-        place = {prompt: index for index, prompt in enumerate(prompts)}
+            encoded_prompts = embeddings_of(prompts)
+        pipeline.text_encoder = None
 
         def embeddings_of(prompts: Sequence[str]) -> torch.Tensor:
-            return embedded[[place[prompt] for prompt in prompts]]
+            return encoded_prompts[[place[prompt] for prompt in prompts]]
 
-        pipeline.text_encoder = text_encoder = None
     vae.to("cpu")
     if not args.validation_prompt:
         pipeline.vae = vae = None
 
-    def loss_of(microbatch: int, generator: torch.Generator) -> torch.Tensor:
+    def batch_of(microbatch: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         seed = order.mixed_seed(args.seed, microbatch, 1)
         chosen = order.sample_indices(args.seed, microbatch, args.train_batch_size, len(instance_latents))
         latents = instance_latents.sample(chosen, generator, seed)
@@ -175,19 +176,15 @@ def main(typed: list[str] | None = None) -> None:
             # The two losses are each a mean over their half, and are added.
             weights = torch.tensor([2.0] * len(chosen) + [2.0 * args.prior_loss_weight] * len(others))
             weights = weights.to(device, non_blocking=True)
-        return denoising_loss(
-            unet,
-            noise_scheduler,
-            latents,
-            embeddings_of(texts),
-            generator,
-            sample_weights=weights,
-            noise_offset=args.noise_offset,
-            snr_gamma=args.snr_gamma,
-        )
+        batch = noised(noise_scheduler, latents, generator, weights, args.noise_offset, args.snr_gamma)
+        return batch | {"prompts": encoded_prompts[[place[text] for text in texts]]}
+
+    def loss_of(prompts: torch.Tensor, **batch: torch.Tensor) -> torch.Tensor:
+        embeddings = text_encoder(prompts)[0] if args.train_text_encoder else prompts
+        return denoising_loss(unet, **batch, encoder_hidden_states=embeddings)
 
     validate = validator(accelerator, pipeline, embeddings_of, args) if args.validation_prompt else None
-    train(accelerator, adapters, loss_of, args, validate)
+    train(accelerator, adapters, batch_of, loss_of, args, validate)
     finish_run(accelerator, args, adapters, f"{len(photographs)} photographs", instance_prompts[0])
 
 

@@ -1,6 +1,6 @@
 """Time and peak memory of one training step on a UNet of Stable Diffusion 1.5's shape with random weights, on a GPU.
 
-    python benchmarks/train_step.py [--targets attention|maps] [--batch_sizes 1 4 16] [--output table.md]
+    python -m benchmarks.train_step [--model sd15|sdxl] [--targets attention|maps] [--batch_sizes 1 4 16] [--output OUT]
 
 A step is forward, loss, backward and, where something trains, gradient clipping and fused AdamW; 512-pixel latents,
 frozen UNet in bfloat16. Each time is the median of many steps between CUDA events after a warm-up, the variants taking
@@ -15,6 +15,7 @@ import platform
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -32,13 +33,34 @@ Prepare = Callable[[nn.Module, tuple[str, ...]], tuple[list, bool]]
 """Adapts a UNet's targets; returns what trains, and whether it wants autocast."""
 
 
-def build_unet(device: str) -> nn.Module:
-    """Stable Diffusion 1.5's UNet (860M parameters), random, frozen, bfloat16."""
+SHAPES: dict[str, dict[str, Any]] = {
+    "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+    "sdxl": {
+        "sample_size": 128,
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}
+"""UNets of Stable Diffusion 1.5 (860M parameters) and XL (2.6B)."""
+SIDES = {"sd15": (64, 64), "sdxl": (128, 128)}
+"""Latents of 512 and of 1,024 pixels."""
+
+
+def build_unet(device: str, shape: str = "sd15") -> nn.Module:
+    """The UNet, random, frozen, bfloat16."""
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
             torch.manual_seed(0)
-            unet: nn.Module = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+            unet: nn.Module = UNet2DConditionModel(**SHAPES[shape])
     finally:
         torch.set_default_dtype(torch.float32)
     return unet.requires_grad_(False)
@@ -77,43 +99,92 @@ VARIANTS: dict[str, Prepare] = {
     "ours, LoRA, fast path": ours(method="lora"),
     "PEFT LoRA, bf16 adapters": with_peft("LoraConfig", torch.bfloat16, lora_alpha=2 * RANK),
     "PEFT LoRA, autocast": with_peft("LoraConfig", torch.float32, lora_alpha=2 * RANK),
+    "PEFT DoRA, bf16 adapters": with_peft("LoraConfig", torch.bfloat16, lora_alpha=2 * RANK, use_dora=True),
     "PEFT DeLoRA, autocast": with_peft("DeloraConfig", torch.float32),
 }
+RECORDED: dict[str, Prepare] = {
+    "floor, CUDA graph": floor,
+    "ours, DeLoRA, CUDA graph": ours(method="delora"),
+    "ours, LoRA, CUDA graph": ours(method="lora"),
+    "PEFT LoRA, bf16 adapters, CUDA graph": VARIANTS["PEFT LoRA, bf16 adapters"],
+}
+"""Forward and backward recorded once and replayed, as the training scripts do."""
+FLOOR = next(iter(VARIANTS))
 
 
 class Trial:
     """One variant with a model of its own, whose step can be timed at any moment."""
 
-    def __init__(self, prepare: Prepare, targets: tuple[str, ...], batch_size: int, device: str = "cuda"):
-        self.unet = build_unet(device)
+    def __init__(
+        self,
+        prepare: Prepare,
+        targets: tuple[str, ...],
+        batch_size: int,
+        device: str = "cuda",
+        shape: str = "sd15",
+        record: bool = False,
+    ):
+        self.unet = build_unet(device, shape)
         self.parameters, autocast = prepare(self.unet, targets)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True) if self.parameters else None
-        shape, trains = (batch_size, 4, 64, 64), bool(self.parameters)
-        self.latents = torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=not trains)
-        self.text = torch.randn(batch_size, 77, 768, device=device, dtype=torch.bfloat16)
-        self.target = torch.randn(shape, device=device)
-        self.timesteps = torch.randint(0, 1000, (batch_size,), device=device)
+        size, width, trains = (batch_size, 4, *SIDES[shape]), SHAPES[shape]["cross_attention_dim"], bool(self.parameters)
+        options: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
+        self.latents = torch.randn(size, requires_grad=not trains, **options)
+        self.batch = {
+            "timesteps": torch.randint(0, 1000, (batch_size,), device=device),
+            "text": torch.randn(batch_size, 77, width, **options),
+            "target": torch.randn(size, device=device),
+        }
+        if trains:
+            self.batch["latents"] = self.latents
+        self.added = None
+        if shape == "sdxl":
+            sizes = torch.tensor([[1024, 1024, 0, 0, 1024, 1024]] * batch_size, device=device)
+            self.added = {"text_embeds": torch.randn(batch_size, 1280, **options), "time_ids": sizes}
         self.autocast = torch.autocast(device, torch.bfloat16, enabled=autocast)
+        self.recorded = None
+        if record:
+            from accelerate import Accelerator
+
+            from delora_diffusers.training.captured import MicroBatches
+
+            self.recorded = MicroBatches(Accelerator(), [], self.loss_of, capture=True)
+
+    def loss_of(
+        self, timesteps: torch.Tensor, text: torch.Tensor, target: torch.Tensor, latents: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        noisy = self.latents if latents is None else latents
+        with self.autocast:
+            prediction = self.unet(noisy, timesteps, text, added_cond_kwargs=self.added, return_dict=False)[0]
+        return nn.functional.mse_loss(prediction.float(), target)
 
     def step(self) -> None:
-        with self.autocast:
-            prediction = self.unet(self.latents, self.timesteps, self.text, return_dict=False)[0]
-        nn.functional.mse_loss(prediction.float(), self.target).backward()
+        if self.recorded is None:
+            self.loss_of(**self.batch).backward()
+        else:
+            self.recorded(self.batch)
         if self.optimizer is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
             self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-        else:
+            self.optimizer.zero_grad(set_to_none=self.recorded is None)
+        elif self.recorded is None:
             self.latents.grad = None
+        else:
+            self.latents.grad.zero_()  # pyright: ignore[reportOptionalMemberAccess]
 
-    def peak_gib(self, others: int, steps: int = 3) -> float:
-        """Peak memory of a step beside ``others`` bytes that belong to other trials."""
+    def peak_gib(self, others: int, steps: int = 5) -> float:
+        """Peak memory of a step beside ``others`` bytes that were reserved before; recorded, what the graph keeps."""
         for _ in range(steps):
             self.step()
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        if self.recorded is not None:
+            return (torch.cuda.memory_reserved() - others) / 2**30
+        alive = torch.cuda.memory_allocated()
+        mine = torch.cuda.memory_reserved() - others
         torch.cuda.reset_peak_memory_stats()
         self.step()
-        return (torch.cuda.max_memory_allocated() - others) / 2**30
+        return (torch.cuda.max_memory_allocated() - alive + mine) / 2**30
 
     def milliseconds(self, steps: int) -> list[float]:
         """Times of a few steps, each between two events, run without waiting in between."""
@@ -126,15 +197,20 @@ class Trial:
         return [start.elapsed_time(end) for start, end in itertools.pairwise(marks)]
 
 
-def measure(targets: tuple[str, ...], batch_size: int, rounds: int, steps: int) -> dict[str, tuple[float, float]]:
+def measure(
+    targets: tuple[str, ...], batch_size: int, rounds: int, steps: int, shape: str, only: list[str] | None
+) -> dict[str, tuple[float, float]]:
     """Median milliseconds of a step and peak GiB of each variant; the variants take turns, round after round."""
     trials, memory = {}, {}
-    for name, prepare in VARIANTS.items():
+    for name, prepare in (VARIANTS | RECORDED).items():
+        if only and name != FLOOR and not any(part in name for part in only):
+            continue
         gc.collect()
-        others = torch.cuda.memory_allocated()
-        trials[name] = Trial(prepare, targets, batch_size)
+        torch.cuda.empty_cache()
+        others = torch.cuda.memory_reserved()
+        trials[name] = Trial(prepare, targets, batch_size, shape=shape, record=name in RECORDED)
         memory[name] = trials[name].peak_gib(others)
-    times: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    times: dict[str, list[float]] = {name: [] for name in trials}
     gc.collect()
     gc.disable()
     for _ in range(rounds):
@@ -142,12 +218,14 @@ def measure(targets: tuple[str, ...], batch_size: int, rounds: int, steps: int) 
             trial.step()
             times[name] += trial.milliseconds(steps)
     gc.enable()
-    return {name: (statistics.median(times[name]), memory[name]) for name in VARIANTS}
+    return {name: (statistics.median(times[name]), memory[name]) for name in trials}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", choices=list(TARGETS), default="attention")
+    parser.add_argument("--model", choices=list(SHAPES), default="sd15")
+    parser.add_argument("--only", nargs="+", help="variants whose name holds one of these, and the floor")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=8, help="of each variant in each round")
@@ -155,13 +233,14 @@ def main() -> None:
     options = parser.parse_args()
     logging.set_verbosity_error()
     torch.backends.cuda.matmul.allow_tf32 = False
-    rows: dict[str, list] = {name: [] for name in VARIANTS}
+    rows: dict[str, list] = {}
     for batch_size in options.batch_sizes:
-        timed = measure(TARGETS[options.targets], batch_size, options.rounds, options.steps)
+        targets = TARGETS[options.targets]
+        timed = measure(targets, batch_size, options.rounds, options.steps, options.model, options.only)
         for name, (milliseconds, gib) in timed.items():
-            rows[name].append((milliseconds, gib))
+            rows.setdefault(name, []).append((milliseconds, gib))
             print(f"batch {batch_size:2}  {name:32} {milliseconds:7.1f} ms  {gib:6.2f} GiB", flush=True)
-    base = rows["floor: frozen UNet, no adapter"]
+    base = rows[FLOOR]
     head = " | ".join(f"batch {size}: ms | / floor | GiB" for size in options.batch_sizes)
     lines = [f"| | {head} |", "| --- |" + " ---: |" * (3 * len(options.batch_sizes))]
     for name, cells in rows.items():
@@ -171,7 +250,7 @@ def main() -> None:
     import peft
 
     versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}, peft {peft.__version__}"
-    counted = f"rank {RANK}, targets {options.targets}, median of {options.rounds * options.steps} steps"
+    counted = f"{options.model}, rank {RANK}, targets {options.targets}, median of {options.rounds * options.steps} steps"
     lines += ["", f"{torch.cuda.get_device_name()}, {versions}, python {platform.python_version()}; {counted}."]
     print("\n".join(lines))
     if options.output:

@@ -92,4 +92,4 @@ class AdaptedAttnProcessor:
             hidden_states = hidden_states.transpose(1, 2).reshape(image_shape)
         if attn.residual_connection:
             hidden_states = hidden_states + residual
-        return hidden_states / attn.rescale_output_factor
+        return hidden_states if attn.rescale_output_factor == 1 else hidden_states / attn.rescale_output_factor

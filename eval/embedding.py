@@ -138,6 +138,8 @@ def _encode(
         if errors or not (len(waiting) * PICTURES_AT_A_TIME >= batch_size or number == len(loader)):
             continue
         batches = [torch.cat(some) for some in zip(*waiting)]
+        if torch.cuda.is_available():
+            batches = [batch.pin_memory() for batch in batches]  # so that the copy need not wait for the encoders
         waiting.clear()
         yield {key: encoder.encode(batch) for (key, encoder), batch in zip(encoders.items(), batches)}
         progress.update(len(batches[0]))

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -60,18 +61,24 @@ class _Encoder:
     @functools.cached_property
     def identity(self) -> str:
         """Stands for the weights, the preprocessing and the precision: what features of a picture depend on."""
-        digest = hashlib.sha256(f"{type(self).__name__} {self.dtype} {self.transform}".encode())
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()[:16]
+        weights = sorted(self.model.state_dict().items())
+
+        def of(tensor: Tensor) -> str:
+            content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            return hashlib.sha256(content).hexdigest()
+
+        with ThreadPoolExecutor() as pool:  # the weights of a large model are gigabytes
+            contents = pool.map(of, [tensor for _, tensor in weights])
+        made_of = [(name, content) for (name, _), content in zip(weights, contents)]
+        described = f"{type(self).__name__} {self.dtype} {self.transform} {made_of}"
+        return hashlib.sha256(described.encode()).hexdigest()[:16]
 
     def _unit(self, features: Tensor) -> Tensor:
         return torch.nn.functional.normalize(features.float(), dim=-1)
 
     def _placed(self, batch: Tensor) -> Tensor:
         """Views (batch, height, width, 3) uint8, or what ``transform`` makes of pictures, as the model takes them."""
-        batch = batch.to(self.device)
+        batch = batch.to(self.device, non_blocking=True)
         if batch.dtype == torch.uint8:
             normalize: transforms.Normalize = self.transform.transforms[-1]
             batch = normalize(batch.permute(0, 3, 1, 2).float() / 255)

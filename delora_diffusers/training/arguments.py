@@ -102,6 +102,11 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--noise_offset", type=float, default=0.0)
     group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="by default accelerate's setting")
     group.add_argument("--allow_tf32", action="store_true")
+    group.add_argument(
+        "--cuda_graph",
+        action=argparse.BooleanOptionalAction,
+        help="record a step once and replay it; by default on one GPU, where it is possible",
+    )
     group = parser.add_argument_group("checkpoints, validation and logs")
     group.add_argument("--checkpointing_steps", type=positive_int, default=500)
     group.add_argument("--checkpoints_total_limit", type=positive_int)
@@ -158,6 +163,8 @@ def _read_config(parser: argparse.ArgumentParser, file: Path) -> list[str]:
 
 def _as_typed(action: argparse.Action, value: Any) -> list[str]:
     flag = action.option_strings[0]
+    if isinstance(action, argparse.BooleanOptionalAction):
+        return [] if value is None else [action.option_strings[not value]]
     if action.nargs == 0:
         return [flag] if value else []
     if value is None:

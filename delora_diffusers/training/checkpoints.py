@@ -29,6 +29,7 @@ MAY_CHANGE = {
     "hub_token",
     "config",
     "allow_tf32",
+    "cuda_graph",
     "gradient_checkpointing",
 }
 """Flags that a resumed run may set anew; every other one must be what it was."""

@@ -83,6 +83,13 @@ def crop_offsets(seed: int, picture: int, random_crop: bool, count: int = 16) ->
     return np.random.default_rng(order.mixed_seed(seed, picture)).uniform(size=count).tolist()
 
 
+def tokenize(pipeline, prompts: Sequence[str], device: torch.device) -> Tensor:
+    """What the text encoder takes for each prompt, (prompts, tokens)."""
+    tokenizer = pipeline.tokenizer
+    padded = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
+    return tokenizer(list(prompts), return_tensors="pt", **padded).input_ids.to(device)
+
+
 def encode_prompts(pipeline, prompts: Sequence[str], device: torch.device) -> Tensor:
     """The text encoder's output for each prompt, (prompts, tokens, width), in the text encoder's dtype."""
     return pipeline.encode_prompt(list(prompts), device, 1, False)[0]

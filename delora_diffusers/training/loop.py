@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from delora_diffusers.adapter import Adapter
 from delora_diffusers.errors import InputError
 from delora_diffusers.training import checkpoints, order
+from delora_diffusers.training.captured import Batch, MicroBatches, can_capture
 from delora_diffusers.training.optimizers import build_lr_scheduler, build_optimizer
 
 logger = logging.getLogger(__name__)
@@ -21,7 +22,8 @@ logger = logging.getLogger(__name__)
 def train(
     accelerator: Accelerator,
     adapters: Mapping[str, Adapter],
-    loss_of: Callable[[int, torch.Generator], Tensor],
+    batch_of: Callable[[int, torch.Generator], Batch],
+    loss_of: Callable[..., Tensor],
     args: argparse.Namespace,
     validate: Callable[[int], None] | None = None,
     control: torch.nn.Module | None = None,
@@ -31,7 +33,8 @@ def train(
     Args:
         accelerator: made with ``args.gradient_accumulation_steps``.
         adapters: what trains, by component (``"unet"``, ``"text_encoder"``); attached, on the device.
-        loss_of: the scalar loss of micro-batch number i, given its source of randomness on the device.
+        batch_of: the tensors of micro-batch number i, given its source of randomness on the device.
+        loss_of: their scalar loss; see ``MicroBatches``.
         args: the flags of ``add_training_arguments``.
         validate: called on every process after each ``args.validation_steps``-th step with the number of steps done.
         control: a control encoder that trains too, prepared already since ``loss_of`` calls it; at
@@ -57,20 +60,19 @@ def train(
     trained = plain if control is None else [*plain, control]
     parameters = [p for module in trained for p in module.parameters()]
     accumulated = wrapped if control is None else [*wrapped, control]
+    capture = can_capture(accelerator) if args.cuda_graph is None else args.cuda_graph
+    add_gradients_of = MicroBatches(accelerator, wrapped, loss_of, capture)
     for step in range(start, args.max_train_steps):
         for part in range(args.gradient_accumulation_steps):
             number = (step * args.gradient_accumulation_steps + part) * accelerator.num_processes
             number += accelerator.process_index
             with accelerator.accumulate(*accumulated):
-                for adapter in wrapped:
-                    adapter()
-                loss = loss_of(number, order.generator(args.seed, number, accelerator.device))
-                accelerator.backward(loss)
-                health.add(loss, step)
+                batch = batch_of(number, order.generator(args.seed, number, accelerator.device))
+                health.add(add_gradients_of(batch), step)
                 if accelerator.sync_gradients and args.max_grad_norm:
                     accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
                 optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad(set_to_none=not capture)
         if not accelerator.optimizer_step_was_skipped:
             schedule.step()
         done = step + 1
@@ -127,7 +129,6 @@ class Health:
         self.first_bad = torch.full((), -1, device=device, dtype=torch.long)
 
     def add(self, loss: Tensor, step: int) -> None:
-        loss = loss.detach()
         self.sum += loss
         self.count += 1
         bad = ~torch.isfinite(loss) & (self.first_bad < 0)

@@ -31,36 +31,46 @@ def draw_noise(latents: Tensor, noise_offset: float, generator: torch.Generator)
     return noise
 
 
-def denoising_loss(
-    unet,
+def noised(
     noise_scheduler,
     latents: Tensor,
-    encoder_hidden_states: Tensor,
     generator: torch.Generator,
     sample_weights: Tensor | None = None,
     noise_offset: float = 0.0,
     snr_gamma: float | None = None,
-) -> Tensor:
-    """Weighted squared error of the UNet's prediction, a float32 scalar.
+) -> dict[str, Tensor]:
+    """Everything random of a micro-batch, drawn: what ``denoising_loss`` takes beside the UNet and the embeddings.
 
     Args:
-        unet: predicts epsilon or v, as ``noise_scheduler.config.prediction_type`` says.
         latents: (batch, channels, height, width), float32, scaled.
-        encoder_hidden_states: (batch, tokens, width).
         generator: source of noise and timesteps, on the latents' device.
         sample_weights: (batch,), for prior preservation; None for ones.
     """
     noise = draw_noise(latents, noise_offset, generator)
     steps = noise_scheduler.config.num_train_timesteps
     timesteps = torch.randint(0, steps, (len(latents),), generator=generator, device=latents.device)
-    noisy = noise_scheduler.add_noise(latents, noise, timesteps)
     target = noise
     if noise_scheduler.config.prediction_type == "v_prediction":
         target = noise_scheduler.get_velocity(latents, noise, timesteps)
-    dtype = next(unet.parameters()).dtype
-    prediction = unet(noisy.to(dtype), timesteps, encoder_hidden_states.to(dtype), return_dict=False)[0]
-    errors = (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
     weights = loss_weights(noise_scheduler, timesteps, snr_gamma)
     if sample_weights is not None:
         weights = weights * sample_weights
+    noisy = noise_scheduler.add_noise(latents, noise, timesteps)
+    return {"noisy": noisy, "timesteps": timesteps, "target": target, "weights": weights}
+
+
+def denoising_loss(
+    unet, noisy: Tensor, timesteps: Tensor, target: Tensor, weights: Tensor, encoder_hidden_states: Tensor
+) -> Tensor:
+    """Weighted squared error of the UNet's prediction, a float32 scalar; nothing in it is random.
+
+    Args:
+        unet: predicts epsilon or v, as ``noise_scheduler.config.prediction_type`` says.
+        noisy, target: (batch, channels, height, width), float32.
+        timesteps, weights: (batch,).
+        encoder_hidden_states: (batch, tokens, width).
+    """
+    dtype = next(unet.parameters()).dtype
+    prediction = unet(noisy.to(dtype), timesteps, encoder_hidden_states.to(dtype), return_dict=False)[0]
+    errors = (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
     return (errors * weights).mean()

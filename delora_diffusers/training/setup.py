@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
 from diffusers import DDPMScheduler
+from torch.utils.checkpoint import checkpoint
 
 from delora_diffusers.adapter import Adapter
 from delora_diffusers.base_model import load_pipeline
@@ -51,10 +52,15 @@ def load_frozen(accelerator: Accelerator, args: argparse.Namespace) -> tuple[Any
     pipeline.unet.to(accelerator.device, dtype)
     pipeline.text_encoder.to(accelerator.device, dtype)
     if args.gradient_checkpointing:
-        pipeline.unet.enable_gradient_checkpointing()
+        pipeline.unet.enable_gradient_checkpointing(checkpointed)
         pipeline.unet.train()
     scheduler: Any = DDPMScheduler.from_config(pipeline.scheduler.config)
     return pipeline, scheduler
+
+
+def checkpointed(module: torch.nn.Module, *inputs: Any) -> Any:
+    """A module's output, its activations computed anew in the backward; no random state is kept, nothing draws."""
+    return checkpoint(module.__call__, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def begin_run(accelerator: Accelerator, args: argparse.Namespace, name: str) -> None:
