@@ -127,7 +127,11 @@ class Trial:
         self.unet = build_unet(device, shape)
         self.parameters, autocast = prepare(self.unet, targets)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True) if self.parameters else None
-        size, width, trains = (batch_size, 4, *SIDES[shape]), SHAPES[shape]["cross_attention_dim"], bool(self.parameters)
+        size, width, trains = (
+            (batch_size, 4, *SIDES[shape]),
+            SHAPES[shape]["cross_attention_dim"],
+            bool(self.parameters),
+        )
         options: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
         self.latents = torch.randn(size, requires_grad=not trains, **options)
         self.batch = {
@@ -172,19 +176,17 @@ class Trial:
         else:
             self.latents.grad.zero_()  # pyright: ignore[reportOptionalMemberAccess]
 
-    def peak_gib(self, others: int, steps: int = 5) -> float:
-        """Peak memory of a step beside ``others`` bytes that were reserved before; recorded, what the graph keeps."""
+    def peak_gib(self, allocated: int, reserved: int, steps: int = 5) -> float:
+        """Peak memory of a step beside the bytes of other trials; of a recorded step all that is reserved for it."""
         for _ in range(steps):
             self.step()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         if self.recorded is not None:
-            return (torch.cuda.memory_reserved() - others) / 2**30
-        alive = torch.cuda.memory_allocated()
-        mine = torch.cuda.memory_reserved() - others
+            return (torch.cuda.memory_reserved() - reserved) / 2**30
         torch.cuda.reset_peak_memory_stats()
         self.step()
-        return (torch.cuda.max_memory_allocated() - alive + mine) / 2**30
+        return (torch.cuda.max_memory_allocated() - allocated) / 2**30
 
     def milliseconds(self, steps: int) -> list[float]:
         """Times of a few steps, each between two events, run without waiting in between."""
@@ -207,9 +209,9 @@ def measure(
             continue
         gc.collect()
         torch.cuda.empty_cache()
-        others = torch.cuda.memory_reserved()
+        others = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
         trials[name] = Trial(prepare, targets, batch_size, shape=shape, record=name in RECORDED)
-        memory[name] = trials[name].peak_gib(others)
+        memory[name] = trials[name].peak_gib(*others)
     times: dict[str, list[float]] = {name: [] for name in trials}
     gc.collect()
     gc.disable()
@@ -250,7 +252,9 @@ def main() -> None:
     import peft
 
     versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}, peft {peft.__version__}"
-    counted = f"{options.model}, rank {RANK}, targets {options.targets}, median of {options.rounds * options.steps} steps"
+    counted = (
+        f"{options.model}, rank {RANK}, targets {options.targets}, median of {options.rounds * options.steps} steps"
+    )
     lines += ["", f"{torch.cuda.get_device_name()}, {versions}, python {platform.python_version()}; {counted}."]
     print("\n".join(lines))
     if options.output:

@@ -64,7 +64,7 @@ class _Encoder:
         weights = sorted(self.model.state_dict().items())
 
         def of(tensor: Tensor) -> str:
-            content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            content: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
             return hashlib.sha256(content).hexdigest()
 
         with ThreadPoolExecutor() as pool:  # the weights of a large model are gigabytes

@@ -30,8 +30,8 @@ def steps():
 def test_adapters_add_few_operations(steps):
     """At batch 1 and 4 a step lasts as long as its launches take; what the adapters add is bounded here."""
     extra = {key: counter.operations - steps["floor"].operations for key, counter in steps.items()}
-    assert 0 < extra["lora"] <= 30
-    assert 0 < extra["delora"] <= 255
+    assert extra["lora"] <= 0
+    assert 0 < extra["delora"] <= 190
     assert extra["peft"] > 1500, "the counter no longer sees PEFT's products one by one"
     products = {key: counter.by_name["aten.mm.default"] for key, counter in steps.items()}
     assert products["delora"] <= products["floor"], "q, k, v of an attention are one product"

@@ -1,8 +1,8 @@
 """Forward and backward of a micro-batch, on CUDA recorded once as a graph and replayed.
 
-A step of Stable Diffusion launches some two thousand kernels, and below a batch of about 16 a fast GPU waits for the CPU
-to launch them. A CUDA graph launches all of them at once. It reads and writes fixed places in memory, so that batches
-are copied into its inputs and gradients are added up in place.
+A step of Stable Diffusion launches some two thousand kernels, and below a batch of about 16 a fast GPU waits for the
+CPU to launch them. A CUDA graph launches all of them at once. It reads and writes fixed places in memory, so that
+batches are copied into its inputs and gradients are added up in place.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -100,4 +100,3 @@ class MicroBatches:
 def can_capture(accelerator: Accelerator) -> bool:
     """Whether a step can be recorded: one process, since gradients are then not synchronized within the backward."""
     return accelerator.device.type == "cuda" and accelerator.num_processes == 1
-
