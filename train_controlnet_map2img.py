@@ -16,7 +16,6 @@ from data.errors import InputError as DataError
 from data.maps import MapPair, check_pairs, find_hub_pairs, find_pairs, pair_views, upright_size
 from data.palettes import read_palette
 from data.photographs import crop_boxes
-from data.toybox.__main__ import write_map_pairs
 from delora_diffusers.base_model import check_model_folder, is_miniature
 from delora_diffusers.config import MAP_TARGETS
 from delora_diffusers.errors import InputError
@@ -86,6 +85,8 @@ def check(args: argparse.Namespace) -> tuple[list[MapPair], list[MapPair], np.nd
             if not is_miniature(args.pretrained_model_name_or_path):
                 raise InputError("no data was given; name a folder with --train_data_dir, or a --dataset_name.")
             args.train_data_dir = args.output_dir.with_name(f"{args.output_dir.name}-pairs")
+            from data.toybox.__main__ import write_map_pairs  # imports torch
+
             write_map_pairs(args.train_data_dir, MINIATURE_PAIRS)
         pairs = find_pairs(args.train_data_dir)
     pairs = pairs[: args.max_train_samples]
@@ -112,7 +113,7 @@ def main(typed: list[str] | None = None) -> None:
     from delora_diffusers.control import as_signal, new_encoder, pretrained_encoder
     from delora_diffusers.training import order
     from delora_diffusers.training.disk_cache import build_cache, file_stamp, fingerprint
-    from delora_diffusers.training.encoding import crop_offsets, encode_prompts
+    from delora_diffusers.training.encoding import crop_offsets, encode_prompts, index
     from delora_diffusers.training.loop import train
     from delora_diffusers.training.objective import denoising_loss, noised
     from delora_diffusers.training.setup import begin_run, finish_run, load_frozen, start_accelerator
@@ -185,10 +186,10 @@ def main(typed: list[str] | None = None) -> None:
         batch = cache.read(order.sample_indices(args.seed, microbatch, args.train_batch_size, len(cache)), seed)
         mean, std = batch.mean.to(device, non_blocking=True), batch.std.to(device, non_blocking=True)
         noise = torch.randn(mean.shape, generator=generator, device=device)
-        empty = np.random.default_rng((seed, 2)).uniform(size=len(mean)) < args.proportion_empty_prompts
+        unprompted = np.random.default_rng((seed, 2)).uniform(size=len(mean)) < args.proportion_empty_prompts
         texts = batch.embeddings.to(device, non_blocking=True)
-        if empty.any():
-            texts[torch.from_numpy(empty).to(device)] = embedded[""].to(texts.dtype)
+        if unprompted.any():
+            texts[index(unprompted.nonzero()[0].tolist(), device)] = embedded[""].to(texts.dtype)
         latents = (mean + std * noise) * vae.config.scaling_factor
         signal = as_signal(list(batch.maps.numpy()), palette).to(device, non_blocking=True)
         drawn = noised(noise_scheduler, latents, generator, None, args.noise_offset, args.snr_gamma)

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from data.errors import InputError as DataError
 from data.photographs import EXTENSIONS, Photograph, find_photographs, variants
-from data.toybox.__main__ import write_unseen_subject
 from delora_diffusers.base_model import check_model_folder, is_miniature
 from delora_diffusers.config import TEXT_ENCODER_TARGETS
 from delora_diffusers.errors import InputError
@@ -52,6 +51,8 @@ def check(args: argparse.Namespace) -> list[Photograph]:
     if args.instance_data_dir is None:
         if not miniature:
             raise InputError("no photographs were given; name their folder with --instance_data_dir.")
+        from data.toybox.__main__ import write_unseen_subject  # imports torch
+
         args.instance_data_dir = args.output_dir.with_name(f"{args.output_dir.name}-photographs")
         kind = write_unseen_subject(args.instance_data_dir)
         args.instance_prompt = args.instance_prompt or f"a photo of sks {kind}"
@@ -105,7 +106,7 @@ def main(typed: list[str] | None = None) -> None:
 
     from delora_diffusers import attach
     from delora_diffusers.training import order
-    from delora_diffusers.training.encoding import crop_offsets, encode_pictures, encode_prompts, tokenize
+    from delora_diffusers.training.encoding import crop_offsets, encode_pictures, encode_prompts, index, tokenize
     from delora_diffusers.training.loop import train
     from delora_diffusers.training.objective import denoising_loss, noised
     from delora_diffusers.training.setup import begin_run, finish_run, load_frozen, start_accelerator
@@ -177,7 +178,7 @@ def main(typed: list[str] | None = None) -> None:
             weights = torch.tensor([2.0] * len(chosen) + [2.0 * args.prior_loss_weight] * len(others))
             weights = weights.to(device, non_blocking=True)
         batch = noised(noise_scheduler, latents, generator, weights, args.noise_offset, args.snr_gamma)
-        return batch | {"prompts": encoded_prompts[[place[text] for text in texts]]}
+        return batch | {"prompts": encoded_prompts[index([place[text] for text in texts], device)]}
 
     def loss_of(prompts: torch.Tensor, **batch: torch.Tensor) -> torch.Tensor:
         embeddings = text_encoder(prompts)[0] if args.train_text_encoder else prompts

@@ -39,10 +39,15 @@ class LatentCache:
         """
         choice = np.random.default_rng(seed)
         views = [int(choice.integers(self.first[i], self.first[i + 1])) for i in pictures]
-        index = torch.tensor(views).to(self.mean.device, non_blocking=True)
-        mean, std = self.mean[index], self.std[index]
+        chosen = index(views, self.mean.device)
+        mean, std = self.mean[chosen], self.std[chosen]
         noise = torch.randn(mean.shape, generator=generator, device=mean.device)
         return (mean + std * noise) * self.scaling_factor
+
+
+def index(places: Sequence[int], device: torch.device) -> Tensor:
+    """What indexes a tensor on the device without waiting for the device, as indexing with a list would."""
+    return torch.tensor(places).to(device, non_blocking=True)
 
 
 @torch.no_grad()

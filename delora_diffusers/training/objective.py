@@ -52,10 +52,11 @@ def noised(
     target = noise
     if noise_scheduler.config.prediction_type == "v_prediction":
         target = noise_scheduler.get_velocity(latents, noise, timesteps)
+    # First, since it moves the schedule to the device, where the weights then find it.
+    noisy = noise_scheduler.add_noise(latents, noise, timesteps)
     weights = loss_weights(noise_scheduler, timesteps, snr_gamma)
     if sample_weights is not None:
         weights = weights * sample_weights
-    noisy = noise_scheduler.add_noise(latents, noise, timesteps)
     return {"noisy": noisy, "timesteps": timesteps, "target": target, "weights": weights}
 
 
