@@ -143,3 +143,10 @@ def test_generate_refuses(tiny_sd, tmp_path):
     refused("holds no prompt", "--prompts_file", tmp_path / "prompts.txt")
     Image.new("RGB", (4, 4)).save(tmp_path / "picture.safetensors", format="PNG")
     refused("is not a safetensors file", "--adapter", tmp_path / "picture.safetensors", "--prompt", "x")
+
+
+@pytest.mark.parametrize("module", ["train_dreambooth_delora", "train_controlnet_map2img", "delora_diffusers.__main__"])
+def test_checks_answer_before_torch_is_imported(module):
+    """A refused argument and --help take a third of a second, not the seconds that torch takes to import."""
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
