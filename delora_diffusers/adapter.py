@@ -5,33 +5,40 @@ projection its piece. Stable Diffusion's 128 attention projections have 6 shapes
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from delora_diffusers import update
-from delora_diffusers.config import AdapterConfig
+from delora_diffusers.config import RANKED, AdapterConfig
 from delora_diffusers.errors import InputError
 from delora_diffusers.methods import METHODS
 
 
-def base_parameter(linear: nn.Linear) -> Tensor:
-    """The pretrained weight of a linear module, (out, in), parametrized or not."""
-    if parametrize.is_parametrized(linear, "weight"):
-        return linear.get_parameter("parametrizations.weight.original")
-    return linear.weight
+def base_parameter(module: nn.Module, name: str = "weight") -> Tensor:
+    """The pretrained parameter of a module, of a linear one (out, in), parametrized or not."""
+    if parametrize.is_parametrized(module, name):
+        return module.get_parameter(f"parametrizations.{name}.original")
+    return module.get_parameter(name)
 
 
 class Projection:
     """One product: a linear module, or several of one shape that read the same input and are computed as one.
 
     Holds the current adapted weights; the adapter refreshes them. Not a module: it owns no state that is saved.
+
+    Args:
+        names: of the modules; full fine-tuning also takes one parameter of any module, under the parameter's name.
+        linears: the modules.
+        parameter: which parameter of theirs is adapted.
     """
 
-    def __init__(self, names: tuple[str, ...], linears: tuple[nn.Linear, ...]):
+    def __init__(self, names: tuple[str, ...], linears: tuple[nn.Module, ...], parameter: str = "weight"):
         self.names = names
-        self.linears = linears
+        self.linears: tuple[Any, ...] = linears
+        self.parameter = parameter
         self.weight: Tensor | None = None  # (g * out, in): W' on the fast path, W on the split path
         self.a: Tensor | None = None  # (g, k, in), split path only
         self.b: Tensor | None = None  # (g, out, k), split path only
@@ -67,13 +74,13 @@ def low_rank_product(x: Tensor, a: Tensor, b: Tensor) -> list[Tensor]:
 
 
 class Stack(nn.Module):
-    """The tensors of n adapted matrices of one shape (out, in), each with a leading dimension n."""
+    """The tensors of n adapted weights of one shape, (out, in) where linear, each with a leading dimension n."""
 
     def __init__(self, projections: Sequence[Projection], config: AdapterConfig, generator: torch.Generator):
         super().__init__()
         self.projections = list(projections)
         self.names = [name for projection in projections for name in projection.names]
-        self._linears = [linear for projection in projections for linear in projection.linears]
+        self.sites = [(module, part.parameter) for part in projections for module in part.linears]
         self._weight: Tensor | None = None
         self._pointers: list[int] = []
         weight = self.base_weight()
@@ -83,12 +90,12 @@ class Stack(nn.Module):
             self.register_buffer(key, tensor.to(weight.device))
 
     def base_weight(self) -> Tensor:
-        """The pretrained weights, (n, out, in), in the model's dtype and on its device.
+        """The pretrained weights, (n, out, in), or (n, ...), in the model's dtype and on its device.
 
         The model's own parameters are views of this one tensor, so it costs no memory. Where the model was moved or
         cast since, they are stacked anew, and the adapter's tensors follow to the new device.
         """
-        parameters = [base_parameter(linear) for linear in self._linears]
+        parameters = [base_parameter(*site) for site in self.sites]
         if self._weight is None or [p.data_ptr() for p in parameters] != self._pointers:
             self._weight = torch.stack([p.detach() for p in parameters])
             for parameter, view in zip(parameters, self._weight):
@@ -99,8 +106,8 @@ class Stack(nn.Module):
 
     def release(self) -> None:
         """Give each module of the model a weight of its own again."""
-        for linear in self._linears:
-            parameter = base_parameter(linear)
+        for site in self.sites:
+            parameter = base_parameter(*site)
             parameter.data = parameter.data.clone()
         self._weight = None
 
@@ -110,7 +117,7 @@ class Stack(nn.Module):
 
     def versions(self) -> tuple[int, ...]:
         """Changes whenever a tensor that W' is made from changes in place."""
-        weights = (base_parameter(linear) for linear in self._linears)
+        weights = (base_parameter(*site) for site in self.sites)
         return tuple(t._version for t in (*self.trainable.values(), *weights))
 
 
@@ -130,15 +137,16 @@ class Adapter(nn.Module):
         super().__init__()
         self.config = config
         self.method = METHODS[config.method]
-        by_shape: dict[tuple[int, int], list[Projection]] = {}
+        self._has_factors = hasattr(self.method, "factors")
+        by_shape: dict[tuple[int, ...], list[Projection]] = {}
         for projection in projections:
-            out_features, in_features = projection.linears[0].out_features, projection.linears[0].in_features
-            if config.rank > min(out_features, in_features):
+            shape = tuple(base_parameter(projection.linears[0], projection.parameter).shape)
+            if config.method in RANKED and config.rank > min(shape):
                 raise InputError(
-                    f"rank is {config.rank}, but {projection.names[0]} is {out_features} x {in_features}; "
-                    f"choose a rank of at most {min(out_features, in_features)}."
+                    f"rank is {config.rank}, but {projection.names[0]} is {' x '.join(map(str, shape))}; "
+                    f"choose a rank of at most {min(shape)}."
                 )
-            by_shape.setdefault((out_features, in_features), []).append(projection)
+            by_shape.setdefault(shape, []).append(projection)
         self.stacks: Iterable[Stack] = nn.ModuleList(Stack(members, config, generator) for members in by_shape.values())
         self._strength = 1.0
         self._made_from: tuple | None = None
@@ -221,14 +229,31 @@ class Adapter(nn.Module):
     def delta_weight(self, name: str) -> Tensor:
         """W' - W of one module, (out, in), float32."""
         stack, member = self._locate(name)
-        b, a = self._factors({key: tensor[member] for key, tensor in stack.tensors().items()})
-        return (b @ a)[0]
+        return self._delta(stack.base_weight()[member], {key: t[member] for key, t in stack.tensors().items()})[0]
+
+    def _delta(self, weight: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+        if self._has_factors:
+            b, a = self._factors(tensors)
+            return b @ a
+        exact = weight.float()
+        return self._adapted_weight(exact, tensors) - exact
 
     @torch.no_grad()
     def distances(self) -> dict[str, float]:
         """``|W' - W|_F`` of every adapted module."""
-        norms = [update.frobenius_norm(*self._factors(stack.tensors())) for stack in self.stacks]
+        norms = []
+        for stack in self.stacks:
+            if self._has_factors:
+                norms.append(update.frobenius_norm(*self._factors(stack.tensors())))
+            else:
+                norms.append(self._delta(stack.base_weight(), stack.tensors()).flatten(1).norm(dim=1))
         return dict(zip(self.names, torch.cat(norms).tolist()))
+
+    def sites(self) -> Iterator[tuple[str, nn.Module, str]]:
+        """Name, module and parameter of everything that is adapted."""
+        for stack in self.stacks:
+            for name, (module, parameter) in zip(stack.names, stack.sites):
+                yield name, module, parameter
 
     def lambdas(self) -> dict[str, float]:
         """The boundary lambda of every adapted module; empty for methods that have none."""

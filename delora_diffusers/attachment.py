@@ -13,6 +13,8 @@ from delora_diffusers.errors import InputError
 from delora_diffusers.processors import AdaptedAttnProcessor
 
 FUSED = ("to_q", "to_k", "to_v")
+EVERYTHING = "*"
+"""The target that is every parameter."""
 
 
 def attach(model: nn.Module, config: AdapterConfig, generator: torch.Generator | None = None) -> Adapter:
@@ -35,32 +37,50 @@ def attach(model: nn.Module, config: AdapterConfig, generator: torch.Generator |
     """
     if attached_adapter(model) is not None:
         raise InputError("the model has an adapter attached already; call detach(model) or merge(model) first.")
+    if EVERYTHING in config.targets:
+        return _attach(model, config, [], _every_parameter(model), generator)
     linears = find_targets(model, config.targets)
     attentions = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, Attention) and type(module.processor) in (AttnProcessor2_0, FusedAttnProcessor2_0)
     }
-    projections: list[Projection] = []
-    of_attention: dict[str, list[Projection]] = {}
+    attended: list[tuple[str, Attention, list[Projection]]] = []
     for prefix, attention in attentions.items():
         members = {
             name: linears.pop(f"{prefix}.{name}") for name in (*FUSED, "to_out.0") if f"{prefix}.{name}" in linears
         }
-        for names in _same_input(attention, members):
-            linear_group = tuple(members[name] for name in names)
-            of_attention.setdefault(prefix, []).append(
-                Projection(tuple(f"{prefix}.{name}" for name in names), linear_group)
-            )
-        projections += of_attention.get(prefix, [])
+        parts = [
+            Projection(tuple(f"{prefix}.{name}" for name in names), tuple(members[name] for name in names))
+            for names in _same_input(attention, members)
+        ]
+        attended += [(prefix, attention, parts)] if parts else []
     alone = [Projection((name,), (linear,)) for name, linear in linears.items()]
+    return _attach(model, config, attended, alone, generator)
 
+
+def _every_parameter(model: nn.Module) -> list[Projection]:
+    return [
+        Projection((prefix if name == "weight" else f"{prefix}.{name}",), (module,), name)
+        for prefix, module in model.named_modules()
+        for name, _ in module.named_parameters(recurse=False)
+    ]
+
+
+def _attach(
+    model: nn.Module,
+    config: AdapterConfig,
+    attended: list[tuple[str, Attention, list[Projection]]],
+    alone: list[Projection],
+    generator: torch.Generator | None,
+) -> Adapter:
+    """Build the adapter and put it in: ``attended`` by a processor for each attention, ``alone`` one by one."""
+    projections = [part for _, _, parts in attended for part in parts]
     adapter = Adapter(config, projections + alone, generator or torch.default_generator)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
-    for prefix, members in of_attention.items():
-        attention = attentions[prefix]
-        processor: Any = AdaptedAttnProcessor(adapter, attention.processor, members, prefix)
+    for prefix, attention, parts in attended:
+        processor: Any = AdaptedAttnProcessor(adapter, attention.processor, parts, prefix)
         attention.set_processor(processor)
     handles = []
     for projection in alone:
@@ -68,7 +88,8 @@ def attach(model: nn.Module, config: AdapterConfig, generator: torch.Generator |
         if config.path == "split":
             handles.append(linear.register_forward_hook(_LowRankHook(adapter, projection)))
         else:
-            parametrize.register_parametrization(linear, "weight", _AdaptedWeight(adapter, projection))
+            adapted = _AdaptedWeight(adapter, projection)
+            parametrize.register_parametrization(linear, projection.parameter, adapted)
 
     @torch.compiler.disable
     def make_weights(*_: object) -> None:
@@ -100,8 +121,8 @@ def detach(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Attention) and isinstance(module.processor, AdaptedAttnProcessor):
             module.set_processor(module.processor.stock)
-        if isinstance(module, nn.Linear) and _is_adapted(module):
-            parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+        for name in _adapted_parameters(module):
+            parametrize.remove_parametrizations(module, name, leave_parametrized=False)
     for stack in adapter.stacks:
         stack.release()
     for parameter in trainable:
@@ -117,12 +138,10 @@ def merge(model: nn.Module) -> None:
         InputError: no adapter is attached.
     """
     adapter = _attachment(model)[0]
-    merged = {name: adapter.weight(name) for name in adapter.names}
+    merged = [(module, parameter, adapter.weight(name)) for name, module, parameter in adapter.sites()]
     detach(model)
-    for name, weight in merged.items():
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        linear.weight.copy_(weight)
+    for module, parameter, weight in merged:
+        module.get_parameter(parameter).copy_(weight)
     for module in model.modules():
         if isinstance(module, Attention) and module.fused_projections:
             module.fuse_projections()
@@ -152,10 +171,11 @@ def find_targets(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Lin
     return found
 
 
-def _is_adapted(linear: nn.Linear) -> bool:
-    if not parametrize.is_parametrized(linear, "weight"):
-        return False
-    return isinstance(linear.get_submodule("parametrizations.weight.0"), _AdaptedWeight)
+def _adapted_parameters(module: nn.Module) -> list[str]:
+    if not parametrize.is_parametrized(module):
+        return []
+    chains = module.get_submodule("parametrizations").named_children()
+    return [name for name, chain in chains if isinstance(chain.get_submodule("0"), _AdaptedWeight)]
 
 
 def _attachment(model: nn.Module) -> tuple:

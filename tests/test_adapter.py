@@ -284,6 +284,6 @@ def test_refusals(unet):
     detach(unet)
     with pytest.raises(InputError, match="no adapter is attached"):
         merge(unet)
-    for bad in ({"method": "dora"}, {"rank": 0}, {"delora_lambda": -1.0}, {"targets": ()}):
+    for bad in ({"method": "nonesuch"}, {"rank": 0}, {"delora_lambda": -1.0}, {"targets": ()}):
         with pytest.raises(InputError, match=next(iter(bad))):
             AdapterConfig(**bad)

@@ -14,8 +14,23 @@ from delora_diffusers.base_model import MINIATURE, is_miniature
 from delora_diffusers.config import METHOD_NAMES, PATHS, STARTS, UNET_TARGETS, WEIGHT_NORMS, AdapterConfig
 from delora_diffusers.errors import InputError
 
-DEFAULT_LEARNING_RATES = {"delora": 2e-2, "lora": 6e-4}
-"""The paper's rates for subject-driven generation (its table of hyperparameters for Stable Diffusion 1.5)."""
+DEFAULT_LEARNING_RATES = {
+    "delora": 2e-2,
+    "lora": 6e-4,
+    "dora": 6e-4,
+    "dora_fixed_magnitude": 6e-4,
+    "ether": 6e-3,
+    "etherplus": 6e-3,
+    "etherplus_onesided": 6e-3,
+    "oft": 6e-5,
+    "delora_symmetric": 2e-2,
+    "delora_multiplicative": 2e-2,
+    "full": 5e-6,
+}
+"""The paper's rates for subject-driven generation (its table of hyperparameters for Stable Diffusion 1.5).
+
+It has none for ETHER, one-sided ETHER+ and the two relaxations, which take that of the method they are nearest to.
+"""
 
 MINIATURE_SUBJECT_RATES = DEFAULT_LEARNING_RATES | {"delora": 1e-2}
 """On the shipped miniature DeLoRA keeps to the prompt better at half of the paper's rate; docs/miniature.md."""
@@ -71,8 +86,11 @@ def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--delora_lambda", type=float, help="initial boundary; by default chosen by each matrix's width")
     group.add_argument("--start", choices=STARTS, default=defaults.start)
     group.add_argument("--weight_norm", choices=WEIGHT_NORMS, default=defaults.weight_norm)
-    group.add_argument("--alpha", type=float, help="LoRA's alpha; by default 2 * rank")
-    group.add_argument("--targets", nargs="+", default=list(UNET_TARGETS), help="endings of module names in the UNet")
+    group.add_argument("--alpha", type=float, help="LoRA's and DoRA's alpha; by default 2 * rank")
+    group.add_argument("--blocks", type=positive_int, help="diagonal blocks of ETHER, ETHER+ (1) and OFT (4)")
+    group.add_argument(
+        "--targets", nargs="+", help="endings of module names in the UNet; by default q, k, v, out; of full everything"
+    )
     group.add_argument("--path", choices=PATHS, default=defaults.path, help="see docs/performance.md")
 
 
@@ -181,6 +199,7 @@ def adapter_config(args: argparse.Namespace, **changes: Any) -> AdapterConfig:
         start=args.start,
         weight_norm=args.weight_norm,
         alpha=args.alpha,
+        blocks=args.blocks,
         targets=tuple(args.targets),
         path=args.path,
     )
@@ -188,7 +207,7 @@ def adapter_config(args: argparse.Namespace, **changes: Any) -> AdapterConfig:
 
 
 def check_training_arguments(args: argparse.Namespace, learning_rates: dict[str, float]) -> None:
-    """Refuse what can be refused before anything is loaded; fill in the rate that depends on the method.
+    """Refuse what can be refused before anything is loaded; fill in the rate and targets that depend on the method.
 
     Args:
         learning_rates: by method, where ``--learning_rate`` was not given.
@@ -207,6 +226,9 @@ def check_training_arguments(args: argparse.Namespace, learning_rates: dict[str,
         )
     if args.learning_rate is None:
         args.learning_rate = learning_rates[args.method]
+    if args.targets is None:
+        args.targets = ["*"] if args.method == "full" else list(UNET_TARGETS)
+    adapter_config(args)
     for asked, flag, package in (
         (args.use_8bit_adam, "--use_8bit_adam", "bitsandbytes"),
         (args.report_to == "wandb", "--report_to wandb", "wandb"),

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from delora_diffusers.config import METHOD_TITLES, RANKED
 from delora_diffusers.files import WEIGHTS_NAME, written_whole
 
 SECRETS = ("hub_token",)
@@ -45,7 +46,8 @@ def write_model_card(
     grids = sorted((output_dir / "validation").glob("*.png"))
     sample = f"![Samples](validation/{grids[-1].name})\n\n" if grids else ""
     base = args.pretrained_model_name_or_path
-    method = {"delora": "DeLoRA", "lora": "LoRA"}[args.method]
+    method = METHOD_TITLES[args.method]
+    of_rank = f" of rank {args.rank}" if args.method in RANKED else ""
     # A local folder is no id of the hub's, and its validator refuses one.
     base_line = "" if Path(base).exists() else f"base_model: {base}\n"
     components = ["unet", "text_encoder"] if getattr(args, "train_text_encoder", False) else ["unet"]
@@ -68,7 +70,7 @@ tags:
 
 # {output_dir.resolve().name}
 
-A {method} adapter of rank {args.rank} for `{base}`, trained on {trained_on} for {args.max_train_steps} steps.
+A {method} adapter{of_rank} for `{base}`, trained on {trained_on} for {args.max_train_steps} steps.
 
 {sample}## Use
 

@@ -1,0 +1,74 @@
+"""ETHER and ETHER+: reflections of the weight's inputs, and outputs (Bini et al., ICML 2024).
+
+ETHER reflects at a hyperplane, ``W' = W H`` with ``H = I - 2 u u^T``, |u| = 1: its distance from the identity is always
+``|H - I|_F = 2``, so that it cannot start at the pretrained model. ETHER+ relaxes it, ``H = I - u u^T + v v^T``, to a
+distance of at most 2 (sqrt 2, in fact), starts from ``v = -u`` where H is the identity, and acts on both sides,
+``W' = H2 W H``; ``etherplus_onesided`` acts on the inputs alone. With n blocks H is block-diagonal and each block has a
+vector, and a distance, of its own.
+
+Layout: as in the authors' code H acts on the inputs. That code cuts the weight into blocks by ``reshape``, which
+for more than one block mixes rows; here a block is a range of inputs (or outputs), as the paper's equation says.
+"""
+
+import torch
+from torch import Tensor
+
+from delora_diffusers import update
+from delora_diffusers.config import AdapterConfig
+from delora_diffusers.errors import InputError
+from delora_diffusers.methods.lora import kaiming
+
+SUFFIX = "ether_"
+NO_WEIGHT_DECAY = ()
+
+
+def initialize(
+    weight: Tensor, config: AdapterConfig, generator: torch.Generator
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """u (n, blocks, in / blocks) kaiming-uniform; for ETHER+ also v = -u, and u2, v2 for the outputs.
+
+    Raises:
+        InputError: a side that the number of blocks does not divide.
+    """
+    n, out_features, in_features = weight.shape
+    sides = {"": in_features}
+    if config.method == "etherplus":
+        sides["2"] = out_features
+    trainable = {}
+    for side, width in sides.items():
+        size = block_size(width, config.number_of_blocks)
+        trainable[f"u{side}"] = kaiming((n, width // size, size), size, generator)
+        if config.method != "ether":
+            trainable[f"v{side}"] = -trainable[f"u{side}"]
+    return trainable, {}
+
+
+def block_size(width: int, blocks: int) -> int:
+    """How wide each of the blocks is.
+
+    Raises:
+        InputError: they do not divide the width.
+    """
+    if width % blocks:
+        raise InputError(f"blocks is {blocks}, which does not divide a projection of width {width}; choose a divisor.")
+    return width // blocks
+
+
+def adapted_weight(weight: Tensor, tensors: dict[str, Tensor], config: AdapterConfig) -> Tensor:
+    """W' (n, out, in) in the dtype of the weight, computed in that of the tensors."""
+    exact = weight.to(tensors["u"].dtype)
+    if config.method == "ether":
+        return (exact - 2 * projected(exact, tensors["u"])).to(weight.dtype)
+    # The two projections are subtracted first: at the start they are equal, and W' is W to the last bit.
+    exact = exact + (projected(exact, tensors["v"]) - projected(exact, tensors["u"]))
+    if "u2" in tensors:
+        turned = exact.mT
+        exact = exact + (projected(turned, tensors["v2"]) - projected(turned, tensors["u2"])).mT
+    return exact.to(weight.dtype)
+
+
+def projected(weight: Tensor, vectors: Tensor) -> Tensor:
+    """``W u u^T`` block by block, (n, out, in), for W (n, out, in) and u (n, blocks, in / blocks) of any length."""
+    unit = update.normalize(vectors, dim=-1)[:, None]
+    along = (weight.unflatten(-1, unit.shape[-2:]) * unit).sum(dim=-1, keepdim=True)
+    return (along * unit).flatten(-2)

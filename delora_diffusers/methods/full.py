@@ -1,0 +1,21 @@
+"""Full fine-tuning: ``W'`` itself is trained, as DreamBooth does (Ruiz et al., CVPR 2023). Weights of any shape."""
+
+import torch
+from torch import Tensor
+
+from delora_diffusers.config import AdapterConfig
+
+SUFFIX = "full_"
+NO_WEIGHT_DECAY = ()
+
+
+def initialize(
+    weight: Tensor, config: AdapterConfig, generator: torch.Generator
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A float32 copy of the weight, (n, ...)."""
+    return {"W": weight.detach().to(torch.float32, copy=True)}, {}
+
+
+def adapted_weight(weight: Tensor, tensors: dict[str, Tensor], config: AdapterConfig) -> Tensor:
+    """W' (n, ...) in the dtype of the weight."""
+    return tensors["W"].to(weight.dtype)

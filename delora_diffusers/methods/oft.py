@@ -1,0 +1,46 @@
+"""OFT: ``W' = W R^T`` with R orthogonal and block-diagonal (Qiu et al., NeurIPS 2023), by Cayley's parametrization.
+
+Each block is ``R = (I - Q) (I + Q)^-1`` with Q skew-symmetric, which is stored as its upper triangle; R rotates the
+inputs, ``y = W (x R)``, as in PEFT.
+"""
+
+import torch
+from torch import Tensor
+
+from delora_diffusers.config import AdapterConfig
+from delora_diffusers.methods.ether import block_size
+
+SUFFIX = "oft_"
+NO_WEIGHT_DECAY = ()
+
+
+def initialize(
+    weight: Tensor, config: AdapterConfig, generator: torch.Generator
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Q = 0: (n, blocks, size (size - 1) / 2), the rows of the upper triangle one after another.
+
+    Raises:
+        InputError: the number of blocks does not divide the inputs.
+    """
+    n, _, in_features = weight.shape
+    size = block_size(in_features, config.number_of_blocks)
+    return {"Q": torch.zeros(n, in_features // size, size * (size - 1) // 2)}, {}
+
+
+def adapted_weight(weight: Tensor, tensors: dict[str, Tensor], config: AdapterConfig) -> Tensor:
+    """W' (n, out, in) in the dtype of the weight, computed in that of the tensors."""
+    rotation = cayley(tensors["Q"], weight.shape[-1] // tensors["Q"].shape[-2])
+    blocks = weight.to(rotation.dtype).unflatten(-1, rotation.shape[-3:-1]).transpose(-3, -2)
+    rotated = blocks @ rotation.mT
+    return rotated.transpose(-3, -2).flatten(-2).to(weight.dtype)
+
+
+def cayley(upper: Tensor, size: int) -> Tensor:
+    """Orthogonal (..., size, size) from upper triangles (..., size (size - 1) / 2)."""
+    rows, columns = torch.triu_indices(size, size, 1, device=upper.device)
+    half = upper.new_zeros(*upper.shape[:-1], size, size)
+    half[..., rows, columns] = upper
+    skew = half - half.mT
+    identity = torch.eye(size, dtype=upper.dtype, device=upper.device)
+    # I + Q is never singular, so there is nothing to check, and a check would wait for the device.
+    return torch.linalg.solve_ex(identity + skew, identity - skew, left=False).result

@@ -1,0 +1,49 @@
+"""The steps between ETHER+ and DeLoRA (Bini et al., ICLR 2025, table 2): multiplicative, with a learnable boundary.
+
+``delora_symmetric``: ``dW = (lambda / r) (U Sigma U^T - V Theta V^T) W``, whose case r = 1 is
+``lambda (u u^T - v v^T) W``. ``delora_multiplicative``: ``dW = (lambda / r) (B Xi A - D Phi C) W``. The diagonal
+matrices divide by norms, so that each half in brackets has Frobenius norm at most r and dW at most ``2 lambda |W|``.
+
+The bracket acts on the inputs, as ETHER's reflection does: in torch's layout it stands to the right of W.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from delora_diffusers import update
+from delora_diffusers.config import RELATIVE_BOUND, AdapterConfig
+from delora_diffusers.methods.lora import kaiming
+
+SUFFIX = "relaxed_"
+NO_WEIGHT_DECAY = ("lambda",)
+
+
+def initialize(
+    weight: Tensor, config: AdapterConfig, generator: torch.Generator
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Kaiming-uniform B (n, in, r) and A (n, r, in), with D and C their copies; or U with its copy V; lambda (n,).
+
+    The default lambda gives dW the relative size that DeLoRA's has: ``|W b a^T|`` is about ``|W| / sqrt(in)``.
+    """
+    n, _, in_features = weight.shape
+    bound = RELATIVE_BOUND * math.sqrt(in_features) if config.delora_lambda is None else config.delora_lambda
+    trainable = {"lambda": torch.full((n,), float(bound))}
+    first = kaiming((n, in_features, config.rank), in_features, generator)
+    if config.method == "delora_symmetric":
+        return trainable | {"U": first, "V": first.clone()}, {}
+    second = kaiming((n, config.rank, in_features), in_features, generator)
+    return trainable | {"B": first, "A": second, "D": first.clone(), "C": second.clone()}, {}
+
+
+def adapted_weight(weight: Tensor, tensors: dict[str, Tensor], config: AdapterConfig) -> Tensor:
+    """W' (n, out, in) in the dtype of the weight, computed in that of the tensors."""
+    if config.method == "delora_symmetric":
+        sides = [(tensors[key], tensors[key].mT) for key in ("U", "V")]
+    else:
+        sides = [(tensors["B"], tensors["A"]), (tensors["D"], tensors["C"])]
+    exact = weight.to(tensors["lambda"].dtype)
+    plus, minus = (exact @ update.normalize(b, dim=-2) @ update.normalize(a, dim=-1) for b, a in sides)
+    strength = (tensors["lambda"] / config.rank)[:, None, None]
+    return (exact + strength * (plus - minus)).to(weight.dtype)
