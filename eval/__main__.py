@@ -4,13 +4,13 @@ import argparse
 import sys
 
 from data.errors import InputError
-from eval import benchmark, dreambooth, map2img, page, report
+from eval import benchmark, dreambooth, map2img, page, report, study
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m eval", description="Score generated pictures.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (dreambooth, benchmark, report, map2img, page):
+    for module in (dreambooth, benchmark, study, report, map2img, page):
         name = module.__name__.split(".")[-1]
         command = commands.add_parser(name, help=(module.__doc__ or "").splitlines()[0], description=module.__doc__)
         module.add_arguments(command)

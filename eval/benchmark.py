@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 from eval import report, running
+from eval.methods import TITLES
 from eval.plan import check, tasks, write_settings
 from eval.protocols import PRECISIONS, PROTOCOLS
 
-METHODS = ("delora", "lora", "none")
 LPIPS = ("alex", "vgg", "squeeze", "none")
 LONGEST_WAIT = datetime.timedelta(days=14)
 """For the slowest process, before the others give up."""
@@ -21,17 +21,22 @@ LONGEST_WAIT = datetime.timedelta(days=14)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("benchmark", help="dreambooth, toybox or a YAML file in the same form")
+    parser.add_argument("--method", choices=[*TITLES, "none"], default="delora", help="none draws with the base model")
+    parser.add_argument("--generated_dir", type=Path, help="score pictures that are there, SUBJECT/metadata.jsonl")
+    add_shared_arguments(parser)
+
+
+def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a study takes too."""
     parser.add_argument("--output_dir", type=Path, required=True, help="the results folder, its own record")
     parser.add_argument("--photographs", type=Path, help="holds a folder for each subject; toybox renders its own")
     group = parser.add_argument_group("what is trained and drawn")
     group.add_argument("--pretrained_model_name_or_path", help="base model; by default the miniature, for toybox")
-    group.add_argument("--method", choices=METHODS, default="delora", help="none draws with the base model")
     group.add_argument("--train", nargs="+", default=[], metavar="FLAG=VALUE", help="of the training: rank=16")
     group.add_argument("--generate", nargs="+", default=[], metavar="FLAG=VALUE", help="num_inference_steps=25")
     group.add_argument("--seeds", type=int, default=1, help="trainings of each subject, seeds 0, 1, ...")
     group.add_argument("--subjects", nargs="+", help="only these")
     group.add_argument("--jobs", type=int, default=1, help="subjects at once in each process")
-    group.add_argument("--generated_dir", type=Path, help="score pictures that are there, SUBJECT/metadata.jsonl")
     group = parser.add_argument_group("how it is scored")
     group.add_argument("--protocol", nargs="+", choices=sorted(PROTOCOLS), help="by default delora, toybox for toys")
     group.add_argument("--dino", help="another DINO: timm name, hf-hub:ID or local-dir:FOLDER")

@@ -14,6 +14,7 @@ from PIL import Image
 
 from data.errors import InputError
 from data.photographs import load_rgb
+from eval.methods import TITLES
 from eval.writing import write_text
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ LONGEST = 16_000
 PICKED = 8
 """Best and worst pictures that are shown of each score."""
 
-METHODS = {"delora": "DeLoRA", "lora": "LoRA", "none": "base model"}
+METHODS = TITLES | {"none": "base model"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

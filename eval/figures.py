@@ -1,0 +1,68 @@
+"""The figures of studies, as PNG and SVG."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from eval.writing import written_whole
+
+COLOURS = ("#00798c", "#d1495b", "#edae49", "#66a182", "#8d6a9f", "#2e4057")
+
+
+def curves(table: pd.DataFrame, axis: str, real: float | None, path: Path) -> None:
+    """Two panels over a logarithmic axis: DINO with its interval, and the distance from the pretrained weights.
+
+    Args:
+        table: rows of ``study.tabulate``.
+        axis: what x is. real: DINO of the photographs with one another.
+        path: without a suffix.
+    """
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(9.6, 3.8), layout="constrained")
+    for colour, (label, rows) in zip(COLOURS, table.groupby("label", sort=False)):
+        style: dict[str, Any] = {"color": colour, "label": label, "marker": "o", "markersize": 4}
+        panels[0].plot(rows["x"], rows["dino"], **style)
+        panels[0].fill_between(rows["x"], rows["dino_low"], rows["dino_high"], color=colour, alpha=0.15, linewidth=0)
+        panels[1].plot(rows["x"], rows["distance"], **style)
+    if real is not None:
+        panels[0].axhline(real, color="#888", linewidth=1, linestyle="--")
+        panels[0].annotate("real photographs", (1, real), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+    places = sorted(table["x"].unique())
+    for panel, name in zip(panels, ("DINO", "distance |W' - W|, mean over matrices")):
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(places, [f"1/{round(1 / x)}" if x < 1 else f"{x:g}" for x in places])
+        panel.minorticks_off()
+        panel.set_xlabel(axis)
+        panel.set_ylabel(name)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[1].set_yscale("log")
+    panels[0].legend(frameon=False)
+    _save(figure, path)
+
+
+def rows_of_a_table(table: pd.DataFrame, real: float | None, path: Path) -> None:
+    """DINO of each row with its interval, the first row on top."""
+    import matplotlib.pyplot as plt
+
+    figure, panel = plt.subplots(figsize=(7.6, 0.8 + 0.42 * len(table)), layout="constrained")
+    places = range(len(table), 0, -1)
+    panel.hlines(places, table["dino_low"], table["dino_high"], color=COLOURS[0], linewidth=3, alpha=0.35)
+    panel.plot(table["dino"], places, "o", color=COLOURS[0])
+    if real is not None:
+        panel.axvline(real, color="#888", linewidth=1, linestyle="--")
+        panel.annotate("real", (real, 1.0), xycoords=("data", "axes fraction"), ha="right", va="top")
+    panel.set_yticks(places, table["label"])
+    panel.set_xlabel("DINO")
+    panel.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    for suffix in (".png", ".svg"):
+        with written_whole(path.with_suffix(suffix)) as temporary:
+            figure.savefig(temporary, format=suffix[1:], dpi=150)
+    plt.close(figure)

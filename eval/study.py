@@ -1,0 +1,206 @@
+"""A figure or a table of the paper from one command: train every setting on every subject and seed, draw, score, plot.
+
+Each setting is a run of the benchmark in a folder of its own; what is there and whole is kept, so the same command
+continues a study that was stopped. Under ``accelerate launch`` the trainings are spread over the processes.
+"""
+
+import argparse
+import copy
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data.benchmark import load_benchmark, render_subjects
+from data.errors import InputError
+from eval import benchmark, running
+from eval.methods import TITLES
+from eval.plan import Plan, check, tasks, write_settings
+from eval.studies import STUDIES, Setting, Study
+from eval.writing import write_text, written_whole
+
+USUAL_STEPS = {"miniature": 300, "other": 1200}
+"""What the training script does where ``--train`` gives no max_train_steps."""
+Trial = tuple[Setting, Plan, argparse.Namespace]
+"""A setting, its benchmark run, and that run's options."""
+LOST_AT = (4.0, 8.0, 16.0)
+"""Times the usual rate: what is lost there is said in the caption."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", choices=list(STUDIES), help="which figure or table")
+    parser.add_argument("--benchmark", default="toybox", help="dreambooth, toybox or a YAML file in the same form")
+    parser.add_argument("--methods", nargs="+", choices=list(TITLES), help="instead of the study's own")
+    parser.add_argument("--places", nargs="+", type=float, help="on the axis, instead of the study's own")
+    benchmark.add_shared_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    study = STUDIES[options.name]
+    settings = study.settings(options.methods, options.places or study.places)
+    plans = plan(options, settings)
+
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs, gather_object
+
+    from eval.scoring import score
+
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=benchmark.LONGEST_WAIT)])
+    if accelerator.is_main_process:
+        for _, one, asked in plans:
+            write_settings(one, asked)
+    accelerator.wait_for_everyone()
+    waiting = [task for _, one, _ in plans for task in tasks(one) if not task.is_done()]
+    accelerator.wait_for_everyone()  # every process has looked before the first one writes
+    index, count = accelerator.process_index, accelerator.num_processes
+    on_gpu = accelerator.device.type == "cuda"
+    environment = running.child_environment(options.jobs, count, accelerator.local_process_index, on_gpu)
+    mine = running.run_tasks(waiting[index::count], options.jobs, environment, accelerator.is_local_main_process)
+    failed: dict[str, str] = dict(gather_object(list(mine.items())))
+    accelerator.wait_for_everyone()
+    for _, one, asked in plans:
+        score(one, asked, accelerator, {k: v for k, v in failed.items() if Path(k).is_relative_to(one.folder)})
+    if not accelerator.is_main_process:
+        return
+    rows = gather(plans)
+    with written_whole(options.output_dir / f"{options.name}.parquet") as temporary:
+        rows.to_parquet(temporary, index=False)
+    written = write(options.output_dir / options.name, study, rows, failed)
+    print(written.read_text())
+    print(f"wrote {written}, and {options.name}.parquet, .png and .svg beside it")
+    if failed:
+        for place, problem in failed.items():
+            print(f"failed: {place}: {problem}", file=sys.stderr)
+        sys.exit(f"error: {len(failed)} failed and are in no mean; run the same command again to try them anew.")
+
+
+def plan(options: argparse.Namespace, settings: Sequence[Setting]) -> list[Trial]:
+    """The benchmark run of each setting, checked.
+
+    Raises:
+        InputError
+    """
+    subjects = load_benchmark(options.benchmark)
+    if options.photographs is None and all(subject.toybox is not None for subject in subjects.subjects):
+        options.photographs = options.output_dir / "photographs"
+        chosen = tuple(s for s in subjects.subjects if not options.subjects or s.name in options.subjects)
+        render_subjects(dataclasses.replace(subjects, subjects=chosen), options.photographs)
+    typed = {word.partition("=")[0].lstrip("-") for word in options.train}
+    steps = USUAL_STEPS["miniature" if options.pretrained_model_name_or_path is None else "other"]
+    for word in options.train:
+        if word.lstrip("-").startswith("max_train_steps="):
+            steps = int(word.partition("=")[2])
+    found = []
+    for setting in settings:
+        clash = sorted(typed & set(setting.train))
+        if clash:
+            raise InputError(f"--train {clash[0]} is what {options.name} varies; leave it out.")
+        asked = copy.copy(options)
+        train = dict(setting.train)
+        multiple = train.pop("steps", None)
+        kept = [word for word in options.train if multiple is None or "max_train_steps" not in word]
+        if multiple is not None:
+            train["max_train_steps"] = round(steps * multiple)
+        asked.train = [*kept, *(f"{name}={value}" for name, value in train.items())]
+        asked.method, asked.generated_dir = setting.method, None
+        asked.output_dir = options.output_dir / options.name / setting.slug
+        one = check(asked)
+        without_drift = dataclasses.replace(one.benchmark, drift_prompts=())
+        found.append((setting, dataclasses.replace(one, benchmark=without_drift), asked))
+    return found
+
+
+def gather(plans: Sequence[Trial]) -> Any:
+    """A row for each setting, subject, seed and protocol: scores, and the training's last distance."""
+    import pandas as pd
+
+    found = []
+    for setting, one, _ in plans:
+        rows = pd.read_csv(one.folder / "subjects.csv")
+        rows.insert(0, "label", setting.label)
+        rows.insert(1, "x", setting.x)
+        rows.insert(2, "method", setting.method)
+        rows["distance"] = [
+            last_distance(one.folder / f"seed-{row.seed}" / str(row.subject) / "adapter") for row in rows.itertuples()
+        ]
+        found.append(rows)
+    return pd.concat(found, ignore_index=True)
+
+
+def last_distance(adapter: Path) -> float | None:
+    """The mean distance ``|W' - W|_F`` that a training logged last; None without its log."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    last = None
+    for file in sorted((adapter / "logs").rglob("events.out.tfevents.*")):
+        events = EventAccumulator(str(file))
+        events.Reload()
+        if "distance/mean" in events.Tags()["scalars"]:
+            final = events.Scalars("distance/mean")[-1]
+            last = max(last or (-1, 0.0), (final.step, final.value))
+    return None if last is None else last[1]
+
+
+def tabulate(rows: Any) -> Any:
+    """A row for each setting: means, and the bootstrap 95% interval of DINO over subjects."""
+    import pandas as pd
+
+    from eval.results import mean_and_interval
+
+    found = []
+    for (label, x, method), of in rows.groupby(["label", "x", "method"], sort=False, dropna=False):
+        one: dict[str, Any] = {"label": label, "x": x, "method": method, "distance": of["distance"].mean()}
+        for name in ("dino", "clip_t"):
+            interval = mean_and_interval(of, name)
+            assert interval is not None
+            one |= {name: interval["mean"], f"{name}_low": interval["low"], f"{name}_high": interval["high"]}
+        means = of.groupby("seed")["dino"].mean()
+        one["dino_sd"] = means.std() if len(means) > 1 else None
+        found.append(one)
+    return pd.DataFrame(found)
+
+
+def write(path: Path, study: Study, rows: Any, failed: dict[str, str]) -> Path:
+    """The figure and its caption with all numbers, ``path`` with .png, .svg and .md."""
+    from eval import figures
+    from eval.results import mean_and_interval, paired_differences
+
+    rows = rows[rows["protocol"] == rows["protocol"].iloc[0]]
+    table = tabulate(rows)
+    real = mean_and_interval(rows, "real_dino")
+    of_real = None if real is None else real["mean"]
+    if study.axis is None:
+        figures.rows_of_a_table(table, of_real, path)
+    else:
+        figures.curves(table, study.axis, of_real, path)
+    seeds, subjects = rows["seed"].nunique(), rows["subject"].nunique()
+    lines = [f"![{study.shows}]({path.name}.png)", "", study.shows, ""]
+    without = f" {len(failed)} trainings failed and are in no mean." if failed else ""
+    lines += [f"{subjects} subjects, {seeds} seeds; in brackets the bootstrap 95% interval over subjects, ± the"]
+    lines += [f"standard deviation between seeds.{without}", ""]
+    place = [] if study.axis is None else [study.axis]
+    head = ["", *place, "DINO", "CLIP-T", "distance"]
+    lines += [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
+    for row in table.itertuples():
+        cells = [row.label, *([f"{row.x:g}"] if place else [])]
+        spread = "" if row.dino_sd is None or row.dino_sd != row.dino_sd else f" ± {row.dino_sd:.3f}"
+        cells += [f"{row.dino:.3f} [{row.dino_low:.3f}, {row.dino_high:.3f}]{spread}", f"{row.clip_t:.3f}"]
+        lines.append(f"| {' | '.join([*cells, f'{row.distance:.3g}'])} |")
+    if of_real is not None:
+        lines += ["", f"Photographs with one another: DINO {of_real:.3f}."]
+    usual = rows[rows["x"] == 1]
+    beyond = [x for x in LOST_AT if (rows["x"] == x).any()]
+    if study.axis is not None and len(usual) and beyond:
+        times = "rate" if "rate" in study.axis else "steps"
+        lines += ["", f"DINO against the usual {times}, paired by subject:", ""]
+        lines += [f"| | {' | '.join(f'{x:g} times' for x in beyond)} |", f"| --- |{' ---: |' * len(beyond)}"]
+        for label, of in rows.groupby("label", sort=False):
+            cells = []
+            for x in beyond:
+                one = paired_differences(of[of["x"] == x], of[of["x"] == 1]).get("dino")
+                cells.append("" if one is None else f"{one['mean']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}]")
+            lines.append(f"| {label} | {' | '.join(cells)} |")
+    file = path.with_suffix(".md")
+    write_text(file, "\n".join(lines) + "\n")
+    return file

@@ -1,0 +1,104 @@
+"""Studies as a user runs them: two subjects, a killed start, a figure and a caption with all numbers."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+import yaml
+from PIL import Image
+
+from delora_diffusers.config import METHOD_TITLES
+from delora_diffusers.training.arguments import DEFAULT_LEARNING_RATES
+from eval.methods import LEARNING_RATES, TITLES
+from eval.studies import STUDIES
+from tests.conftest import ROOT, draw_photographs
+
+
+def test_the_methods_are_the_librarys():
+    assert TITLES == METHOD_TITLES
+    assert LEARNING_RATES == DEFAULT_LEARNING_RATES
+
+
+def test_every_study_has_settings_of_their_own():
+    for study in STUDIES.values():
+        settings = study.settings(None, study.places)
+        assert len({setting.slug for setting in settings}) == len(settings) > 1
+        assert (study.axis is None) == (settings[0].x is None)
+
+
+@pytest.fixture(scope="module")
+def typed(tiny_sd, tiny_scorers, tmp_path_factory):
+    """Flags of a small study but for its name, and its folder."""
+    folder = tmp_path_factory.mktemp("study")
+    content = {"images_per_prompt": 1, "prompts": {"thing": ["a {identifier} {class} in the snow"]}}
+    content["subjects"] = {name: {"class": "toy", "kind": "thing"} for name in ("one", "two")}
+    (folder / "small.yaml").write_text(yaml.safe_dump(content))
+    for name in content["subjects"]:
+        draw_photographs(folder / "photographs" / name, 3)
+    words = ["--benchmark", folder / "small.yaml", "--photographs", folder / "photographs", "--jobs", 2]
+    words += ["--pretrained_model_name_or_path", tiny_sd, "--lpips", "none", "--output_dir", folder / "out"]
+    words += ["--train", "max_train_steps=4", "resolution=32", "rank=2", "--generate", "num_inference_steps=1"]
+    words += ["--dino", f"local-dir:{tiny_scorers / 'dino'}", "--clip", f"local-dir:{tiny_scorers / 'clip'}"]
+    return [str(word) for word in words], folder / "out"
+
+
+def study(name: str, typed: list[str], *more: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "eval", "study", name, *typed, *more]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def test_a_study_killed_and_continued(typed):
+    flags, out = typed
+    more = ("--methods", "delora", "--places", "1", "4")
+    first = study("lr", flags, *more)
+    while not list(out.glob("lr/*/seed-0/*/adapter/*.safetensors")):
+        assert first.poll() is None, first.communicate()[1][-2000:]
+        time.sleep(0.2)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    made = {file: file.stat().st_mtime_ns for file in out.glob("lr/*/seed-0/*/adapter/*.safetensors")}
+    again = study("lr", flags, *more)
+    printed, errors = again.communicate()
+    assert again.returncode == 0, errors[-2000:]
+    assert all(file.stat().st_mtime_ns == when for file, when in made.items()), "what was there was made anew"
+
+    rows = pd.read_parquet(out / "lr.parquet")
+    assert sorted(rows["x"].unique()) == [1, 4] and len(rows) == 4
+    assert (rows["distance"] > 0).all()
+    far, near = (rows[rows["x"] == x].set_index("subject")["distance"] for x in (4, 1))
+    assert (far > near).all(), "a higher rate goes further"
+    caption = (out / "lr.md").read_text()
+    assert caption in printed and "2 subjects, 1 seeds" in caption
+    one = rows[rows["x"] == 4]["dino"].mean()
+    assert f"| DeLoRA | 4 | {one:.3f} [" in caption and "| | 4 times |" in caption
+    with Image.open(out / "lr.png") as figure:
+        assert figure.width > 1000
+    assert "<svg" in (out / "lr.svg").read_text()[:500]
+    rates = json.loads((out / "lr" / "delora-4" / "settings.json").read_text())["made"]["train"]["learning_rate"]
+    assert float(rates) == pytest.approx(4 * LEARNING_RATES["delora"])
+
+
+def test_a_table_and_steps(typed):
+    flags, out = typed
+    done = study("ablation", flags, "--methods", "delora", "--subjects", "one")
+    assert done.communicate() and done.returncode == 0
+    caption = (out / "ablation.md").read_text()
+    assert "| normalized, boundary, no weight scaling |" in caption and "| DeLoRA |" in caption
+    done = study("prolonged", flags, "--methods", "delora", "--places", "1", "2", "--subjects", "one")
+    assert done.communicate() and done.returncode == 0
+    config = json.loads((out / "prolonged" / "delora-2" / "seed-0" / "one" / "adapter" / "config.json").read_text())
+    assert config["arguments"]["max_train_steps"] == 8
+
+
+def test_refuses_to_vary_what_is_fixed(typed):
+    flags, _ = typed
+    flags = [*flags[: flags.index("--train") + 1], "learning_rate=1", *flags[flags.index("--train") + 1 :]]
+    refused = study("lr", flags)
+    assert "--train learning_rate is what lr varies" in refused.communicate()[1] and refused.returncode == 1
