@@ -71,7 +71,8 @@ def run(options: argparse.Namespace) -> None:
         index, count = accelerator.process_index, accelerator.num_processes
         on_gpu = accelerator.device.type == "cuda"
         environment = running.child_environment(options.jobs, count, accelerator.local_process_index, on_gpu)
-        mine = running.run_tasks(waiting[index::count], options.jobs, environment, accelerator.is_local_main_process)
+        show = accelerator.is_local_main_process
+        mine = running.run_tasks(waiting[index::count], options.jobs, environment, show, fork=not on_gpu)
         for path, problem in gather_object(list(mine.items())):
             failed[path] = problem
     accelerator.wait_for_everyone()

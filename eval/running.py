@@ -1,16 +1,24 @@
 """Train and draw the subjects of a benchmark: commands run as a user would type them, each only where its result is not
-there and whole."""
+there and whole.
+
+Where there is no GPU they are forked from one process that has imported what takes seconds to import; CUDA does not
+survive a fork, so with a GPU each command is a fresh process.
+"""
 
 import dataclasses
 import fcntl
 import json
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from multiprocessing.reduction import DupFd
 from pathlib import Path
+from typing import IO, Any
 
 from PIL import Image
 from tqdm.auto import tqdm
@@ -82,13 +90,20 @@ def pictures_are_whole(folder: Path, prompts: Sequence[str]) -> bool:
     return found >= set(prompts)
 
 
-def run_tasks(tasks: Sequence[Task], jobs: int, environment: dict[str, str], show: bool) -> dict[str, str]:
+def run_tasks(
+    tasks: Sequence[Task], jobs: int, environment: dict[str, str], show: bool, fork: bool = False
+) -> dict[str, str]:
     """Run tasks, ``jobs`` at a time; one that fails does not stop the others.
+
+    Args:
+        environment: of the commands. show: a progress bar.
+        fork: fork the commands from a warm process instead of starting each afresh.
 
     Returns:
         What went wrong, a sentence for each folder of a failed task.
     """
-    running: set[subprocess.Popen] = set()
+    running: set[Any] = set()
+    start = _forked if fork else _fresh
 
     def run(task: Task) -> str | None:
         task.folder.mkdir(parents=True, exist_ok=True)
@@ -96,15 +111,12 @@ def run_tasks(tasks: Sequence[Task], jobs: int, environment: dict[str, str], sho
             for step in task.steps:
                 if step.is_done():
                     continue
-                # The lock goes on with the command, should this process be killed and the command go on.
-                with subprocess.Popen(
-                    step.command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, pass_fds=[lock]
-                ) as process:
-                    running.add(process)
-                    process.wait()
-                    running.discard(process)
+                process, wait = start(step.command, log, environment, lock)
+                running.add(process)
+                code = wait()
+                running.discard(process)
                 if not step.is_done():
-                    return f"{_last_line(task.folder / 'log.txt')} (exit {process.returncode}; {task.folder}/log.txt)"
+                    return f"{_last_line(task.folder / 'log.txt')} (exit {code}; {task.folder}/log.txt)"
         return None
 
     failed = {}
@@ -120,6 +132,52 @@ def run_tasks(tasks: Sequence[Task], jobs: int, environment: dict[str, str], sho
         for process in list(running):
             process.terminate()
     return failed
+
+
+def _fresh(command: Sequence[str], log: IO, environment: dict[str, str], lock: int) -> tuple[Any, Callable[[], Any]]:
+    """Start a command; the process, and what waits for its exit code.
+
+    The lock goes on with the command, should this process be killed and the command go on.
+    """
+    process = subprocess.Popen(
+        command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, pass_fds=[lock]
+    )
+    return process, process.wait
+
+
+def _forked(command: Sequence[str], log: IO, environment: dict[str, str], lock: int) -> tuple[Any, Callable[[], Any]]:
+    """The same, in a fork of a process whose imports are done."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["eval.warm"])
+    words = (list(command[1:]), DupFd(log.fileno()), environment, DupFd(lock))
+    process = context.Process(target=_as_command, args=words)
+    process.start()
+
+    def wait() -> int | None:
+        process.join()
+        return process.exitcode
+
+    return process, wait
+
+
+def _as_command(words: list[str], log: Any, environment: dict[str, str], lock: Any) -> None:
+    """Become ``python WORDS``: its output, its environment, its arguments. The lock is held while this process is."""
+    lock.detach()
+    stream = log.detach()
+    for standard in (1, 2):
+        os.dup2(stream, standard)
+    os.environ.clear()
+    os.environ.update(environment)
+    import torch
+
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # the variable is read when torch is imported
+    sys.path.insert(0, str(ROOT))
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")
 
 
 def child_environment(jobs: int, num_processes: int, local_index: int, on_gpu: bool) -> dict[str, str]:

@@ -56,7 +56,8 @@ def run(options: argparse.Namespace) -> None:
     index, count = accelerator.process_index, accelerator.num_processes
     on_gpu = accelerator.device.type == "cuda"
     environment = running.child_environment(options.jobs, count, accelerator.local_process_index, on_gpu)
-    mine = running.run_tasks(waiting[index::count], options.jobs, environment, accelerator.is_local_main_process)
+    show = accelerator.is_local_main_process
+    mine = running.run_tasks(waiting[index::count], options.jobs, environment, show, fork=not on_gpu)
     failed: dict[str, str] = dict(gather_object(list(mine.items())))
     accelerator.wait_for_everyone()
     for _, one, asked in plans:

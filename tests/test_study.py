@@ -1,5 +1,6 @@
 """Studies as a user runs them: two subjects, a killed start, a figure and a caption with all numbers."""
 
+import argparse
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from delora_diffusers.config import METHOD_TITLES
 from delora_diffusers.training.arguments import DEFAULT_LEARNING_RATES
 from eval.methods import LEARNING_RATES, TITLES
 from eval.studies import STUDIES
+from eval.study import add_arguments, plan
 from tests.conftest import ROOT, draw_photographs
 
 
@@ -85,16 +87,22 @@ def test_a_study_killed_and_continued(typed):
     assert float(rates) == pytest.approx(4 * LEARNING_RATES["delora"])
 
 
-def test_a_table_and_steps(typed):
+def test_a_table(typed):
     flags, out = typed
     done = study("ablation", flags, "--methods", "delora", "--subjects", "one")
     assert done.communicate() and done.returncode == 0
     caption = (out / "ablation.md").read_text()
     assert "| normalized, boundary, no weight scaling |" in caption and "| DeLoRA |" in caption
-    done = study("prolonged", flags, "--methods", "delora", "--places", "1", "2", "--subjects", "one")
-    assert done.communicate() and done.returncode == 0
-    config = json.loads((out / "prolonged" / "delora-2" / "seed-0" / "one" / "adapter" / "config.json").read_text())
-    assert config["arguments"]["max_train_steps"] == 8
+
+
+def test_steps_are_multiples_of_those_given(typed):
+    flags, _ = typed
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    options = parser.parse_args(["prolonged", *flags, "--methods", "delora", "lora"])
+    trials = plan(options, STUDIES["prolonged"].settings(options.methods, (1, 2.5)))
+    asked = [(setting.label, one.made["train"]["max_train_steps"]) for setting, one, _ in trials]
+    assert asked == [("DeLoRA", "4"), ("DeLoRA", "10"), ("LoRA", "4"), ("LoRA", "10")]
 
 
 def test_refuses_to_vary_what_is_fixed(typed):
