@@ -59,6 +59,27 @@ def rows_of_a_table(table: pd.DataFrame, real: float | None, path: Path) -> None
     _save(figure, path)
 
 
+def by_place(rows: Any, path: Path) -> None:
+    """Mean column norms along the UNet, a panel for each kind of attention, a line for each projection."""
+    import matplotlib.pyplot as plt
+
+    kinds = list(rows["kind"].unique())
+    figure, panels = plt.subplots(1, len(kinds), figsize=(9.6, 3.8), layout="constrained", sharey=True, squeeze=False)
+    starts = rows.groupby("part", sort=False)["place"].min()
+    for panel, kind in zip(panels[0], kinds):
+        for colour, (projection, of) in zip(COLOURS, rows[rows["kind"] == kind].groupby("projection", sort=False)):
+            panel.plot(of["place"], of["mean_norm"], "o-", color=colour, markersize=4, label=projection)
+        for start in starts[1:]:
+            panel.axvline(start - 0.5, color="#ddd", linewidth=1, zorder=0)
+        panel.set_xticks(starts, [part.replace("_blocks", "").replace("_block", "") for part in starts.index])
+        panel.tick_params(axis="x", labelrotation=45)
+        panel.set_title(kind, fontsize=10)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_ylabel("mean column norm of W")
+    panels[0][0].legend(frameon=False)
+    _save(figure, path)
+
+
 def _save(figure: Any, path: Path) -> None:
     import matplotlib.pyplot as plt
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from data.benchmark import load_benchmark, render_subjects
 from data.errors import InputError
-from eval import benchmark, running
+from eval import benchmark, norms, running
 from eval.methods import TITLES
 from eval.plan import Plan, check, tasks, write_settings
 from eval.studies import STUDIES, Setting, Study
@@ -29,7 +29,7 @@ LOST_AT = (4.0, 8.0, 16.0)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", choices=list(STUDIES), help="which figure or table")
+    parser.add_argument("name", choices=[*STUDIES, "norms"], help="which figure or table")
     parser.add_argument("--benchmark", default="toybox", help="dreambooth, toybox or a YAML file in the same form")
     parser.add_argument("--methods", nargs="+", choices=list(TITLES), help="instead of the study's own")
     parser.add_argument("--places", nargs="+", type=float, help="on the axis, instead of the study's own")
@@ -37,6 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    if options.name == "norms":
+        written = norms.write(options.pretrained_model_name_or_path, options.output_dir / "norms")
+        print(f"{written.read_text()}wrote {written}, and norms.parquet, .png and .svg beside it")
+        return
     study = STUDIES[options.name]
     settings = study.settings(options.methods, options.places or study.places)
     plans = plan(options, settings)
@@ -61,7 +65,12 @@ def run(options: argparse.Namespace) -> None:
     failed: dict[str, str] = dict(gather_object(list(mine.items())))
     accelerator.wait_for_everyone()
     for _, one, asked in plans:
-        score(one, asked, accelerator, {k: v for k, v in failed.items() if Path(k).is_relative_to(one.folder)})
+        own = {place: problem for place, problem in failed.items() if Path(place).is_relative_to(one.folder)}
+        try:
+            score(one, asked, accelerator, own)
+        except InputError as error:  # not one of its trainings came to an end: a fact of the study, not the end of it
+            failed.setdefault(str(one.folder), str(error))
+            (one.folder / "subjects.csv").unlink(missing_ok=True)
     if not accelerator.is_main_process:
         return
     rows = gather(plans)
@@ -118,6 +127,8 @@ def gather(plans: Sequence[Trial]) -> Any:
 
     found = []
     for setting, one, _ in plans:
+        if not (one.folder / "subjects.csv").is_file():
+            continue
         rows = pd.read_csv(one.folder / "subjects.csv")
         rows.insert(0, "label", setting.label)
         rows.insert(1, "x", setting.x)
@@ -126,6 +137,8 @@ def gather(plans: Sequence[Trial]) -> Any:
             last_distance(one.folder / f"seed-{row.seed}" / str(row.subject) / "adapter") for row in rows.itertuples()
         ]
         found.append(rows)
+    if not found:
+        raise InputError("no setting could be scored; see log.txt in the folders of the subjects.")
     return pd.concat(found, ignore_index=True)
 
 
@@ -177,7 +190,8 @@ def write(path: Path, study: Study, rows: Any, failed: dict[str, str]) -> Path:
         figures.curves(table, study.axis, of_real, path)
     seeds, subjects = rows["seed"].nunique(), rows["subject"].nunique()
     lines = [f"![{study.shows}]({path.name}.png)", "", study.shows, ""]
-    without = f" {len(failed)} trainings failed and are in no mean." if failed else ""
+    ended = sorted("/".join(Path(place).parts[-3:]) for place in failed)
+    without = f" Failed, and in no mean: {', '.join(ended)}." if ended else ""
     lines += [f"{subjects} subjects, {seeds} seeds; in brackets the bootstrap 95% interval over subjects, ± the"]
     lines += [f"standard deviation between seeds.{without}", ""]
     place = [] if study.axis is None else [study.axis]

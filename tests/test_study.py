@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 from delora_diffusers.config import METHOD_TITLES
 from delora_diffusers.training.arguments import DEFAULT_LEARNING_RATES
@@ -93,6 +94,33 @@ def test_a_table(typed):
     assert done.communicate() and done.returncode == 0
     caption = (out / "ablation.md").read_text()
     assert "| normalized, boundary, no weight scaling |" in caption and "| DeLoRA |" in caption
+
+
+def test_a_setting_that_fails_is_said_and_the_others_are_shown(typed):
+    flags, out = typed
+    done = study("lr", flags, "--methods", "lora", "--places", "1", "1e35", "--subjects", "one")
+    errors = done.communicate()[1]
+    assert done.returncode == 1 and "the loss was not finite" in errors and "2 failed" in errors
+    caption = (out / "lr.md").read_text()
+    assert "Failed, and in no mean: " in caption and "lora-1e+35" in caption
+    assert "| LoRA | 1 |" in caption and "| LoRA | 1e+35 |" not in caption
+
+
+def test_norms_are_those_of_the_weights(tmp_path):
+    done = study("norms", ["--output_dir", str(tmp_path)])
+    assert done.communicate() and done.returncode == 0
+    rows = pd.read_parquet(tmp_path / "norms.parquet")
+    files = (ROOT / "data" / "miniature" / "mini-sd" / "unet").glob("*.safetensors")
+    weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    expected = [
+        tensor.float().square().sum(dim=0).sqrt().mean().item()
+        for name, tensor in weights.items()
+        if name.endswith(("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight"))
+    ]
+    assert sorted(rows["mean_norm"]) == pytest.approx(sorted(expected), rel=1e-5)
+    parts = list(rows["part"].unique())
+    assert parts == sorted(parts, key=lambda part: ("down", "mid", "up").index(part.split("_")[0])), "as it is run"
+    assert (tmp_path / "norms.png").stat().st_size > 10_000
 
 
 def test_steps_are_multiples_of_those_given(typed):

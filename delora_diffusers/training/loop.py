@@ -53,41 +53,39 @@ def train(
     # Each adapter is prepared and called by itself; the frozen models around them stay as they are.
     *wrapped, optimizer = accelerator.prepare(*plain, optimizer)
     start = _resume(accelerator, args)
-    progress = tqdm(
-        total=args.max_train_steps, initial=start, desc="training", disable=not accelerator.is_local_main_process
-    )
     health = Health(accelerator.device)
     trained = plain if control is None else [*plain, control]
     parameters = [p for module in trained for p in module.parameters()]
     accumulated = wrapped if control is None else [*wrapped, control]
     capture = can_capture(accelerator) if args.cuda_graph is None else args.cuda_graph
     add_gradients_of = MicroBatches(accelerator, wrapped, loss_of, capture)
-    for step in range(start, args.max_train_steps):
-        for part in range(args.gradient_accumulation_steps):
-            number = (step * args.gradient_accumulation_steps + part) * accelerator.num_processes
-            number += accelerator.process_index
-            with accelerator.accumulate(*accumulated):
-                batch = batch_of(number, order.generator(args.seed, number, accelerator.device))
-                health.add(add_gradients_of(batch), step)
-                if accelerator.sync_gradients and args.max_grad_norm:
-                    accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=not capture)
-        if not accelerator.optimizer_step_was_skipped:
-            schedule.step()
-        done = step + 1
-        progress.update()
-        last = done == args.max_train_steps
-        if done % args.logging_steps == 0 or last:
-            values = {"loss": health.mean_loss(accelerator, args.output_dir), **_readings(adapters, optimizer)}
-            accelerator.log(values, step=done)
-            progress.set_postfix(loss=f"{values['loss']:.4f}", distance=f"{values['distance/mean']:.3g}")
-        if done % args.checkpointing_steps == 0 or last:
-            health.check(accelerator, args.output_dir)
-            checkpoints.save_checkpoint(accelerator, args.output_dir, done, args.checkpoints_total_limit)
-        if validate is not None and (done % args.validation_steps == 0 or last):
-            validate(done)
-    progress.close()
+    shown = accelerator.is_local_main_process
+    with tqdm(total=args.max_train_steps, initial=start, desc="training", disable=not shown) as progress:
+        for step in range(start, args.max_train_steps):
+            for part in range(args.gradient_accumulation_steps):
+                number = (step * args.gradient_accumulation_steps + part) * accelerator.num_processes
+                number += accelerator.process_index
+                with accelerator.accumulate(*accumulated):
+                    batch = batch_of(number, order.generator(args.seed, number, accelerator.device))
+                    health.add(add_gradients_of(batch), step)
+                    if accelerator.sync_gradients and args.max_grad_norm:
+                        accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=not capture)
+            if not accelerator.optimizer_step_was_skipped:
+                schedule.step()
+            done = step + 1
+            progress.update()
+            last = done == args.max_train_steps
+            if done % args.logging_steps == 0 or last:
+                values = {"loss": health.mean_loss(accelerator, args.output_dir), **_readings(adapters, optimizer)}
+                accelerator.log(values, step=done)
+                progress.set_postfix(loss=f"{values['loss']:.4f}", distance=f"{values['distance/mean']:.3g}")
+            if done % args.checkpointing_steps == 0 or last:
+                health.check(accelerator, args.output_dir)
+                checkpoints.save_checkpoint(accelerator, args.output_dir, done, args.checkpoints_total_limit)
+            if validate is not None and (done % args.validation_steps == 0 or last):
+                validate(done)
     return args.max_train_steps
 
 
