@@ -29,7 +29,7 @@ LOST_AT = (4.0, 8.0, 16.0)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", choices=[*STUDIES, "norms"], help="which figure or table")
+    parser.add_argument("name", choices=[*STUDIES, "comparison", "norms"], help="which figure or table")
     parser.add_argument("--benchmark", default="toybox", help="dreambooth, toybox or a YAML file in the same form")
     parser.add_argument("--methods", nargs="+", choices=list(TITLES), help="instead of the study's own")
     parser.add_argument("--places", nargs="+", type=float, help="on the axis, instead of the study's own")
@@ -38,24 +38,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     if options.name == "norms":
-        written = norms.write(options.pretrained_model_name_or_path, options.output_dir / "norms")
-        print(f"{written.read_text()}wrote {written}, and norms.parquet, .png and .svg beside it")
+        finish(norms.write(options.pretrained_model_name_or_path, options.output_dir / "norms"), {})
+        return
+    if options.name == "comparison":
+        from eval import comparison
+
+        comparison.run(options)
         return
     study = STUDIES[options.name]
-    settings = study.settings(options.methods, options.places or study.places)
-    plans = plan(options, settings)
+    trials = plan(options, study.settings(options.methods, options.places or study.places))
+    accelerator = start()
+    failed = make(accelerator, options, trials)
+    if accelerator.is_main_process:
+        rows = gather(trials)
+        with written_whole(options.output_dir / f"{options.name}.parquet") as temporary:
+            rows.to_parquet(temporary, index=False)
+        finish(write(options.output_dir / options.name, study, rows, failed), failed)
 
+
+def start() -> Any:
+    """The accelerator of a study."""
     from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs, gather_object
+    from accelerate.utils import InitProcessGroupKwargs
+
+    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=benchmark.LONGEST_WAIT)])
+
+
+def make(accelerator: Any, options: argparse.Namespace, trials: Sequence[Trial]) -> dict[str, str]:
+    """Train, draw and score what is not there yet; what went wrong, by folder."""
+    from accelerate.utils import gather_object
 
     from eval.scoring import score
 
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=benchmark.LONGEST_WAIT)])
     if accelerator.is_main_process:
-        for _, one, asked in plans:
+        for _, one, asked in trials:
             write_settings(one, asked)
     accelerator.wait_for_everyone()
-    waiting = [task for _, one, _ in plans for task in tasks(one) if not task.is_done()]
+    waiting = [task for _, one, _ in trials for task in tasks(one) if not task.is_done()]
     accelerator.wait_for_everyone()  # every process has looked before the first one writes
     index, count = accelerator.process_index, accelerator.num_processes
     on_gpu = accelerator.device.type == "cuda"
@@ -64,29 +83,33 @@ def run(options: argparse.Namespace) -> None:
     mine = running.run_tasks(waiting[index::count], options.jobs, environment, show, fork=not on_gpu)
     failed: dict[str, str] = dict(gather_object(list(mine.items())))
     accelerator.wait_for_everyone()
-    for _, one, asked in plans:
+    for _, one, asked in trials:
         own = {place: problem for place, problem in failed.items() if Path(place).is_relative_to(one.folder)}
         try:
             score(one, asked, accelerator, own)
         except InputError as error:  # not one of its trainings came to an end: a fact of the study, not the end of it
             failed.setdefault(str(one.folder), str(error))
             (one.folder / "subjects.csv").unlink(missing_ok=True)
-    if not accelerator.is_main_process:
-        return
-    rows = gather(plans)
-    with written_whole(options.output_dir / f"{options.name}.parquet") as temporary:
-        rows.to_parquet(temporary, index=False)
-    written = write(options.output_dir / options.name, study, rows, failed)
-    print(written.read_text())
-    print(f"wrote {written}, and {options.name}.parquet, .png and .svg beside it")
+    return failed
+
+
+def finish(caption: Path, failed: dict[str, str]) -> None:
+    """Show what was found, and end with an error where something failed."""
+    print(f"{caption.read_text()}wrote {caption} and what lies beside it under the same name")
     if failed:
         for place, problem in failed.items():
             print(f"failed: {place}: {problem}", file=sys.stderr)
         sys.exit(f"error: {len(failed)} failed and are in no mean; run the same command again to try them anew.")
 
 
-def plan(options: argparse.Namespace, settings: Sequence[Setting]) -> list[Trial]:
-    """The benchmark run of each setting, checked.
+def said(failed: dict[str, str]) -> str:
+    """What a caption says of what failed."""
+    ended = sorted("/".join(Path(place).parts[-3:]) for place in failed)
+    return f" Failed, and in no mean: {', '.join(ended)}." if ended else ""
+
+
+def plan(options: argparse.Namespace, settings: Sequence[Setting], folder: Path | None = None) -> list[Trial]:
+    """The benchmark run of each setting, checked; in ``folder``, by default one of the study's name.
 
     Raises:
         InputError
@@ -114,7 +137,7 @@ def plan(options: argparse.Namespace, settings: Sequence[Setting]) -> list[Trial
             train["max_train_steps"] = round(steps * multiple)
         asked.train = [*kept, *(f"{name}={value}" for name, value in train.items())]
         asked.method, asked.generated_dir = setting.method, None
-        asked.output_dir = options.output_dir / options.name / setting.slug
+        asked.output_dir = (folder or options.output_dir / options.name) / setting.slug
         one = check(asked)
         without_drift = dataclasses.replace(one.benchmark, drift_prompts=())
         found.append((setting, dataclasses.replace(one, benchmark=without_drift), asked))
@@ -190,10 +213,8 @@ def write(path: Path, study: Study, rows: Any, failed: dict[str, str]) -> Path:
         figures.curves(table, study.axis, of_real, path)
     seeds, subjects = rows["seed"].nunique(), rows["subject"].nunique()
     lines = [f"![{study.shows}]({path.name}.png)", "", study.shows, ""]
-    ended = sorted("/".join(Path(place).parts[-3:]) for place in failed)
-    without = f" Failed, and in no mean: {', '.join(ended)}." if ended else ""
     lines += [f"{subjects} subjects, {seeds} seeds; in brackets the bootstrap 95% interval over subjects, ± the"]
-    lines += [f"standard deviation between seeds.{without}", ""]
+    lines += [f"standard deviation between seeds.{said(failed)}", ""]
     place = [] if study.axis is None else [study.axis]
     head = ["", *place, "DINO", "CLIP-T", "distance"]
     lines += [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]

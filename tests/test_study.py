@@ -3,10 +3,12 @@
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -43,7 +45,7 @@ def typed(tiny_sd, tiny_scorers, tmp_path_factory):
     (folder / "small.yaml").write_text(yaml.safe_dump(content))
     for name in content["subjects"]:
         draw_photographs(folder / "photographs" / name, 3)
-    words = ["--benchmark", folder / "small.yaml", "--photographs", folder / "photographs", "--jobs", 2]
+    words: list[object] = ["--benchmark", folder / "small.yaml", "--photographs", folder / "photographs", "--jobs", 2]
     words += ["--pretrained_model_name_or_path", tiny_sd, "--lpips", "none", "--output_dir", folder / "out"]
     words += ["--train", "max_train_steps=4", "resolution=32", "rank=2", "--generate", "num_inference_steps=1"]
     words += ["--dino", f"local-dir:{tiny_scorers / 'dino'}", "--clip", f"local-dir:{tiny_scorers / 'clip'}"]
@@ -104,6 +106,27 @@ def test_a_setting_that_fails_is_said_and_the_others_are_shown(typed):
     caption = (out / "lr.md").read_text()
     assert "Failed, and in no mean: " in caption and "lora-1e+35" in caption
     assert "| LoRA | 1 |" in caption and "| LoRA | 1e+35 |" not in caption
+
+
+def test_comparison_tunes_on_some_and_scores_the_others(typed):
+    flags, out = typed
+    small, photographs = (Path(flags[flags.index(flag) + 1]) for flag in ("--benchmark", "--photographs"))
+    content = yaml.safe_load(small.read_text())
+    for name in ("three", "four"):
+        content["subjects"][name] = content["subjects"]["one"]
+        shutil.copytree(photographs / "one", photographs / name, dirs_exist_ok=True)
+    small.write_text(yaml.safe_dump(content, sort_keys=False))
+    done = study("comparison", flags, "--methods", "delora", "--places", "1", "2")
+    errors = done.communicate()[1]
+    assert done.returncode == 0, errors[-2000:]
+    grid = {x: pd.read_csv(out / "comparison" / "grid" / f"delora-{x}" / "subjects.csv") for x in (1, 2)}
+    assert set(grid[1]["subject"]) == {"one", "two", "three"}
+    best = max(grid, key=lambda x: grid[x]["dino"].mean())
+    rows = pd.read_parquet(out / "comparison.parquet")
+    assert set(rows["subject"]) == {"four"} and set(rows["x"]) == {best}
+    adapter = load_file(next((out / "comparison" / "final").glob("*/seed-0/four/adapter/*.safetensors")))
+    trained = sum(t.numel() for name, t in adapter.items() if name.endswith(("delora_A", "delora_B", "delora_lambda")))
+    assert f"| DeLoRA | {trained:,} | {LEARNING_RATES['delora'] * best:g} |" in (out / "comparison.md").read_text()
 
 
 def test_norms_are_those_of_the_weights(tmp_path):
