@@ -115,8 +115,8 @@ def main(typed: list[str] | None = None) -> None:
     from delora_diffusers.training.disk_cache import build_cache, file_stamp, fingerprint
     from delora_diffusers.training.encoding import crop_offsets, encode_prompts, index
     from delora_diffusers.training.loop import train
-    from delora_diffusers.training.objective import denoising_loss, noised
-    from delora_diffusers.training.setup import begin_run, finish_run, load_frozen, start_accelerator
+    from delora_diffusers.training.objective import denoising_losses, noised
+    from delora_diffusers.training.setup import begin_run, load_frozen, save_run, start_accelerator
     from delora_diffusers.training.validation import map_validator
 
     accelerator = start_accelerator(args)
@@ -134,8 +134,6 @@ def main(typed: list[str] | None = None) -> None:
     control = attach_control(unet, encoder.to(device), palette)
     frozen = args.control_learning_rate == 0
     encoder.requires_grad_(not frozen)
-    trained_encoder = None if frozen else accelerator.prepare(encoder)
-    control.encoder = trained_encoder or encoder
     begin_run(accelerator, args, "map2img-delora")
 
     # What never changes is computed once and kept on disk: posteriors of the latents, maps, embeddings of the captions.
@@ -181,7 +179,8 @@ def main(typed: list[str] | None = None) -> None:
     pipeline.text_encoder = None
     vae.to("cpu")
 
-    def batch_of(microbatch: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    def batch_of(microbatch: int) -> dict[str, torch.Tensor]:
+        generator = order.generator(args.seed, microbatch, device)
         seed = order.mixed_seed(args.seed, microbatch, 1)
         batch = cache.read(order.sample_indices(args.seed, microbatch, args.train_batch_size, len(cache)), seed)
         mean, std = batch.mean.to(device, non_blocking=True), batch.std.to(device, non_blocking=True)
@@ -195,17 +194,17 @@ def main(typed: list[str] | None = None) -> None:
         drawn = noised(noise_scheduler, latents, generator, None, args.noise_offset, args.snr_gamma)
         return drawn | {"encoder_hidden_states": texts, "maps": signal}
 
-    def loss_of(maps: torch.Tensor, **batch: torch.Tensor) -> torch.Tensor:
+    def losses_of(maps: torch.Tensor, **batch: torch.Tensor) -> torch.Tensor:
         control.see(maps)
-        return denoising_loss(unet, **batch)
+        return denoising_losses(unet, **batch)
 
     def embeddings_of(prompts: list[str]) -> torch.Tensor:
         return torch.stack([embedded[prompt] for prompt in prompts])
 
     validate = map_validator(accelerator, pipeline, embeddings_of, examples, args)
-    train(accelerator, adapters, batch_of, loss_of, args, validate, trained_encoder)
-    control.encoder = accelerator.unwrap_model(control.encoder)
-    finish_run(accelerator, args, adapters, f"{len(pairs)} pictures and their maps", captions[0], control=control)
+    train(accelerator, adapters, batch_of, losses_of, args, validate, None if frozen else encoder)
+    save_run(accelerator, args, adapters, f"{len(pairs)} pictures and their maps", captions[0], control=control)
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@
 
     accelerate launch train_dreambooth_delora.py --pretrained_model_name_or_path MODEL \\
         --instance_data_dir PHOTOS --instance_prompt "a photo of sks dog" --output_dir OUT
+
+With --subjects_file many subjects are trained at once on one frozen model, each to the adapter that it gets alone.
 """
 
 import argparse
@@ -14,6 +16,7 @@ from pathlib import Path
 
 from data.errors import InputError as DataError
 from data.photographs import EXTENSIONS, Photograph, find_photographs, variants
+from data.subjects import Subject, read_subjects
 from delora_diffusers.base_model import check_model_folder, is_miniature
 from delora_diffusers.config import TEXT_ENCODER_TARGETS
 from delora_diffusers.errors import InputError
@@ -26,6 +29,9 @@ def parse_arguments(typed: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("subject")
     group.add_argument("--instance_data_dir", type=Path, help="folder of photographs, with captions or without")
     group.add_argument("--instance_prompt", help="prompt of every photograph without a caption: a photo of sks dog")
+    group.add_argument(
+        "--subjects_file", type=Path, help="many subjects at once, a line of JSON for each: see docs/training.md"
+    )
     group.add_argument("--center_crop", action="store_true", help="instead of random crops along the long side")
     group.add_argument("--random_flip", action="store_true")
     group.add_argument("--train_text_encoder", action="store_true", help="adapt the text encoder's attention too")
@@ -42,39 +48,61 @@ def parse_arguments(typed: list[str] | None = None) -> argparse.Namespace:
     return arguments.parse_with_config(parser, typed)
 
 
-def check(args: argparse.Namespace) -> list[Photograph]:
-    """Refuse bad input before anything is loaded; return the photographs."""
+def check(args: argparse.Namespace) -> list[Subject]:
+    """Refuse bad input before anything is loaded; return the subjects."""
     miniature = is_miniature(args.pretrained_model_name_or_path)
     rates = arguments.MINIATURE_SUBJECT_RATES if miniature else arguments.DEFAULT_LEARNING_RATES
     arguments.check_training_arguments(args, rates)
     check_model_folder(args.pretrained_model_name_or_path)
-    if args.instance_data_dir is None:
-        if not miniature:
-            raise InputError("no photographs were given; name their folder with --instance_data_dir.")
-        from data.toybox.__main__ import write_unseen_subject  # imports torch
+    if args.subjects_file is not None:
+        subjects = check_subjects(args)
+    else:
+        if args.instance_data_dir is None:
+            if not miniature:
+                raise InputError("no photographs were given; name their folder with --instance_data_dir.")
+            from data.toybox.__main__ import write_unseen_subject  # imports torch
 
-        args.instance_data_dir = args.output_dir.with_name(f"{args.output_dir.name}-photographs")
-        kind = write_unseen_subject(args.instance_data_dir)
-        args.instance_prompt = args.instance_prompt or f"a photo of sks {kind}"
-    photographs = find_photographs(args.instance_data_dir)
-    bare = [photograph.path for photograph in photographs if photograph.caption is None]
-    if bare and not args.instance_prompt:
-        raise InputError(f"{bare[0]} has no caption; give --instance_prompt, for example 'a photo of sks dog'.")
-    if args.with_prior_preservation and not args.class_prompt:
-        raise InputError("--with_prior_preservation needs --class_prompt, for example 'a photo of a dog'.")
-    return photographs
+            args.instance_data_dir = args.output_dir.with_name(f"{args.output_dir.name}-photographs")
+            kind = write_unseen_subject(args.instance_data_dir)
+            args.instance_prompt = args.instance_prompt or f"a photo of sks {kind}"
+        photographs = find_photographs(args.instance_data_dir)
+        own = (args.instance_data_dir, args.instance_prompt, args.output_dir, args.seed, args.class_prompt)
+        subjects = [Subject(photographs, *own)]
+    for subject in subjects:
+        bare = [photograph.path for photograph in subject.photographs if photograph.caption is None]
+        if bare and not subject.instance_prompt:
+            raise InputError(f"{bare[0]} has no caption; give --instance_prompt, for example 'a photo of sks dog'.")
+        if args.with_prior_preservation and not subject.class_prompt:
+            raise InputError("--with_prior_preservation needs --class_prompt, for example 'a photo of a dog'.")
+    return subjects
 
 
-def make_class_images(accelerator, pipeline, args: argparse.Namespace) -> list[Photograph]:
-    """Draw the class images that are missing, spread over the processes, and return all of them."""
+def check_subjects(args: argparse.Namespace) -> list[Subject]:
+    """The subjects of ``--subjects_file``; refuses what several subjects at once do not have."""
+    alone = ("instance_data_dir", "instance_prompt", "class_data_dir", "hub_model_id", "train_text_encoder")
+    for flag in (*alone, "validation_prompt"):
+        if getattr(args, flag):
+            raise InputError(f"--{flag} is of one subject; leave it out, or leave out --subjects_file.")
+    if args.mixed_precision == "fp16":
+        raise InputError("fp16 scales the losses of all subjects together; use --mixed_precision bf16 or no.")
+    subjects = read_subjects(args.subjects_file, args.seed, args.class_prompt)
+    for subject in subjects:
+        if subject.output_dir.resolve() == args.output_dir.resolve():
+            raise InputError(f"--output_dir {args.output_dir} is also a subject's; checkpoints need one of their own.")
+        arguments.check_output_dir(subject.output_dir, args.resume_from_checkpoint)
+    return subjects
+
+
+def make_class_images(accelerator, pipeline, subject: Subject, args: argparse.Namespace) -> list[Photograph]:
+    """Draw the subject's class images that are missing, spread over the processes, and return all of them."""
     from tqdm.auto import tqdm
 
     from delora_diffusers.sampling import sample_pictures
 
-    folder = args.class_data_dir or args.output_dir / "class_images"
+    folder = args.class_data_dir or subject.output_dir / "class_images"
     folder.mkdir(parents=True, exist_ok=True)
     present = sum(path.suffix.lower() in EXTENSIONS for path in folder.iterdir())
-    names = [folder / f"class-{args.seed}-{number:05}.png" for number in range(args.num_class_images)]
+    names = [folder / f"class-{subject.seed}-{number:05}.png" for number in range(args.num_class_images)]
     missing = [(n, path) for n, path in enumerate(names) if not path.exists()][
         : max(0, args.num_class_images - present)
     ]
@@ -84,9 +112,9 @@ def make_class_images(accelerator, pipeline, args: argparse.Namespace) -> list[P
     for batch in tqdm(batches, desc="class images", disable=not accelerator.is_local_main_process or not batches):
         pictures = sample_pictures(
             pipeline,
-            [args.seed * 1_000_003 + number for number, _ in batch],
+            [subject.seed * 1_000_003 + number for number, _ in batch],
             args.resolution,
-            prompt=[args.class_prompt] * len(batch),
+            prompt=[subject.class_prompt] * len(batch),
             num_inference_steps=args.validation_inference_steps,
         )
         for (_, path), picture in zip(batch, pictures):
@@ -99,7 +127,7 @@ def make_class_images(accelerator, pipeline, args: argparse.Namespace) -> list[P
 
 def main(typed: list[str] | None = None) -> None:
     args = parse_arguments(typed)
-    photographs = check(args)
+    subjects = check(args)
 
     # Imported after the checks, which then answer at once.
     import torch
@@ -108,8 +136,8 @@ def main(typed: list[str] | None = None) -> None:
     from delora_diffusers.training import order
     from delora_diffusers.training.encoding import crop_offsets, encode_pictures, encode_prompts, index, tokenize
     from delora_diffusers.training.loop import train
-    from delora_diffusers.training.objective import denoising_loss, noised
-    from delora_diffusers.training.setup import begin_run, finish_run, load_frozen, start_accelerator
+    from delora_diffusers.training.objective import denoising_losses, noised
+    from delora_diffusers.training.setup import begin_run, load_frozen, save_run, start_accelerator
     from delora_diffusers.training.validation import validator
 
     accelerator = start_accelerator(args)
@@ -118,7 +146,8 @@ def main(typed: list[str] | None = None) -> None:
     unet, vae, text_encoder = pipeline.unet, pipeline.vae, pipeline.text_encoder
 
     # The adapters; refused settings end here, before anything is written.
-    adapters = {"unet": attach(unet, arguments.adapter_config(args), torch.Generator().manual_seed(args.seed))}
+    starts = [torch.Generator().manual_seed(subject.seed) for subject in subjects]
+    adapters = {"unet": attach(unet, arguments.adapter_config(args), starts)}
     if args.train_text_encoder:
         config = arguments.adapter_config(args, targets=TEXT_ENCODER_TARGETS)
         adapters["text_encoder"] = attach(text_encoder, config, torch.Generator().manual_seed(args.seed + 1))
@@ -129,26 +158,30 @@ def main(typed: list[str] | None = None) -> None:
 
     # What never changes is computed once: class images, posteriors of the latents, embeddings of the prompts.
     vae.to(device)
-    class_images: list[Photograph] = []
-    if args.with_prior_preservation:
-        class_images = make_class_images(accelerator, pipeline, args)
 
-    def cache(pictures: list[Photograph]):
+    def cache(pictures: list[Photograph], seed: int):
         views = (
             variants(
                 picture.load(),
                 args.resolution,
-                crop_offsets(args.seed, number, not args.center_crop),
+                crop_offsets(seed, number, not args.center_crop),
                 args.random_flip,
             )
             for number, picture in enumerate(pictures)
         )
         return encode_pictures(vae, views, len(pictures), device)
 
-    instance_latents = cache(photographs)
-    class_latents = cache(class_images) if class_images else None
-    instance_prompts = [photograph.caption or args.instance_prompt for photograph in photographs]
-    prompts = list(dict.fromkeys([*instance_prompts, args.class_prompt or "", *args.validation_prompt, ""]))
+    instance_latents = [cache(subject.photographs, subject.seed) for subject in subjects]
+    class_latents = []
+    if args.with_prior_preservation:
+        for adapter in adapters.values():
+            adapter.strength = 0  # the base model draws them
+        class_images = [make_class_images(accelerator, pipeline, subject, args) for subject in subjects]
+        for adapter in adapters.values():
+            adapter.strength = 1
+        class_latents = [cache(images, subject.seed) for images, subject in zip(class_images, subjects)]
+    of_subjects = [prompt for s in subjects for prompt in (*s.prompts, s.class_prompt or "")]
+    prompts = list(dict.fromkeys([*of_subjects, *args.validation_prompt, ""]))
     embeddings_of = functools.partial(encode_prompts, pipeline, device=device)
     place = {prompt: index for index, prompt in enumerate(prompts)}
     if args.train_text_encoder:
@@ -165,28 +198,43 @@ def main(typed: list[str] | None = None) -> None:
     if not args.validation_prompt:
         pipeline.vae = vae = None
 
-    def batch_of(microbatch: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        seed = order.mixed_seed(args.seed, microbatch, 1)
-        chosen = order.sample_indices(args.seed, microbatch, args.train_batch_size, len(instance_latents))
-        latents = instance_latents.sample(chosen, generator, seed)
-        texts, weights = [instance_prompts[index] for index in chosen], None
-        if class_latents is not None:
-            others = order.sample_indices(args.seed + 1, microbatch, args.train_batch_size, len(class_latents))
-            latents = torch.cat((latents, class_latents.sample(others, generator, seed + 1)))
-            texts += [args.class_prompt] * len(others)
+    def batch_of(microbatch: int) -> dict[str, torch.Tensor]:
+        parts = [part_of(number, microbatch) for number in range(len(subjects))]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if len(parts) > 1 else parts[0]
+
+    def part_of(number: int, microbatch: int) -> dict[str, torch.Tensor]:
+        subject, cached = subjects[number], instance_latents[number]
+        generator = order.generator(subject.seed, microbatch, device)
+        seed = order.mixed_seed(subject.seed, microbatch, 1)
+        chosen = order.sample_indices(subject.seed, microbatch, args.train_batch_size, len(cached))
+        latents = cached.sample(chosen, generator, seed)
+        texts, weights = [subject.prompts[index] for index in chosen], None
+        if class_latents:
+            prior = class_latents[number]
+            others = order.sample_indices(subject.seed + 1, microbatch, args.train_batch_size, len(prior))
+            latents = torch.cat((latents, prior.sample(others, generator, seed + 1)))
+            texts += [subject.class_prompt or ""] * len(others)
             # The two losses are each a mean over their half, and are added.
             weights = torch.tensor([2.0] * len(chosen) + [2.0 * args.prior_loss_weight] * len(others))
             weights = weights.to(device, non_blocking=True)
         batch = noised(noise_scheduler, latents, generator, weights, args.noise_offset, args.snr_gamma)
         return batch | {"prompts": encoded_prompts[index([place[text] for text in texts], device)]}
 
-    def loss_of(prompts: torch.Tensor, **batch: torch.Tensor) -> torch.Tensor:
+    def losses_of(prompts: torch.Tensor, **batch: torch.Tensor) -> torch.Tensor:
         embeddings = text_encoder(prompts)[0] if args.train_text_encoder else prompts
-        return denoising_loss(unet, **batch, encoder_hidden_states=embeddings)
+        return denoising_losses(unet, **batch, encoder_hidden_states=embeddings, subjects=len(subjects))
 
     validate = validator(accelerator, pipeline, embeddings_of, args) if args.validation_prompt else None
-    train(accelerator, adapters, batch_of, loss_of, args, validate)
-    finish_run(accelerator, args, adapters, f"{len(photographs)} photographs", instance_prompts[0])
+    failed = train(accelerator, adapters, batch_of, losses_of, args, validate)
+    for number, subject in enumerate(subjects):
+        if number not in failed:
+            own = argparse.Namespace(**vars(args) | subject.own_flags())
+            trained_on = f"{len(subject.photographs)} photographs"
+            save_run(accelerator, own, adapters, trained_on, subject.prompts[0], subject=number)
+    accelerator.end_training()
+    if failed:
+        names = ", ".join(f"{subjects[number].output_dir} at step {step}" for number, step in failed.items())
+        raise InputError(f"the loss was not finite for {names}; lower --learning_rate; the others are saved.")
 
 
 if __name__ == "__main__":

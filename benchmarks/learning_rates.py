@@ -20,7 +20,7 @@ from delora_diffusers import detach, load_adapter
 from delora_diffusers.base_model import load_pipeline
 from delora_diffusers.training.arguments import DEFAULT_LEARNING_RATES
 from delora_diffusers.training.encoding import encode_pictures, encode_prompts
-from delora_diffusers.training.objective import denoising_loss, noised
+from delora_diffusers.training.objective import denoising_losses, noised
 
 PROMPT = "a photo of sks subject"
 CURVES = {
@@ -53,7 +53,7 @@ class FixedLoss:
             generator = torch.Generator().manual_seed(seed)
             latents = self.latents.sample(range(count), generator, seed)
             drawn = noised(self.scheduler, latents, generator)
-            total += denoising_loss(self.pipeline.unet, **drawn, encoder_hidden_states=text).item()
+            total += denoising_losses(self.pipeline.unet, **drawn, encoder_hidden_states=text, subjects=1).item()
         if adapter is not None:
             detach(self.pipeline.unet)
         return total / self.draws

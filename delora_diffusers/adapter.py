@@ -2,6 +2,9 @@
 
 Once a step the adapter makes W' of every adapted projection, a few kernels for each distinct shape, and hands each
 projection its piece. Stable Diffusion's 128 attention projections have 6 shapes.
+
+An adapter can hold several subjects, trained at once on one frozen model: each stack then has the n tensors of the
+first subject, those of the second and so on, and the batch's first samples are the first subject's, and so on.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -39,7 +42,8 @@ class Projection:
         self.names = names
         self.linears: tuple[Any, ...] = linears
         self.parameter = parameter
-        self.weight: Tensor | None = None  # (g * out, in): W' on the fast path, W on the split path
+        # (g * out, in): W' on the fast path, W on the split path; (subjects, g * out, in) with several subjects.
+        self.weight: Tensor | None = None
         self.a: Tensor | None = None  # (g, k, in), split path only
         self.b: Tensor | None = None  # (g, out, k), split path only
 
@@ -54,16 +58,23 @@ class Projection:
         if count is not None and count != len(linears):
             # Only here: the backward of a slice fills a whole tensor with zeros.
             members, out_features = slice(first, first + count), linears[0].out_features
-            weight, linears = weight[first * out_features : (first + count) * out_features], linears[members]
+            weight = weight[..., first * out_features : (first + count) * out_features, :]
+            linears = linears[members]
             a, b = (None, None) if a is None or b is None else (a[members], b[members])
         bias = linears[0].bias
         if bias is not None and len(linears) > 1:
             bias = torch.cat([linear.bias for linear in linears])
-        y = nn.functional.linear(x, weight, bias)
+        y = nn.functional.linear(x, weight, bias) if weight.ndim == 2 else by_subject(x, weight, bias)
         outputs = y.chunk(len(linears), dim=-1) if len(linears) > 1 else (y,)
         if a is None or b is None:
             return outputs
         return [y + d.to(y.dtype) for y, d in zip(outputs, low_rank_product(x, a, b))]
+
+
+def by_subject(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x W'^T`` with the W' of each sample's subject: x (subjects * batch, ..., in), W' (subjects, out, in)."""
+    y = x.reshape(len(weight), -1, x.shape[-1]) @ weight.mT
+    return (y if bias is None else y + bias).view(*x.shape[:-1], weight.shape[1])
 
 
 def low_rank_product(x: Tensor, a: Tensor, b: Tensor) -> list[Tensor]:
@@ -74,9 +85,9 @@ def low_rank_product(x: Tensor, a: Tensor, b: Tensor) -> list[Tensor]:
 
 
 class Stack(nn.Module):
-    """The tensors of n adapted weights of one shape, (out, in) where linear, each with a leading dimension n."""
+    """The tensors of n adapted weights of one shape, (out, in) where linear, stacked: (n, ...), (subjects * n, ...)."""
 
-    def __init__(self, projections: Sequence[Projection], config: AdapterConfig, generator: torch.Generator):
+    def __init__(self, projections: Sequence[Projection], config: AdapterConfig, generators: Sequence[torch.Generator]):
         super().__init__()
         self.projections = list(projections)
         self.names = [name for projection in projections for name in projection.names]
@@ -84,10 +95,14 @@ class Stack(nn.Module):
         self._weight: Tensor | None = None
         self._pointers: list[int] = []
         weight = self.base_weight()
-        trainable, fixed = METHODS[config.method].initialize(weight, config, generator)
-        self.trainable = nn.ParameterDict({key: nn.Parameter(t.to(weight.device)) for key, t in trainable.items()})
+        starts = [METHODS[config.method].initialize(weight, config, generator) for generator in generators]
+        trainable, fixed = (
+            {key: torch.cat([one[key].to(weight.device) for one in of_subjects]) for key in of_subjects[0]}
+            for of_subjects in zip(*starts)
+        )
+        self.trainable = nn.ParameterDict({key: nn.Parameter(tensor) for key, tensor in trainable.items()})
         for key, tensor in fixed.items():
-            self.register_buffer(key, tensor.to(weight.device))
+            self.register_buffer(key, tensor)
 
     def base_weight(self) -> Tensor:
         """The pretrained weights, (n, out, in), or (n, ...), in the model's dtype and on its device.
@@ -112,7 +127,7 @@ class Stack(nn.Module):
         self._weight = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors by key, trainable and fixed, each with leading dimension n."""
+        """All tensors by key, trainable and fixed, each with leading dimension n, or subjects * n."""
         return dict(self.trainable.items()) | dict(self.named_buffers(recurse=False))
 
     def versions(self) -> tuple[int, ...]:
@@ -130,12 +145,13 @@ class Adapter(nn.Module):
     Args:
         config: what to build.
         projections: the products to adapt, in the model's order.
-        generator: source of the random start, on the CPU.
+        generators: source of each subject's random start, on the CPU.
     """
 
-    def __init__(self, config: AdapterConfig, projections: Sequence[Projection], generator: torch.Generator):
+    def __init__(self, config: AdapterConfig, projections: Sequence[Projection], generators: Sequence[torch.Generator]):
         super().__init__()
         self.config = config
+        self.subjects = len(generators)
         self.method = METHODS[config.method]
         self._has_factors = hasattr(self.method, "factors")
         by_shape: dict[tuple[int, ...], list[Projection]] = {}
@@ -147,7 +163,9 @@ class Adapter(nn.Module):
                     f"choose a rank of at most {min(shape)}."
                 )
             by_shape.setdefault(shape, []).append(projection)
-        self.stacks: Iterable[Stack] = nn.ModuleList(Stack(members, config, generator) for members in by_shape.values())
+        self.stacks: Iterable[Stack] = nn.ModuleList(
+            Stack(members, config, generators) for members in by_shape.values()
+        )
         self._strength = 1.0
         self._made_from: tuple | None = None
         self.prepared = False
@@ -195,9 +213,16 @@ class Adapter(nn.Module):
             for projection, (weight, a_piece, b_piece) in zip(stack.projections, pieces):
                 projection.weight, projection.a, projection.b = weight, a_piece, b_piece
         else:
-            adapted = self._adapted_weight(base, stack.tensors())
-            for projection, weight in zip(stack.projections, adapted.flatten(0, 1).split(rows)):
+            adapted = self._adapted_weight(self._of_subjects(base), stack.tensors()).flatten(0, 1)
+            several = self.subjects > 1
+            if several:
+                adapted = adapted.unflatten(0, (self.subjects, -1))
+            for projection, weight in zip(stack.projections, adapted.split(rows, dim=1 if several else 0)):
                 projection.weight = weight
+
+    def _of_subjects(self, base: Tensor) -> Tensor:
+        """The pretrained weights (n, ...) once for each subject."""
+        return base if self.subjects == 1 else base.repeat(self.subjects, *[1] * (base.ndim - 1))
 
     def _factors(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         b, a = self.method.factors(tensors, self.config)
@@ -210,26 +235,26 @@ class Adapter(nn.Module):
         adapted = self.method.adapted_weight(exact, tensors, self.config)
         return torch.lerp(exact, adapted, self._strength).to(weight.dtype)
 
-    def _locate(self, name: str) -> tuple[Stack, slice]:
+    def _locate(self, name: str, subject: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The pretrained weight (1, out, in) of one module, and its tensors."""
         for stack in self.stacks:
             if name in stack.names:
                 index = stack.names.index(name)
-                return stack, slice(index, index + 1)
+                place = subject * len(stack.names) + index
+                tensors = {key: tensor[place : place + 1] for key, tensor in stack.tensors().items()}
+                return stack.base_weight()[index : index + 1], tensors
         raise InputError(f"{name} is not an adapted module; the first one is {self.names[0]}.")
 
     @torch.no_grad()
-    def weight(self, name: str) -> Tensor:
+    def weight(self, name: str, subject: int = 0) -> Tensor:
         """W' (out, in) of one module, summed in float32 and given in the model's dtype."""
-        stack, member = self._locate(name)
-        base = stack.base_weight()[member]
-        tensors = {key: tensor[member] for key, tensor in stack.tensors().items()}
+        base, tensors = self._locate(name, subject)
         return self._adapted_weight(base.float(), tensors)[0].to(base.dtype)
 
     @torch.no_grad()
-    def delta_weight(self, name: str) -> Tensor:
+    def delta_weight(self, name: str, subject: int = 0) -> Tensor:
         """W' - W of one module, (out, in), float32."""
-        stack, member = self._locate(name)
-        return self._delta(stack.base_weight()[member], {key: t[member] for key, t in stack.tensors().items()})[0]
+        return self._delta(*self._locate(name, subject))[0]
 
     def _delta(self, weight: Tensor, tensors: dict[str, Tensor]) -> Tensor:
         if self._has_factors:
@@ -238,27 +263,37 @@ class Adapter(nn.Module):
         exact = weight.float()
         return self._adapted_weight(exact, tensors) - exact
 
-    @torch.no_grad()
-    def distances(self) -> dict[str, float]:
+    def distances(self, subject: int = 0) -> dict[str, float]:
         """``|W' - W|_F`` of every adapted module."""
+        return dict(zip(self.names, self.all_distances()[subject].tolist()))
+
+    @torch.no_grad()
+    def all_distances(self) -> Tensor:
+        """``|W' - W|_F``, (subjects, modules)."""
         norms = []
         for stack in self.stacks:
             if self._has_factors:
-                norms.append(update.frobenius_norm(*self._factors(stack.tensors())))
+                found = update.frobenius_norm(*self._factors(stack.tensors()))
             else:
-                norms.append(self._delta(stack.base_weight(), stack.tensors()).flatten(1).norm(dim=1))
-        return dict(zip(self.names, torch.cat(norms).tolist()))
+                found = self._delta(self._of_subjects(stack.base_weight()), stack.tensors()).flatten(1).norm(dim=1)
+            norms.append(found.view(self.subjects, -1))
+        return torch.cat(norms, dim=1)
+
+    def lambdas(self, subject: int = 0) -> dict[str, float]:
+        """The boundary lambda of every adapted module; empty for methods that have none."""
+        found = self.all_lambdas()
+        return {} if found is None else dict(zip(self.names, found[subject].tolist()))
+
+    def all_lambdas(self) -> Tensor | None:
+        """The boundaries, (subjects, modules); None for methods that have none."""
+        found = [stack.trainable["lambda"].detach() for stack in self.stacks if "lambda" in stack.trainable]
+        return torch.cat([one.view(self.subjects, -1) for one in found], dim=1) if found else None
 
     def sites(self) -> Iterator[tuple[str, nn.Module, str]]:
         """Name, module and parameter of everything that is adapted."""
         for stack in self.stacks:
             for name, (module, parameter) in zip(stack.names, stack.sites):
                 yield name, module, parameter
-
-    def lambdas(self) -> dict[str, float]:
-        """The boundary lambda of every adapted module; empty for methods that have none."""
-        found = [stack.trainable["lambda"].detach() for stack in self.stacks if "lambda" in stack.trainable]
-        return dict(zip(self.names, torch.cat(found).tolist())) if found else {}
 
     def parameter_groups(
         self, learning_rate: float, lambda_learning_rate: float, weight_decay: float
@@ -279,9 +314,9 @@ class Adapter(nn.Module):
             )
         return groups
 
-    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def named_tensors(self, subject: int = 0) -> Iterator[tuple[str, Tensor]]:
         """``("NAME.delora_A", (r, in))`` and so on: what a file holds, one entry for each tensor of each module."""
         for stack in self.stacks:
             for key, stacked in stack.tensors().items():
-                for name, tensor in zip(stack.names, stacked):
+                for name, tensor in zip(stack.names, stacked[subject * len(stack.names) :]):
                     yield f"{name}.{self.method.SUFFIX}{key}", tensor

@@ -1,5 +1,6 @@
 """Attach an adapter to a model, take it off, or write it into the weights: the only code that changes a model."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ EVERYTHING = "*"
 """The target that is every parameter."""
 
 
-def attach(model: nn.Module, config: AdapterConfig, generator: torch.Generator | None = None) -> Adapter:
+def attach(
+    model: nn.Module, config: AdapterConfig, generator: torch.Generator | Sequence[torch.Generator] | None = None
+) -> Adapter:
     """Adapt the targeted linear modules of a model and freeze everything else.
 
     Attention that runs diffusers' scaled dot-product processors gets ``AdaptedAttnProcessor``. Any other target (the
@@ -27,13 +30,15 @@ def attach(model: nn.Module, config: AdapterConfig, generator: torch.Generator |
     Args:
         model: a UNet, text encoder or any module with ``nn.Linear`` inside; changed in place.
         config: what to attach.
-        generator: source of the random start, on the CPU; None takes torch's global one.
+        generator: source of the random start, on the CPU; None takes torch's global one. Several are several
+            subjects: ``model(...)`` then takes a batch of equally many samples of each, one subject after the other.
 
     Returns:
         The adapter, whose parameters are all that trains. ``model(...)`` now computes with W'.
 
     Raises:
-        InputError: a target that matches nothing or no linear module, a rank too large, an adapter attached already.
+        InputError: a target that matches nothing or no linear module, a rank too large, an adapter attached already,
+            several subjects where an adapted module is no attention's or the path is split.
     """
     if attached_adapter(model) is not None:
         raise InputError("the model has an adapter attached already; call detach(model) or merge(model) first.")
@@ -72,11 +77,15 @@ def _attach(
     config: AdapterConfig,
     attended: list[tuple[str, Attention, list[Projection]]],
     alone: list[Projection],
-    generator: torch.Generator | None,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
 ) -> Adapter:
     """Build the adapter and put it in: ``attended`` by a processor for each attention, ``alone`` one by one."""
     projections = [part for _, _, parts in attended for part in parts]
-    adapter = Adapter(config, projections + alone, generator or torch.default_generator)
+    generators = generator if isinstance(generator, Sequence) else [generator or torch.default_generator]
+    if len(generators) > 1 and (alone or config.path == "split"):
+        what = f"{alone[0].names[0]} is no projection of an attention" if alone else "path is 'split'"
+        raise InputError(f"several subjects share one model on the fast path of attention only, but {what}.")
+    adapter = Adapter(config, projections + alone, generators)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
     for prefix, attention, parts in attended:

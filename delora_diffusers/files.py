@@ -69,6 +69,7 @@ def save_adapter(
     text_encoder: Adapter | None = None,
     control: Control | None = None,
     base_model: str | None = None,
+    subject: int = 0,
 ) -> Path:
     """Write an adapter to one safetensors file.
 
@@ -78,6 +79,7 @@ def save_adapter(
         text_encoder: the text encoder's adapter, where one was trained.
         control: the control signal that was trained with it; its encoder and palette go into the file.
         base_model: hub id or folder of the model that the adapter belongs to.
+        subject: which one, of an adapter that holds several.
 
     Returns:
         The file's path. The same adapter always gives the same bytes.
@@ -93,7 +95,7 @@ def save_adapter(
     tensors = {
         f"{component}.{name}": tensor.detach().float().cpu().contiguous().clone()
         for component, part in components.items()
-        for name, tensor in part.named_tensors()
+        for name, tensor in part.named_tensors(subject)
     }
     if control is not None:
         header["control_encoder"] = {"palette": None if control.palette is None else control.palette.tolist()}

@@ -53,7 +53,7 @@ def fixed_loss(model: Path, photographs: Path, adapter: Path) -> tuple[float, fl
     from delora_diffusers import load_adapter
     from delora_diffusers.base_model import load_pipeline
     from delora_diffusers.training.encoding import encode_pictures, encode_prompts
-    from delora_diffusers.training.objective import denoising_loss, noised
+    from delora_diffusers.training.objective import denoising_losses, noised
 
     pipeline = load_pipeline(str(model))
     attached = load_adapter(pipeline.unet, adapter)
@@ -71,7 +71,7 @@ def fixed_loss(model: Path, photographs: Path, adapter: Path) -> tuple[float, fl
                 generator = torch.Generator().manual_seed(seed)
                 latents = cache.sample(range(len(found)), generator, seed)
                 drawn = noised(scheduler, latents, generator)
-                total += denoising_loss(pipeline.unet, **drawn, encoder_hidden_states=text).item()
+                total += denoising_losses(pipeline.unet, **drawn, encoder_hidden_states=text).item()
             losses.append(total / 12)
     return losses[0], losses[1]
 

@@ -25,8 +25,8 @@ class MicroBatches:
 
     Args:
         accelerator: scales the loss for accumulation and for fp16.
-        adapters: as prepared; each makes its weights before the forward.
-        loss_of: the scalar loss of a batch; nothing in it may be random or wait for the device.
+        adapters: each makes its weights before the forward.
+        losses_of: the loss of each subject in a batch, (subjects,); nothing in it may be random or wait for the device.
         capture: record a graph. Then gradients must be set to zero, not to None, between steps.
     """
 
@@ -34,21 +34,21 @@ class MicroBatches:
         self,
         accelerator: Accelerator,
         adapters: Sequence[torch.nn.Module],
-        loss_of: Callable[..., Tensor],
+        losses_of: Callable[..., Tensor],
         capture: bool,
     ):
         self.accelerator = accelerator
         self.adapters = adapters
-        self.loss_of = loss_of
+        self.losses_of = losses_of
         self.capture = capture
         self._eager_left = EAGER_FIRST
         self._graph: torch.cuda.CUDAGraph | None = None
         self._stream = torch.cuda.Stream() if capture else None
         self._inputs: dict[str, Tensor] = {}
-        self._loss: Tensor | None = None
+        self._losses: Tensor | None = None
 
     def __call__(self, batch: Batch) -> Tensor:
-        """The batch's loss, detached; its gradients are added to the parameters'.
+        """The batch's losses, detached; their gradients are added to the parameters'.
 
         Raises:
             InputError: the graph cannot be recorded.
@@ -62,33 +62,34 @@ class MicroBatches:
             self._record(batch)
         for name, place in self._inputs.items():
             place.copy_(batch[name])
-        assert self._graph is not None and self._loss is not None
+        assert self._graph is not None and self._losses is not None
         self._graph.replay()
-        return self._loss
+        return self._losses
 
     def _forward_and_backward(self, batch: Batch) -> Tensor:
         for adapter in self.adapters:
             adapter()
-        loss = self.loss_of(**batch)
-        self.accelerator.backward(loss)
-        return loss.detach()
+        losses = self.losses_of(**batch)
+        self.accelerator.backward(losses.sum())  # each subject's gradients are those of its own loss
+        return losses.detach()
 
     def _aside(self, batch: Batch) -> Tensor:
         """On the stream of the recording: autograd remembers where a gradient was first added up."""
         assert self._stream is not None
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            loss = self._forward_and_backward(batch)
+            losses = self._forward_and_backward(batch)
         torch.cuda.current_stream().wait_stream(self._stream)
-        return loss
+        return losses
 
     def _record(self, batch: Batch) -> None:
         self._inputs = {name: tensor.clone() for name, tensor in batch.items()}
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=self._stream):
-                self._loss = self._forward_and_backward(self._inputs)
+            # Only this thread: with several processes another one watches over their exchanges meanwhile.
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                self._losses = self._forward_and_backward(self._inputs)
         except RuntimeError as error:
             reason = " ".join(str(error).split("\n")[0].split())
             raise InputError(
@@ -98,5 +99,5 @@ class MicroBatches:
 
 
 def can_capture(accelerator: Accelerator) -> bool:
-    """Whether a step can be recorded: one process, since gradients are then not synchronized within the backward."""
-    return accelerator.device.type == "cuda" and accelerator.num_processes == 1
+    """Whether a step can be recorded."""
+    return accelerator.device.type == "cuda"

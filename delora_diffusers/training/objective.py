@@ -39,7 +39,7 @@ def noised(
     noise_offset: float = 0.0,
     snr_gamma: float | None = None,
 ) -> dict[str, Tensor]:
-    """Everything random of a micro-batch, drawn: what ``denoising_loss`` takes beside the UNet and the embeddings.
+    """Everything random of a micro-batch, drawn: what ``denoising_losses`` takes beside the UNet and the embeddings.
 
     Args:
         latents: (batch, channels, height, width), float32, scaled.
@@ -60,18 +60,25 @@ def noised(
     return {"noisy": noisy, "timesteps": timesteps, "target": target, "weights": weights}
 
 
-def denoising_loss(
-    unet, noisy: Tensor, timesteps: Tensor, target: Tensor, weights: Tensor, encoder_hidden_states: Tensor
+def denoising_losses(
+    unet,
+    noisy: Tensor,
+    timesteps: Tensor,
+    target: Tensor,
+    weights: Tensor,
+    encoder_hidden_states: Tensor,
+    subjects: int = 1,
 ) -> Tensor:
-    """Weighted squared error of the UNet's prediction, a float32 scalar; nothing in it is random.
+    """Weighted squared error of the UNet's prediction, (subjects,), float32; nothing in it is random.
 
     Args:
         unet: predicts epsilon or v, as ``noise_scheduler.config.prediction_type`` says.
         noisy, target: (batch, channels, height, width), float32.
         timesteps, weights: (batch,).
         encoder_hidden_states: (batch, tokens, width).
+        subjects: how many the batch holds, of equally many samples each, one subject after the other.
     """
     dtype = next(unet.parameters()).dtype
     prediction = unet(noisy.to(dtype), timesteps, encoder_hidden_states.to(dtype), return_dict=False)[0]
     errors = (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
-    return (errors * weights).mean()
+    return (errors * weights).view(subjects, -1).mean(dim=1)

@@ -27,14 +27,16 @@ def command_line() -> str:
     return "accelerate launch " + shlex.join([Path(words[0]).name, *words[1:]])
 
 
-def write_config(output_dir: Path, args: argparse.Namespace) -> None:
-    """Write ``config.json``: every flag, the versions, the command."""
+def write_config(output_dir: Path, args: argparse.Namespace, reached: dict[str, float] | None = None) -> None:
+    """Write ``config.json``: every flag, the versions, the command, and where the training came to."""
     packages = ("torch", "diffusers", "transformers", "accelerate")
-    record = {
+    record: dict[str, Any] = {
         "arguments": settings(args),
         "command": command_line(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
+    if reached is not None:
+        record["reached"] = reached
     with written_whole(output_dir / "config.json") as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers import DDPMScheduler
 from torch.utils.checkpoint import checkpoint
 
@@ -27,7 +27,6 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(args.output_dir, args.output_dir / "logs"),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
     if args.resume_from_checkpoint is not None:
         checkpoints.check_same_run(args.output_dir, run_folder.settings(args))
@@ -76,20 +75,23 @@ def begin_run(accelerator: Accelerator, args: argparse.Namespace, name: str) -> 
     set_seed(args.seed)
 
 
-def finish_run(
+def save_run(
     accelerator: Accelerator,
     args: argparse.Namespace,
     adapters: Mapping[str, Adapter],
     trained_on: str,
     prompt: str,
+    *,
+    subject: int = 0,
     **parts: Any,
 ) -> None:
-    """Save the adapter and the model card, upload them if asked, and end the trackers.
+    """Save the adapter and what a run leaves beside it, and upload them if asked.
 
     Args:
         adapters: by component, as they were trained.
         trained_on: for the model card: ``5 photographs``.
         prompt: an example for the model card.
+        subject: which one, of adapters that hold several.
         parts: more for ``save_adapter``.
     """
     accelerator.wait_for_everyone()
@@ -99,10 +101,16 @@ def finish_run(
             args.output_dir,
             text_encoder=adapters.get("text_encoder"),
             base_model=args.pretrained_model_name_or_path,
+            subject=subject,
             **parts,
         )
+        unet = adapters["unet"]
+        reached = {"distance": unet.all_distances()[subject].mean().item()}
+        lambdas = unet.all_lambdas()
+        if lambdas is not None:
+            reached["lambda"] = lambdas[subject].mean().item()
+        run_folder.write_config(args.output_dir, args, reached)
         run_folder.write_model_card(args.output_dir, args, trained_on, prompt, follows_maps="control" in parts)
         print(f"saved {file} ({file.stat().st_size / 2**20:.1f} MiB)")
         if args.push_to_hub:
             print(f"pushed to {run_folder.push_to_hub(args.output_dir, args)}")
-    accelerator.end_training()
