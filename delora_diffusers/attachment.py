@@ -180,6 +180,13 @@ def find_targets(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Lin
     return found
 
 
+def adapted_parameters(model: nn.Module, config: AdapterConfig) -> list[tuple[str, str]]:
+    """(module, parameter) names of all that an adapter with this configuration adapts."""
+    if EVERYTHING in config.targets:
+        return [tuple(name.rpartition(".")[::2]) for name, _ in model.named_parameters()]  # pyright: ignore
+    return [(name, "weight") for name in find_targets(model, config.targets)]
+
+
 def _adapted_parameters(module: nn.Module) -> list[str]:
     if not parametrize.is_parametrized(module):
         return []

@@ -37,6 +37,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seeds", type=int, default=1, help="trainings of each subject, seeds 0, 1, ...")
     group.add_argument("--subjects", nargs="+", help="only these")
     group.add_argument("--jobs", type=int, default=1, help="subjects at once in each process")
+    group.add_argument("--together", type=int, default=1, help="subjects trained at once on one model by each job")
     group = parser.add_argument_group("how it is scored")
     group.add_argument("--protocol", nargs="+", choices=sorted(PROTOCOLS), help="by default delora, toybox for toys")
     group.add_argument("--dino", help="another DINO: timm name, hf-hub:ID or local-dir:FOLDER")
@@ -66,7 +67,7 @@ def run(options: argparse.Namespace) -> None:
     accelerator.wait_for_everyone()
     failed: dict[str, str] = {}
     if options.generated_dir is None:
-        waiting = [task for task in tasks(plan) if not task.is_done()]
+        waiting = tasks(plan, options.together)
         accelerator.wait_for_everyone()  # every process has looked before the first one writes
         index, count = accelerator.process_index, accelerator.num_processes
         on_gpu = accelerator.device.type == "cuda"

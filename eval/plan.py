@@ -72,7 +72,7 @@ def check(options: argparse.Namespace) -> Plan:
         InputError
     """
     benchmark = load_benchmark(options.benchmark)
-    for flag in ("seeds", "jobs", "batch_size"):
+    for flag in ("seeds", "jobs", "together", "batch_size"):
         if getattr(options, flag) < 1:
             raise InputError(f"--{flag} is {getattr(options, flag)}; give at least 1.")
     if options.subjects:
@@ -194,29 +194,44 @@ def git_commit() -> str | None:
         return None
 
 
-def tasks(plan: Plan) -> list[running.Task]:
-    """Everything that is to be trained and drawn."""
-    made, benchmark, found = plan.made, plan.benchmark, []
+def tasks(plan: Plan, together: int = 1) -> list[running.Task]:
+    """Everything that is still to be trained and drawn.
+
+    Args:
+        together: so many subjects and seeds are trained and drawn by one command, on one model; full fine-tuning has a
+            model for each.
+    """
+    made, benchmark = plan.made, plan.benchmark
     base_model = {"pretrained_model_name_or_path": made["pretrained_model_name_or_path"]}
+    drawing = base_model | {"num_images": benchmark.images_per_prompt, **made["generate"]}
+    first = drawing.pop("seed", None)
+    bare, trained = [], []
     for seed in plan.seeds:
-        drawing = {"num_images": benchmark.images_per_prompt, "seed": 1000 * seed, **made["generate"]}
+        of_pictures = int(first) if first is not None else 1000 * seed
         if plan.drifts():
             prompts = dict.fromkeys(p for s in benchmark.subjects for p in benchmark.drift_prompts_of(s))
-            step = running.drawing_step(plan.base(seed) / "pictures", list(prompts), base_model | drawing)
-            found.append(running.Task(plan.base(seed), [step]))
+            bare.append(running.Item(plan.base(seed), None, list(prompts), of_pictures))
         for subject in benchmark.subjects:
-            folder, prompts = plan.place(subject, seed), benchmark.prompts_of(subject)
-            steps, source = [], base_model
-            if made["method"] != "none":
-                values = base_model | {
-                    "instance_data_dir": plan.photographs[subject.name][0].parent,
-                    "instance_prompt": benchmark.instance_prompt(subject),
-                    "method": made["method"],
-                    "seed": seed,
-                }
-                steps.append(running.training_step(folder / "adapter", values | made["train"]))
-                source = {"adapter": folder / "adapter"}
-                prompts = prompts + benchmark.drift_prompts_of(subject)
-            steps.append(running.drawing_step(folder / "pictures", prompts, source | drawing))
-            found.append(running.Task(folder, steps))
+            place, prompts = plan.place(subject, seed), benchmark.prompts_of(subject)
+            if made["method"] == "none":
+                bare.append(running.Item(place, None, prompts, of_pictures))
+                continue
+            own = {
+                "instance_data_dir": plan.photographs[subject.name][0].parent,
+                "instance_prompt": benchmark.instance_prompt(subject),
+                "seed": seed,
+            }
+            prompts = prompts + benchmark.drift_prompts_of(subject)
+            trained.append(running.Item(place, own, prompts, of_pictures))
+    training = base_model | {"method": made["method"], **made["train"]}
+    found = [running.task(item.place, [item], {}, drawing) for item in bare if not item.is_done()]
+    # An adapter records its base model.
+    drawing = {name: value for name, value in drawing.items() if name not in base_model}
+    waiting = [item for item in trained if not item.is_done()]
+    size = 1 if made["method"] == "full" else together
+    for items in [waiting[i : i + size] for i in range(0, len(waiting), size)]:
+        places = " ".join(str(item.place.relative_to(plan.folder)) for item in items)
+        digest = hashlib.sha256(places.encode()).hexdigest()[:12]
+        folder = plan.folder / "together" / digest if len(items) > 1 else items[0].place
+        found.append(running.task(folder, items, training, drawing))
     return found

@@ -23,6 +23,8 @@ from typing import IO, Any
 from PIL import Image
 from tqdm.auto import tqdm
 
+from eval.writing import write_text
+
 ROOT = Path(__file__).parent.parent
 TRAINING_SCRIPT = ROOT / "train_dreambooth_delora.py"
 WEIGHTS_NAME = "pytorch_delora_weights.safetensors"
@@ -33,22 +35,48 @@ LAUNCH_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_")
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
-    """A command and whether its result is there."""
+class Item:
+    """One subject and seed: its adapter goes into ``place/adapter``, its pictures into ``place/pictures``.
 
-    command: Sequence[str]
+    Attributes:
+        own: the flags of its training that are its own; None for pictures of the base model.
+        prompts: what is drawn. seed: of the pictures.
+    """
+
+    place: Path
+    own: Mapping[str, object] | None
+    prompts: Sequence[str]
+    seed: int
+
+    @property
+    def adapter(self) -> Path | None:
+        return None if self.own is None else self.place / "adapter"
+
+    def is_trained(self) -> bool:
+        return self.adapter is None or (self.adapter / WEIGHTS_NAME).is_file()
+
+    def is_done(self) -> bool:
+        return self.is_trained() and pictures_are_whole(self.place / "pictures", self.prompts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A command, which is made when its turn comes (None: there is nothing to do it with), and whether it is done."""
+
+    command: Callable[[], Sequence[str] | None]
     is_done: Callable[[], bool]
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is made in one folder: steps one after the other, what they print goes to ``log.txt`` there."""
+    """What two commands make of one item, or of several at once; what they print goes to ``folder/log.txt``."""
 
     folder: Path
+    items: Sequence[Item]
     steps: Sequence[Step]
 
     def is_done(self) -> bool:
-        return all(step.is_done() for step in self.steps)
+        return all(item.is_done() for item in self.items)
 
 
 def flags(values: Mapping[str, object]) -> list[str]:
@@ -60,17 +88,48 @@ def flags(values: Mapping[str, object]) -> list[str]:
     return typed
 
 
-def training_step(adapter: Path, values: Mapping[str, object]) -> Step:
-    """Train into ``adapter``, going on from its last checkpoint."""
-    values = {"checkpoints_total_limit": 1, "report_to": "tensorboard", **values}
-    command = [sys.executable, str(TRAINING_SCRIPT), *flags(values), "--output_dir", str(adapter)]
-    return Step([*command, "--resume_from_checkpoint", "latest"], (adapter / WEIGHTS_NAME).is_file)
+def task(folder: Path, items: Sequence[Item], training: Mapping[str, object], drawing: Mapping[str, object]) -> Task:
+    """Train and draw one item, or several at once.
+
+    Args:
+        folder: of the log; with several items also of the checkpoints and of the files that list them.
+        training, drawing: the flags that all items have in common.
+    """
+    several = len(items) > 1
+    training = {"checkpoints_total_limit": 1, "report_to": "tensorboard", **training}
+
+    def train() -> Sequence[str]:
+        command = [sys.executable, str(TRAINING_SCRIPT), *flags(training), "--resume_from_checkpoint", "latest"]
+        if not several:
+            return [*command, *flags(items[0].own or {}), "--output_dir", str(items[0].adapter)]
+        lines = [{**(item.own or {}), "output_dir": str(item.adapter)} for item in items]
+        file = _write_lines(folder / "subjects.jsonl", lines)
+        return [*command, "--subjects_file", file, "--output_dir", str(folder / "training")]
+
+    def draw() -> Sequence[str] | None:
+        command = [sys.executable, "-m", "delora_diffusers", "generate", *flags(drawing)]
+        trained = [item for item in items if item.is_trained()]
+        if not trained:
+            return None
+        if not several:
+            (item,) = items
+            own = {"adapter": item.adapter, "seed": item.seed, "output_dir": item.place / "pictures"}
+            return [*command, *flags(own), "--prompt", *item.prompts]
+        lines = [
+            {"adapter": str(i.adapter), "prompts": i.prompts, "seed": i.seed, "output_dir": str(i.place / "pictures")}
+            for i in trained
+        ]
+        return [*command, "--requests_file", _write_lines(folder / "requests.jsonl", lines)]
+
+    steps = [Step(draw, lambda: all(item.is_done() for item in items))]
+    if any(item.own is not None for item in items):
+        steps.insert(0, Step(train, lambda: all(item.is_trained() for item in items)))
+    return Task(folder, items, steps)
 
 
-def drawing_step(pictures: Path, prompts: Sequence[str], values: Mapping[str, object]) -> Step:
-    """Draw every prompt into ``pictures``; pictures that are there are kept."""
-    command = [sys.executable, "-m", "delora_diffusers", "generate", *flags(values), "--output_dir", str(pictures)]
-    return Step([*command, "--prompt", *prompts], lambda: pictures_are_whole(pictures, prompts))
+def _write_lines(file: Path, records: Sequence[Mapping[str, object]]) -> str:
+    write_text(file, "".join(json.dumps(record, default=str) + "\n" for record in records))
+    return str(file)
 
 
 def pictures_are_whole(folder: Path, prompts: Sequence[str]) -> bool:
@@ -100,24 +159,26 @@ def run_tasks(
         fork: fork the commands from a warm process instead of starting each afresh.
 
     Returns:
-        What went wrong, a sentence for each folder of a failed task.
+        What went wrong, a sentence for each place of an item that is not done.
     """
     running: set[Any] = set()
     start = _forked if fork else _fresh
 
     def run(task: Task) -> str | None:
         task.folder.mkdir(parents=True, exist_ok=True)
+        problem = None
         with _lock(task.folder / ".lock") as lock, (task.folder / "log.txt").open("ab") as log:
             for step in task.steps:
-                if step.is_done():
+                command = None if step.is_done() else step.command()
+                if command is None:
                     continue
-                process, wait = start(step.command, log, environment, lock)
+                process, wait = start(command, log, environment, lock)
                 running.add(process)
                 code = wait()
                 running.discard(process)
-                if not step.is_done():
-                    return f"{_last_line(task.folder / 'log.txt')} (exit {code}; {task.folder}/log.txt)"
-        return None
+                if problem is None and not step.is_done():
+                    problem = f"{_last_line(task.folder / 'log.txt')} (exit {code}; {task.folder}/log.txt)"
+        return problem
 
     failed = {}
     pool = ThreadPoolExecutor(jobs)
@@ -125,7 +186,7 @@ def run_tasks(
         progress = tqdm(pool.map(run, tasks), total=len(tasks), desc="subjects", disable=None if show else True)
         for task, problem in zip(tasks, progress):
             if problem is not None:
-                failed[str(task.folder)] = problem
+                failed |= {str(item.place): problem for item in task.items if not item.is_done()}
                 tqdm.write(f"{task.folder}: {problem}", file=sys.stderr)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

@@ -75,7 +75,7 @@ def make(accelerator: Any, options: argparse.Namespace, trials: Sequence[Trial])
         for _, one, asked in trials:
             write_settings(one, asked)
     accelerator.wait_for_everyone()
-    waiting = [task for _, one, _ in trials for task in tasks(one) if not task.is_done()]
+    waiting = [task for _, one, _ in trials for task in tasks(one, options.together)]
     accelerator.wait_for_everyone()  # every process has looked before the first one writes
     index, count = accelerator.process_index, accelerator.num_processes
     on_gpu = accelerator.device.type == "cuda"

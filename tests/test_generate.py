@@ -111,6 +111,66 @@ def test_continues_where_it_was_stopped(adapter, tmp_path, capsys):
         generate(adapter, out, "--prompt", "a sks dog", "--guidance_scale", 3)
 
 
+def another(adapter, folder, scale: float):
+    """An adapter like this one, moved further."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    file = adapter / "pytorch_delora_weights.safetensors"
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = {n: t * scale if n.endswith("_lambda") else t for n, t in load_file(file).items()}
+    folder.mkdir()
+    save_file(tensors, folder / file.name, metadata=metadata)
+    return folder
+
+
+def test_many_adapters_from_one_command(adapter, tmp_path):
+    """Each as from a command of its own, and the base model as if no adapter had been in it."""
+    further = another(adapter, tmp_path / "further", 2.0)
+    lines = [
+        {"adapter": str(path), "prompts": ["a", "b"], "seed": seed, "output_dir": str(tmp_path / f"all-{seed}")}
+        for seed, path in enumerate((adapter, further))
+    ]
+    lines.append({"prompts": ["a", "b"], "output_dir": str(tmp_path / "all-2"), "seed": 2})
+    (tmp_path / "requests.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    common = ["--num_inference_steps", 2, "--num_images", 2]
+    main(["generate", "--requests_file", str(tmp_path / "requests.jsonl"), *map(str, common)])
+    for seed, path in enumerate((adapter, further, None)):
+        own = ["--prompt", "a", "b", "--seed", seed, "--output_dir", tmp_path / f"one-{seed}", *common]
+        model = json.loads((tmp_path / "all-0" / "metadata.jsonl").read_text().splitlines()[0])["base_model"]
+        own += ["--pretrained_model_name_or_path", model] if path is None else ["--adapter", path]
+        main(["generate", *map(str, own)])
+        names = sorted(p.name for p in (tmp_path / f"one-{seed}").glob("0*.png"))
+        assert len(names) == 4
+        for name in names:
+            assert np.array_equal(pixels(tmp_path / f"all-{seed}" / name), pixels(tmp_path / f"one-{seed}" / name))
+
+
+def test_a_sheet_of_strengths_and_a_sum_of_adapters(adapter, tiny_sd, tmp_path):
+    further = another(adapter, tmp_path / "further", 2.0)
+    generate(adapter, tmp_path / "sheet", "--prompt", "a", "b", "--strength", 0, 0.5, 1, "--num_images", 1)
+    names = sorted(p.name for p in (tmp_path / "sheet").glob("0*.png"))
+    assert names == sorted(f"00{n}-{p}-00-s{s}.png" for n, p in enumerate("ab") for s in ("0", "0.5", "1"))
+    with Image.open(tmp_path / "sheet" / "contact_sheet.png") as sheet:
+        assert 3 * 256 < sheet.width < 4 * 256
+    generate(adapter, tmp_path / "half", "--prompt", "a", "--strength", 0.5, "--num_images", 1)
+    half = pixels(tmp_path / "half" / "000-a-00.png")
+    assert np.array_equal(half, pixels(tmp_path / "sheet" / "000-a-00-s0.5.png"))
+    # The other's update is that of this one twice: a weight of 0.25 on each is 0.75 of this one alone.
+    words = ["--prompt", "a", "--num_images", "1", "--num_inference_steps", "3"]
+    for order in ([adapter, further], [further, adapter]):
+        both = ["--adapter", *map(str, order), "--adapter_weights", "0.25", "0.25", *words, "--output_dir"]
+        main(["generate", *both, str(tmp_path / f"both-{order[0].name}")])
+    generate(adapter, tmp_path / "one", "--prompt", "a", "--strength", 0.75, "--num_images", 1)
+    mixed = [pixels(tmp_path / f"both-{first.name}" / "000-a-00.png") for first in (adapter, further)]
+    assert np.abs(mixed[0] - mixed[1]).max() <= 1
+    assert np.abs(mixed[0] - pixels(tmp_path / "one" / "000-a-00.png")).max() <= 1
+    assert np.abs(mixed[0] - half).max() > 5
+    with pytest.raises(SystemExit, match="--adapter_weights has 1 numbers for 2 adapters"):
+        main(["generate", "--adapter", "x", "y", "--adapter_weights", "1", *words, "--output_dir", str(tmp_path / "n")])
+
+
 def test_two_processes_share_the_work(adapter, tmp_path):
     words = ["-m", "delora_diffusers", "generate", "--adapter", adapter, "--prompt", "a", "b", "--num_images", 2]
     words += ["--num_inference_steps", 2, "--batch_size", 1, "--output_dir"]

@@ -90,6 +90,24 @@ def test_a_study_killed_and_continued(typed):
     assert float(rates) == pytest.approx(4 * LEARNING_RATES["delora"])
 
 
+def test_subjects_trained_together_are_trained_as_alone(typed):
+    """The same distances from one command for all subjects and seeds, and from one for each."""
+    flags, out = typed
+    more = ("--methods", "lora", "--places", "1", "--seeds", "2")
+    found = {}
+    for together in ("1", "4"):
+        place = out.with_name(f"together-{together}")
+        done = study("lr", [str(place) if word == str(out) else word for word in flags], *more, "--together", together)
+        errors = done.communicate()[1]
+        assert done.returncode == 0, errors[-2000:]
+        found[together] = pd.read_parquet(place / "lr.parquet").set_index(["subject", "seed"]).sort_index()
+        logs = [str(log.relative_to(place / "lr" / "lora-1")) for log in place.glob("lr/lora-1/**/log.txt")]
+        assert len(logs) == 4 // int(together), logs
+    assert len(found["1"]) == 4 and found["1"]["distance"].nunique() == 2, "a seed is another start"
+    for name in ("distance", "dino", "clip_t"):
+        assert found["4"][name].tolist() == pytest.approx(found["1"][name].tolist(), abs=2e-3), name
+
+
 def test_a_table(typed):
     flags, out = typed
     done = study("ablation", flags, "--methods", "delora", "--subjects", "one")

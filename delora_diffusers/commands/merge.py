@@ -26,7 +26,10 @@ def run(options: argparse.Namespace) -> None:
         raise InputError(f"{options.adapter} follows maps, which a pipeline folder has no place for; use generate.")
 
     pipeline = load_adapted_pipeline(
-        options.adapter, options.pretrained_model_name_or_path, revision=options.revision, variant=options.variant
+        [(options.adapter, 1.0)],
+        options.pretrained_model_name_or_path,
+        revision=options.revision,
+        variant=options.variant,
     )
     part = options.output_dir.with_name(f".{options.output_dir.name}.{os.getpid()}.part")
     try:

@@ -125,6 +125,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="record a step once and replay it; by default on one GPU, where it is possible",
     )
+    group.add_argument(
+        "--deterministic", action="store_true", help="the same bits from every run on the same kind of GPU"
+    )
     group = parser.add_argument_group("checkpoints, validation and logs")
     group.add_argument("--checkpointing_steps", type=positive_int, default=500)
     group.add_argument("--checkpoints_total_limit", type=positive_int)

@@ -1,6 +1,7 @@
 """What both training scripts do before and after they train."""
 
 import argparse
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,9 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
     Raises:
         InputError: the run to resume is another one, or its checkpoint is not there.
     """
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True, warn_only=True)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
