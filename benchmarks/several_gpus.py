@@ -11,6 +11,7 @@
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -42,61 +43,59 @@ def run(log: Path, command: list[str]) -> float:
     return time.perf_counter() - begun
 
 
-def timed_step(rounds: int = 3, steps: int = 16) -> None:
-    """By every process of a launch: milliseconds of a step alone and together, and exchanges, as JSON by the first."""
+def timed_step() -> None:
+    """By every process of a launch; the first one prints JSON."""
     import gc
 
     from accelerate import Accelerator
 
-    from benchmarks.train_step import Trial, ours
-    from delora_diffusers.config import UNET_TARGETS
-    from delora_diffusers.training import gradients
-
     accelerator, found = Accelerator(), {}
     for batch_size in BATCH_SIZES:
-        trial = Trial(ours(method="delora"), UNET_TARGETS, batch_size, str(accelerator.device), record=True)
-        optimizer = trial.optimizer
-        assert optimizer is not None and trial.recorded is not None
-
-        def step(together: bool, trial: Trial = trial, optimizer: Any = optimizer) -> None:
-            trial.recorded(trial.batch)  # pyright: ignore[reportOptionalCall]
-            if together:
-                gradients.average(accelerator, trial.parameters)
-            torch.nn.utils.clip_grad_norm_(trial.parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=False)
-
-        def milliseconds(together: bool) -> list[float]:
-            marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-            for mark in marks:
-                step(together)
-                mark.record()
-            torch.cuda.synchronize()
-            return [a.elapsed_time(b) for a, b in zip(marks, marks[1:])]
-
-        for _ in range(6):
-            step(True)
-        times: dict[bool, list[float]] = {True: [], False: []}
-        for _ in range(rounds):
-            for together in (False, True):
-                accelerator.wait_for_everyone()
-                if together or accelerator.is_main_process:
-                    times[together] += milliseconds(together)
-                accelerator.wait_for_everyone()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            step(True)
-            torch.cuda.synchronize()
-        exchanges = sum(e.count for e in profile.key_averages() if "nccl" in e.key.lower() and "Reduce" in e.key)
-        if accelerator.is_main_process:
-            alone, all_of_them = (statistics.median(times[key]) for key in (False, True))
-            found[batch_size] = {"alone": alone, "together": all_of_them, "exchanges": exchanges}
-            found[batch_size]["numbers"] = sum(p.numel() for p in trial.parameters)
-        del trial, optimizer, step
+        found[batch_size] = time_one(accelerator, batch_size)
         gc.collect()
         torch.cuda.empty_cache()
     if accelerator.is_main_process:
         print("STEP " + json.dumps(found))
     accelerator.end_training()
+
+
+def time_one(accelerator: Any, batch_size: int, rounds: int = 3, steps: int = 16) -> dict[str, float]:
+    """Median milliseconds of a step on this GPU while the others wait, and on all; exchanges of a step."""
+    from benchmarks.train_step import Trial, ours
+    from delora_diffusers.config import UNET_TARGETS
+    from delora_diffusers.training import gradients
+
+    trial = Trial(ours(method="delora"), UNET_TARGETS, batch_size, str(accelerator.device), record=True)
+    assert trial.optimizer is not None and trial.recorded is not None
+
+    def step(together: bool) -> None:
+        trial.recorded(trial.batch)  # pyright: ignore[reportOptionalCall]
+        if together:
+            gradients.average(accelerator, trial.parameters)
+        gradients.clip(accelerator, trial.parameters, 1.0, 1)
+        trial.optimizer.step()  # pyright: ignore[reportOptionalMemberAccess]
+        trial.optimizer.zero_grad(set_to_none=False)  # pyright: ignore[reportOptionalMemberAccess]
+
+    times: dict[bool, list[float]] = {True: [], False: []}
+    for _ in range(6):
+        step(True)
+    for _ in range(rounds):
+        for together in (False, True):
+            accelerator.wait_for_everyone()
+            if together or accelerator.is_main_process:
+                marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+                for mark in marks:
+                    step(together)
+                    mark.record()
+                torch.cuda.synchronize()
+                times[together] += [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
+            accelerator.wait_for_everyone()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step(True)
+        torch.cuda.synchronize()
+    exchanges = sum(e.count for e in profile.key_averages() if "nccl" in e.key.lower() and "reduce" in e.key.lower())
+    found: dict[str, float] = {"exchanges": exchanges, "together": statistics.median(times[True])}
+    return found | ({"alone": statistics.median(times[False])} if times[False] else {})
 
 
 def measure_step(out_dir: Path, processes: int) -> list[str]:
@@ -141,8 +140,8 @@ def measure_training(out_dir: Path, model: Path, photographs: Path, processes: i
     shares = [length(several, one) / way, length(again, one) / way]
     return [
         f"{processes} processes and 1 with {processes} accumulated micro-batches, {steps} steps of batch 4, bf16:",
-        f"apart by {shares[0]:.4f} of the way gone; two runs of the latter by {shares[1]:.4f}. Seconds, command to file: "
-        f"{fast:.0f} and {slow:.0f}.",
+        f"apart by {shares[0]:.4f} of the way gone; two runs of the latter by {shares[1]:.4f}. Seconds, command to "
+        f"file: {fast:.0f} and {slow:.0f}.",
     ]
 
 
