@@ -80,6 +80,32 @@ def by_place(rows: Any, path: Path) -> None:
     _save(figure, path)
 
 
+def picture_rows(rows: dict[str, dict[float, Path]], axis: str, title: str, path: Path) -> None:
+    """One picture of each setting: a row for each label, a column for each place on the axis."""
+    import matplotlib.pyplot as plt
+    from PIL import Image
+
+    places = sorted({x for of in rows.values() for x in of})
+    size = (1.0 * len(places) + 1.4, 1.06 * len(rows) + 0.7)
+    figure, panels = plt.subplots(len(rows), len(places), figsize=size, layout="constrained", squeeze=False)
+    for line, (label, of) in zip(panels, rows.items()):
+        for panel, x in zip(line, places):
+            panel.set_xticks([])
+            panel.set_yticks([])
+            panel.spines[:].set_visible(False)
+            if x in of:
+                with Image.open(of[x]) as picture:
+                    panel.imshow(picture.convert("RGB"))
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+    for panel, x in zip(panels[-1], places):
+        panel.set_xlabel(f"1/{round(1 / x)}" if x < 1 else f"{x:g}", fontsize=9)
+    figure.suptitle(title, fontsize=9)
+    figure.supxlabel(axis, fontsize=9)
+    with written_whole(path.with_suffix(".png")) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
+    plt.close(figure)
+
+
 def _save(figure: Any, path: Path) -> None:
     import matplotlib.pyplot as plt
 

@@ -54,7 +54,10 @@ def run(options: argparse.Namespace) -> None:
         rows = gather(trials)
         with written_whole(options.output_dir / f"{options.name}.parquet") as temporary:
             rows.to_parquet(temporary, index=False)
-        finish(write(options.output_dir / options.name, study, rows, failed), failed)
+        caption = write(options.output_dir / options.name, study, rows, failed)
+        if study.axis is not None:
+            write_pictures(options.output_dir / f"{options.name}-pictures", study.axis, trials)
+        finish(caption, failed)
 
 
 def start() -> Any:
@@ -170,6 +173,24 @@ def last_distance(adapter: Path) -> float | None:
     """The mean distance ``|W' - W|_F`` that a training came to; None without its record."""
     file = adapter / "config.json"
     return json.loads(file.read_text())["reached"]["distance"] if file.is_file() else None
+
+
+def write_pictures(path: Path, axis: str, trials: Sequence[Trial]) -> None:
+    """The first picture of the benchmark's second prompt, of the first subject and seed, by every setting."""
+    from eval import figures
+    from eval.dreambooth import read_generated
+
+    _, first, _ = trials[0]
+    subject = first.benchmark.subjects[0]
+    prompt = first.benchmark.prompts_of(subject)[:2][-1]
+    rows: dict[str, dict[float, Path]] = {}
+    for setting, one, _ in trials:
+        folder = one.place(subject, 0) / "pictures"
+        if setting.x is not None and (folder / "metadata.jsonl").is_file():
+            found = [picture for picture, said in read_generated(folder) if said == prompt]
+            rows.setdefault(setting.label, {})[setting.x] = found[0]
+    if rows:
+        figures.picture_rows(rows, axis, prompt, path)
 
 
 def tabulate(rows: Any) -> Any:

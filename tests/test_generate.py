@@ -156,7 +156,7 @@ def test_a_sheet_of_strengths_and_a_sum_of_adapters(adapter, tiny_sd, tmp_path):
         assert 3 * 256 < sheet.width < 4 * 256
     generate(adapter, tmp_path / "half", "--prompt", "a", "--strength", 0.5, "--num_images", 1)
     half = pixels(tmp_path / "half" / "000-a-00.png")
-    assert np.array_equal(half, pixels(tmp_path / "sheet" / "000-a-00-s0.5.png"))
+    assert np.abs(half - pixels(tmp_path / "sheet" / "000-a-00-s0.5.png")).max() <= 1
     # The other's update is that of this one twice: a weight of 0.25 on each is 0.75 of this one alone.
     words = ["--prompt", "a", "--num_images", "1", "--num_inference_steps", "3"]
     for order in ([adapter, further], [further, adapter]):

@@ -86,6 +86,8 @@ def test_a_study_killed_and_continued(typed):
     with Image.open(out / "lr.png") as figure:
         assert figure.width > 1000
     assert "<svg" in (out / "lr.svg").read_text()[:500]
+    with Image.open(out / "lr-pictures.png") as figure:
+        assert figure.width > 300
     rates = json.loads((out / "lr" / "delora-4" / "settings.json").read_text())["made"]["train"]["learning_rate"]
     assert float(rates) == pytest.approx(4 * LEARNING_RATES["delora"])
 
