@@ -157,12 +157,12 @@ def test_a_sheet_of_strengths_and_a_sum_of_adapters(adapter, tiny_sd, tmp_path):
     generate(adapter, tmp_path / "half", "--prompt", "a", "--strength", 0.5, "--num_images", 1)
     half = pixels(tmp_path / "half" / "000-a-00.png")
     assert np.abs(half - pixels(tmp_path / "sheet" / "000-a-00-s0.5.png")).max() <= 1
-    # The other's update is that of this one twice: a weight of 0.25 on each is 0.75 of this one alone.
+    # The other's update is that of this one twice: a weight of 1 on each is 3 of this one alone.
     words = ["--prompt", "a", "--num_images", "1", "--num_inference_steps", "3"]
     for order in ([adapter, further], [further, adapter]):
-        both = ["--adapter", *map(str, order), "--adapter_weights", "0.25", "0.25", *words, "--output_dir"]
+        both = ["--adapter", *map(str, order), "--adapter_weights", "1", "1", *words, "--output_dir"]
         main(["generate", *both, str(tmp_path / f"both-{order[0].name}")])
-    generate(adapter, tmp_path / "one", "--prompt", "a", "--strength", 0.75, "--num_images", 1)
+    generate(adapter, tmp_path / "one", "--prompt", "a", "--strength", 3, "--num_images", 1)
     mixed = [pixels(tmp_path / f"both-{first.name}" / "000-a-00.png") for first in (adapter, further)]
     assert np.abs(mixed[0] - mixed[1]).max() <= 1
     assert np.abs(mixed[0] - pixels(tmp_path / "one" / "000-a-00.png")).max() <= 1

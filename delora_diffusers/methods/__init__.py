@@ -6,7 +6,8 @@
 A file holds a method and its variants, which ``config.method`` tells apart.
 
 A low-rank method has a third, ``factors(tensors, config) -> (B~, A~)`` with ``W' = W + B~ A~``, and can run the split
-path. ``NO_WEIGHT_DECAY`` names the tensors that weight decay must leave alone.
+path. ``NO_WEIGHT_DECAY`` names the tensors that weight decay must leave alone; ``CAPTURABLE = False`` says that the
+method cannot be recorded in a CUDA graph.
 """
 
 from types import ModuleType

@@ -12,6 +12,8 @@ from delora_diffusers.methods.ether import block_size
 
 SUFFIX = "oft_"
 NO_WEIGHT_DECAY = ()
+CAPTURABLE = False
+"""Solving linear equations cannot be recorded in a CUDA graph."""
 
 
 def initialize(

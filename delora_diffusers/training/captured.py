@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from delora_diffusers.adapter import Adapter
 from delora_diffusers.errors import InputError
 
 Batch = Mapping[str, Tensor]
@@ -98,6 +99,6 @@ class MicroBatches:
         self._graph = graph
 
 
-def can_capture(accelerator: Accelerator) -> bool:
-    """Whether a step can be recorded."""
-    return accelerator.device.type == "cuda"
+def can_capture(accelerator: Accelerator, adapters: Sequence[Adapter]) -> bool:
+    """Whether a step of these adapters can be recorded."""
+    return accelerator.device.type == "cuda" and all(getattr(a.method, "CAPTURABLE", True) for a in adapters)

@@ -58,7 +58,7 @@ def train(
     gradients.start_equal(accelerator, parameters)
     start = _resume(accelerator, args)
     health = Health(accelerator.device, subjects)
-    capture = can_capture(accelerator) if args.cuda_graph is None else args.cuda_graph
+    capture = can_capture(accelerator, list(adapters.values())) if args.cuda_graph is None else args.cuda_graph
     add_gradients_of = MicroBatches(accelerator, list(adapters.values()), losses_of, capture)
     shown = accelerator.is_local_main_process
     with tqdm(total=args.max_train_steps, initial=start, desc="training", disable=not shown) as progress:
