@@ -11,7 +11,7 @@ COLOURS = ("#00798c", "#d1495b", "#edae49", "#66a182", "#8d6a9f", "#2e4057")
 
 
 def curves(table: pd.DataFrame, axis: str, real: float | None, path: Path) -> None:
-    """Two panels over a logarithmic axis: DINO with its interval, and the distance from the pretrained weights.
+    """Panels over a logarithmic axis: DINO and CLIP-T with their intervals, the distance from the pretrained weights.
 
     Args:
         table: rows of ``study.tabulate``.
@@ -20,24 +20,27 @@ def curves(table: pd.DataFrame, axis: str, real: float | None, path: Path) -> No
     """
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, 2, figsize=(9.6, 3.8), layout="constrained")
+    figure, panels = plt.subplots(1, 3, figsize=(13.2, 3.8), layout="constrained")
     for colour, (label, rows) in zip(COLOURS, table.groupby("label", sort=False)):
         style: dict[str, Any] = {"color": colour, "label": label, "marker": "o", "markersize": 4}
-        panels[0].plot(rows["x"], rows["dino"], **style)
-        panels[0].fill_between(rows["x"], rows["dino_low"], rows["dino_high"], color=colour, alpha=0.15, linewidth=0)
-        panels[1].plot(rows["x"], rows["distance"], **style)
+        for panel, name in zip(panels, ("dino", "clip_t")):
+            panel.plot(rows["x"], rows[name], **style)
+            panel.fill_between(
+                rows["x"], rows[f"{name}_low"], rows[f"{name}_high"], color=colour, alpha=0.12, linewidth=0
+            )
+        panels[2].plot(rows["x"], rows["distance"], **style)
     if real is not None:
         panels[0].axhline(real, color="#888", linewidth=1, linestyle="--")
         panels[0].annotate("real photographs", (1, real), xycoords=("axes fraction", "data"), ha="right", va="bottom")
     places = sorted(table["x"].unique())
-    for panel, name in zip(panels, ("DINO", "distance |W' - W|, mean over matrices")):
+    for panel, name in zip(panels, ("DINO", "CLIP-T", "distance |W' - W|, mean over matrices")):
         panel.set_xscale("log", base=2)
         panel.set_xticks(places, [f"1/{round(1 / x)}" if x < 1 else f"{x:g}" for x in places])
         panel.minorticks_off()
         panel.set_xlabel(axis)
         panel.set_ylabel(name)
         panel.spines[["top", "right"]].set_visible(False)
-    panels[1].set_yscale("log")
+    panels[2].set_yscale("log")
     panels[0].legend(frameon=False)
     _save(figure, path)
 

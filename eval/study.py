@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
         rows = gather(trials)
         with written_whole(options.output_dir / f"{options.name}.parquet") as temporary:
             rows.to_parquet(temporary, index=False)
-        caption = write(options.output_dir / options.name, study, rows, failed)
+        caption = write(options.output_dir / options.name, study, rows, ended(trials, rows))
         if study.axis is not None:
             write_pictures(options.output_dir / f"{options.name}-pictures", study.axis, trials)
         finish(caption, failed)
@@ -104,6 +104,19 @@ def finish(caption: Path, failed: dict[str, str]) -> None:
         for place, problem in failed.items():
             print(f"failed: {place}: {problem}", file=sys.stderr)
         sys.exit(f"error: {len(failed)} failed and are in no mean; run the same command again to try them anew.")
+
+
+def ended(trials: Sequence[Trial], rows: Any) -> str:
+    """What a caption says of trainings that did not end, by setting."""
+    one = rows[rows["protocol"] == rows["protocol"].iloc[0]]
+    missing = []
+    for setting, plan_of_it, _ in trials:
+        asked = len(plan_of_it.benchmark.subjects) * len(plan_of_it.seeds)
+        there = len(one[(one["label"] == setting.label) & (one["x"].eq(setting.x) | (setting.x is None))])
+        if there < asked:
+            place = "" if setting.x is None else f" at {setting.x:g}"
+            missing.append(f"{setting.label}{place} ({asked - there} of {asked})")
+    return f" Did not end, and in no mean: {', '.join(missing)}." if missing else ""
 
 
 def said(failed: dict[str, str]) -> str:
@@ -212,8 +225,8 @@ def tabulate(rows: Any) -> Any:
     return pd.DataFrame(found)
 
 
-def write(path: Path, study: Study, rows: Any, failed: dict[str, str]) -> Path:
-    """The figure and its caption with all numbers, ``path`` with .png, .svg and .md."""
+def write(path: Path, study: Study, rows: Any, missing: str) -> Path:
+    """The figure and its caption with all numbers, ``path`` with .png, .svg and .md; ``missing`` is of ``ended``."""
     from eval import figures
     from eval.results import mean_and_interval, paired_differences
 
@@ -228,7 +241,7 @@ def write(path: Path, study: Study, rows: Any, failed: dict[str, str]) -> Path:
     seeds, subjects = rows["seed"].nunique(), rows["subject"].nunique()
     lines = [f"![{study.shows}]({path.name}.png)", "", study.shows, ""]
     lines += [f"{subjects} subjects, {seeds} seeds; in brackets the bootstrap 95% interval over subjects, ± the"]
-    lines += [f"standard deviation between seeds.{said(failed)}", ""]
+    lines += [f"standard deviation between seeds.{missing}", ""]
     place = [] if study.axis is None else [study.axis]
     head = ["", *place, "DINO", "CLIP-T", "distance"]
     lines += [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
@@ -243,14 +256,15 @@ def write(path: Path, study: Study, rows: Any, failed: dict[str, str]) -> Path:
     beyond = [x for x in LOST_AT if (rows["x"] == x).any()]
     if study.axis is not None and len(usual) and beyond:
         times = "rate" if "rate" in study.axis else "steps"
-        lines += ["", f"DINO against the usual {times}, paired by subject:", ""]
-        lines += [f"| | {' | '.join(f'{x:g} times' for x in beyond)} |", f"| --- |{' ---: |' * len(beyond)}"]
+        lines += ["", f"Against the usual {times}, paired by subject:", ""]
+        lines += [f"| | | {' | '.join(f'{x:g} times' for x in beyond)} |", f"| --- | --- |{' ---: |' * len(beyond)}"]
         for label, of in rows.groupby("label", sort=False):
-            cells = []
-            for x in beyond:
-                one = paired_differences(of[of["x"] == x], of[of["x"] == 1]).get("dino")
-                cells.append("" if one is None else f"{one['mean']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}]")
-            lines.append(f"| {label} | {' | '.join(cells)} |")
+            for score, name in (("dino", "DINO"), ("clip_t", "CLIP-T")):
+                cells = []
+                for x in beyond:
+                    one = paired_differences(of[of["x"] == x], of[of["x"] == 1]).get(score)
+                    cells.append("" if one is None else f"{one['mean']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}]")
+                lines.append(f"| {label} | {name} | {' | '.join(cells)} |")
     file = path.with_suffix(".md")
     write_text(file, "\n".join(lines) + "\n")
     return file

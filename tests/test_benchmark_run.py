@@ -28,19 +28,38 @@ def times(folder: Path) -> dict[str, int]:
     return {str(file.relative_to(folder)): file.stat().st_mtime_ns for file in files}
 
 
-def test_a_run_goes_on_past_a_failure_and_after_it(tiny_sd, tiny_scorers, tmp_path):
+def small_benchmark(tiny_sd, tiny_scorers, folder: Path) -> list[object]:
+    """Two subjects; the flags of a run of them, into ``folder / "run"``."""
     content = {"images_per_prompt": 2, "prompts": {"thing": ["a {identifier} {class} in the snow"]}}
     content |= {"drift_prompts": ["a {class}", "a tree"]}
     content["subjects"] = {n: {"class": c, "kind": "thing"} for n, c in (("one", "toy"), ("two", "mug"))}
-    (tmp_path / "small.yaml").write_text(yaml.safe_dump(content))
+    (folder / "small.yaml").write_text(yaml.safe_dump(content))
     for name, count in (("one", 4), ("two", 5)):
-        draw_photographs(tmp_path / "photographs" / name, count)
-    output = tmp_path / "run"
-    typed: list[object] = [tmp_path / "small.yaml", "--photographs", tmp_path / "photographs", "--output_dir", output]
-    typed += ["--pretrained_model_name_or_path", tiny_sd, "--lpips", "none"]
+        draw_photographs(folder / "photographs" / name, count)
+    typed: list[object] = [folder / "small.yaml", "--photographs", folder / "photographs", "--output_dir"]
+    typed += [folder / "run", "--pretrained_model_name_or_path", tiny_sd, "--lpips", "none"]
     typed += ["--train", "max_train_steps=3", "resolution=32", "rank=2", "report_to=none"]
     typed += ["--generate", "num_inference_steps=2", "resolution=32", "--dino", f"local-dir:{tiny_scorers / 'dino'}"]
-    typed += ["--clip", f"local-dir:{tiny_scorers / 'clip'}"]
+    return [*typed, "--clip", f"local-dir:{tiny_scorers / 'clip'}"]
+
+
+def test_two_processes_make_the_files_of_one(tiny_sd, tiny_scorers, tmp_path):
+    typed, output = small_benchmark(tiny_sd, tiny_scorers, tmp_path), tmp_path / "run"
+    two = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = run(typed, two, LAUNCH)
+    assert done.returncode == 0, done.stderr[-2000:]
+    output.rename(tmp_path / "by-two")  # the same place again, since a picture says where its adapter was
+    # Two at once, so that each command has as many threads as before: on a CPU their number changes the sums.
+    done = run([*typed, "--jobs", 2], {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    made = [*times(output), "subjects.csv"]
+    assert len(made) == 2 + 2 * 6 + 6 + 1  # drift pictures of the subjects and of the base model too
+    for name in made:
+        assert (output / name).read_bytes() == (tmp_path / "by-two" / name).read_bytes(), name
+
+
+def test_a_run_goes_on_past_a_failure_and_after_it(tiny_sd, tiny_scorers, tmp_path):
+    typed, output = small_benchmark(tiny_sd, tiny_scorers, tmp_path), tmp_path / "run"
     alone = run([*typed, "--subjects", "one"], {})
     assert alone.returncode == 0, alone.stderr[-2000:]
     first = times(output)

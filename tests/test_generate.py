@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -210,3 +212,27 @@ def test_schedulers(adapter, tmp_path, scheduler):
         adapter, tmp_path, "--prompt", "a dog", "--scheduler", scheduler, "--num_images", 1, "--num_inference_steps", 5
     )
     assert len(list(tmp_path.glob("0*.png"))) == 1
+
+
+def test_one_process_killed_loses_nothing_of_the_others(adapter, tmp_path):
+    """Kill -9 of the second of two processes in the middle: what was drawn stays, and the same command ends as one."""
+    words = ["-m", "delora_diffusers", "generate", "--adapter", adapter, "--prompt", "a", "b", "--num_images", 20]
+    words += ["--num_inference_steps", 10, "--batch_size", 1, "--output_dir", tmp_path / "two"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *map(str, words)]
+    launched = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while len(list(tmp_path.glob("two/0*.png"))) < 6:
+        assert launched.poll() is None, launched.communicate()[1][-2000:]
+        time.sleep(0.05)
+    children = Path(f"/proc/{launched.pid}/task/{launched.pid}/children").read_text().split()
+    (second,) = [c for c in children if b"\0LOCAL_RANK=1\0" in Path(f"/proc/{c}/environ").read_bytes()]
+    os.kill(int(second), signal.SIGKILL)
+    assert launched.communicate() and launched.returncode != 0
+    kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("two/0*.png")}
+    assert 6 <= len(kept) < 40 and not list(tmp_path.glob("two/.*.part"))
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert f"({40 - len(kept)} new)" in done.stdout, done.stderr[-2000:]
+    assert all((tmp_path / "two" / name).stat().st_mtime_ns == when for name, when in kept.items())
+    main([str(word) for word in [*words[2:-1], tmp_path / "one"]])
+    for path in (tmp_path / "one").glob("0*.png"):
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()

@@ -82,7 +82,7 @@ def test_a_study_killed_and_continued(typed):
     caption = (out / "lr.md").read_text()
     assert caption in printed and "2 subjects, 1 seeds" in caption
     one = rows[rows["x"] == 4]["dino"].mean()
-    assert f"| DeLoRA | 4 | {one:.3f} [" in caption and "| | 4 times |" in caption
+    assert f"| DeLoRA | 4 | {one:.3f} [" in caption and "| | | 4 times |" in caption
     with Image.open(out / "lr.png") as figure:
         assert figure.width > 1000
     assert "<svg" in (out / "lr.svg").read_text()[:500]
@@ -124,7 +124,7 @@ def test_a_setting_that_fails_is_said_and_the_others_are_shown(typed):
     errors = done.communicate()[1]
     assert done.returncode == 1 and "the loss was not finite" in errors and "2 failed" in errors
     caption = (out / "lr.md").read_text()
-    assert "Failed, and in no mean: " in caption and "lora-1e+35" in caption
+    assert "Did not end, and in no mean: LoRA at 1e+35 (1 of 1)." in caption
     assert "| LoRA | 1 |" in caption and "| LoRA | 1e+35 |" not in caption
 
 
