@@ -110,10 +110,11 @@ def main(typed: list[str] | None = None) -> None:
     from PIL import Image
 
     from delora_diffusers import attach, attach_control
+    from delora_diffusers.conditions import encode_prompts, is_xl
     from delora_diffusers.control import as_signal, new_encoder, pretrained_encoder
     from delora_diffusers.training import order
     from delora_diffusers.training.disk_cache import build_cache, file_stamp, fingerprint
-    from delora_diffusers.training.encoding import crop_offsets, encode_prompts, index
+    from delora_diffusers.training.encoding import crop_offsets, index
     from delora_diffusers.training.loop import train
     from delora_diffusers.training.objective import denoising_losses, noised
     from delora_diffusers.training.setup import begin_run, load_frozen, save_run, start_accelerator
@@ -123,6 +124,8 @@ def main(typed: list[str] | None = None) -> None:
     device = accelerator.device
     pipeline, noise_scheduler = load_frozen(accelerator, args)
     unet, vae = pipeline.unet, pipeline.vae
+    if is_xl(pipeline):
+        raise InputError(f"maps need Stable Diffusion 1.x or 2.x, not {args.pretrained_model_name_or_path}; name one.")
 
     # The adapter and the control signal; refused settings end here, before anything is written.
     random = torch.Generator().manual_seed(args.seed)
@@ -165,7 +168,7 @@ def main(typed: list[str] | None = None) -> None:
         views,
         captions,
         lambda pictures: vae.encode(pictures.to(device, vae.dtype)).latent_dist,
-        lambda texts: encode_prompts(pipeline, texts, device),
+        lambda texts: encode_prompts(pipeline, texts, device)["encoder_hidden_states"],
     )
     examples = []
     for pair in shown:
@@ -175,7 +178,7 @@ def main(typed: list[str] | None = None) -> None:
         examples.append((pair.caption or args.default_caption or "", semantic, Image.fromarray(picture)))
     with torch.no_grad():
         prompts = list(dict.fromkeys(["", *(caption for caption, _, _ in examples)]))
-        embedded = dict(zip(prompts, encode_prompts(pipeline, prompts, device)))
+        embedded = dict(zip(prompts, encode_prompts(pipeline, prompts, device)["encoder_hidden_states"]))
     pipeline.text_encoder = None
     vae.to("cpu")
 
@@ -198,12 +201,13 @@ def main(typed: list[str] | None = None) -> None:
         control.see(maps)
         return denoising_losses(unet, **batch)
 
-    def embeddings_of(prompts: list[str]) -> torch.Tensor:
-        return torch.stack([embedded[prompt] for prompt in prompts])
+    def conditions_of(prompts: list[str]) -> dict[str, torch.Tensor]:
+        return {"encoder_hidden_states": torch.stack([embedded[prompt] for prompt in prompts])}
 
-    validate = map_validator(accelerator, pipeline, embeddings_of, examples, args)
+    validate = map_validator(accelerator, pipeline, conditions_of, examples, args)
     train(accelerator, adapters, batch_of, losses_of, args, validate, None if frozen else encoder)
-    save_run(accelerator, args, adapters, f"{len(pairs)} pictures and their maps", captions[0], control=control)
+    trained_on = f"{len(pairs)} pictures and their maps"
+    save_run(accelerator, args, adapters, trained_on, captions[0], control=control, pipeline=type(pipeline).__name__)
     accelerator.end_training()
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.errors import InputError as DataError
-from data.photographs import EXTENSIONS, Photograph, find_photographs, variants
+from data.photographs import EXTENSIONS, Photograph, find_photographs, variants, view_sizes
 from data.subjects import Subject, read_subjects
 from delora_diffusers.base_model import check_model_folder, is_miniature
 from delora_diffusers.config import TEXT_ENCODER_TARGETS
@@ -133,8 +133,9 @@ def main(typed: list[str] | None = None) -> None:
     import torch
 
     from delora_diffusers import attach
+    from delora_diffusers.conditions import encode_prompts, encode_tokens, is_xl, text_encoders, tokenize
     from delora_diffusers.training import order
-    from delora_diffusers.training.encoding import crop_offsets, encode_pictures, encode_prompts, index, tokenize
+    from delora_diffusers.training.encoding import crop_offsets, encode_pictures, index
     from delora_diffusers.training.loop import train
     from delora_diffusers.training.objective import denoising_losses, noised
     from delora_diffusers.training.setup import begin_run, load_frozen, save_run, start_accelerator
@@ -143,17 +144,18 @@ def main(typed: list[str] | None = None) -> None:
     accelerator = start_accelerator(args)
     device = accelerator.device
     pipeline, noise_scheduler = load_frozen(accelerator, args)
-    unet, vae, text_encoder = pipeline.unet, pipeline.vae, pipeline.text_encoder
+    unet, vae, kind = pipeline.unet, pipeline.vae, type(pipeline).__name__
 
     # The adapters; refused settings end here, before anything is written.
     starts = [torch.Generator().manual_seed(subject.seed) for subject in subjects]
     adapters = {"unet": attach(unet, arguments.adapter_config(args), starts)}
     if args.train_text_encoder:
         config = arguments.adapter_config(args, targets=TEXT_ENCODER_TARGETS)
-        adapters["text_encoder"] = attach(text_encoder, config, torch.Generator().manual_seed(args.seed + 1))
-        if args.gradient_checkpointing:
-            text_encoder.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-            text_encoder.train()
+        for number, (name, text_encoder) in enumerate(text_encoders(pipeline).items(), 1):
+            adapters[name] = attach(text_encoder, config, torch.Generator().manual_seed(args.seed + number))
+            if args.gradient_checkpointing:
+                text_encoder.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+                text_encoder.train()
     begin_run(accelerator, args, "dreambooth-delora")
 
     # What never changes is computed once: class images, posteriors of the latents, embeddings of the prompts.
@@ -169,7 +171,12 @@ def main(typed: list[str] | None = None) -> None:
             )
             for number, picture in enumerate(pictures)
         )
-        return encode_pictures(vae, views, len(pictures), device)
+        sizes = None
+        if is_xl(pipeline):
+            offsets = [crop_offsets(seed, number, not args.center_crop) for number in range(len(pictures))]
+            told = [view_sizes(p.size(), args.resolution, o, args.random_flip) for p, o in zip(pictures, offsets)]
+            sizes = [one for of_picture in told for one in of_picture]
+        return encode_pictures(vae, views, len(pictures), device, sizes=sizes)
 
     instance_latents = [cache(subject.photographs, subject.seed) for subject in subjects]
     class_latents = []
@@ -182,17 +189,18 @@ def main(typed: list[str] | None = None) -> None:
         class_latents = [cache(images, subject.seed) for images, subject in zip(class_images, subjects)]
     of_subjects = [prompt for s in subjects for prompt in (*s.prompts, s.class_prompt or "")]
     prompts = list(dict.fromkeys([*of_subjects, *args.validation_prompt, ""]))
-    embeddings_of = functools.partial(encode_prompts, pipeline, device=device)
+    conditions_of = functools.partial(encode_prompts, pipeline, device=device)
     place = {prompt: index for index, prompt in enumerate(prompts)}
     if args.train_text_encoder:
-        encoded_prompts = tokenize(pipeline, prompts, device)
+        cached_prompts = tokenize(pipeline, prompts, device)
     else:
         with torch.no_grad():
-            encoded_prompts = embeddings_of(prompts)
-        pipeline.text_encoder = None
+            cached_prompts = conditions_of(prompts)
+        for name in text_encoders(pipeline):
+            setattr(pipeline, name, None)
 
-        def embeddings_of(prompts: Sequence[str]) -> torch.Tensor:
-            return encoded_prompts[[place[prompt] for prompt in prompts]]
+        def conditions_of(prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+            return {name: tensor[[place[prompt] for prompt in prompts]] for name, tensor in cached_prompts.items()}
 
     vae.to("cpu")
     if not args.validation_prompt:
@@ -207,30 +215,36 @@ def main(typed: list[str] | None = None) -> None:
         generator = order.generator(subject.seed, microbatch, device)
         seed = order.mixed_seed(subject.seed, microbatch, 1)
         chosen = order.sample_indices(subject.seed, microbatch, args.train_batch_size, len(cached))
-        latents = cached.sample(chosen, generator, seed)
+        latents, views = cached.sample(chosen, generator, seed), [(cached, cached.views(chosen, seed))]
         texts, weights = [subject.prompts[index] for index in chosen], None
         if class_latents:
             prior = class_latents[number]
             others = order.sample_indices(subject.seed + 1, microbatch, args.train_batch_size, len(prior))
             latents = torch.cat((latents, prior.sample(others, generator, seed + 1)))
+            views.append((prior, prior.views(others, seed + 1)))
             texts += [subject.class_prompt or ""] * len(others)
             # The two losses are each a mean over their half, and are added.
             weights = torch.tensor([2.0] * len(chosen) + [2.0 * args.prior_loss_weight] * len(others))
             weights = weights.to(device, non_blocking=True)
         batch = noised(noise_scheduler, latents, generator, weights, args.noise_offset, args.snr_gamma)
-        return batch | {"prompts": encoded_prompts[index([place[text] for text in texts], device)]}
+        sizes = [cache.sizes[of] for cache, of in views if cache.sizes is not None]
+        if sizes:
+            batch["time_ids"] = torch.cat(sizes)
+        chosen_prompts = index([place[text] for text in texts], device)
+        return batch | {name: tensor[chosen_prompts] for name, tensor in cached_prompts.items()}
 
-    def losses_of(prompts: torch.Tensor, **batch: torch.Tensor) -> torch.Tensor:
-        embeddings = text_encoder(prompts)[0] if args.train_text_encoder else prompts
-        return denoising_losses(unet, **batch, encoder_hidden_states=embeddings, subjects=len(subjects))
+    def losses_of(**batch: torch.Tensor) -> torch.Tensor:
+        if args.train_text_encoder:
+            batch |= encode_tokens(pipeline, {name: batch.pop(name) for name in cached_prompts})
+        return denoising_losses(unet, **batch, subjects=len(subjects))  # pyright: ignore[reportArgumentType]
 
-    validate = validator(accelerator, pipeline, embeddings_of, args) if args.validation_prompt else None
+    validate = validator(accelerator, pipeline, conditions_of, args) if args.validation_prompt else None
     failed = train(accelerator, adapters, batch_of, losses_of, args, validate)
     for number, subject in enumerate(subjects):
         if number not in failed:
             own = argparse.Namespace(**vars(args) | subject.own_flags())
             trained_on = f"{len(subject.photographs)} photographs"
-            save_run(accelerator, own, adapters, trained_on, subject.prompts[0], subject=number)
+            save_run(accelerator, own, adapters, trained_on, subject.prompts[0], subject=number, pipeline=kind)
     accelerator.end_training()
     if failed:
         names = ", ".join(f"{subjects[number].output_dir} at step {step}" for number, step in failed.items())

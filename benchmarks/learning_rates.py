@@ -18,8 +18,9 @@ import train_dreambooth_delora
 from data.photographs import find_photographs, variants
 from delora_diffusers import detach, load_adapter
 from delora_diffusers.base_model import load_pipeline
+from delora_diffusers.conditions import encode_prompts
 from delora_diffusers.training.arguments import DEFAULT_LEARNING_RATES
-from delora_diffusers.training.encoding import encode_pictures, encode_prompts
+from delora_diffusers.training.encoding import encode_pictures
 from delora_diffusers.training.objective import denoising_losses, noised
 
 PROMPT = "a photo of sks subject"
@@ -48,7 +49,7 @@ class FixedLoss:
         if adapter is not None:
             load_adapter(self.pipeline.unet, adapter)
         count, total = len(self.latents), 0.0
-        text = encode_prompts(self.pipeline, [PROMPT] * count, torch.device("cpu"))
+        text = encode_prompts(self.pipeline, [PROMPT] * count, "cpu")["encoder_hidden_states"]
         for seed in range(self.draws):
             generator = torch.Generator().manual_seed(seed)
             latents = self.latents.sample(range(count), generator, seed)

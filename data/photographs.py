@@ -23,6 +23,12 @@ class Photograph:
         """The picture, turned upright, as RGB."""
         return load_rgb(self.path)
 
+    def size(self) -> tuple[int, int]:
+        """(width, height) upright, without decoding."""
+        with Image.open(self.path) as image:
+            turned = image.getexif().get(0x0112, 1) >= 5
+            return (image.height, image.width) if turned else image.size
+
 
 def load_rgb(path: Path) -> Image.Image:
     """Read a picture of any mode, turn it upright by its EXIF tag and make it RGB (transparency becomes white).
@@ -134,3 +140,22 @@ def variants(image: Image.Image, resolution: int, random_offsets: list[float] | 
     scaled = image.resize(scaled_size(image.size, resolution), Image.Resampling.LANCZOS)
     views = [np.asarray(scaled.crop(box)) for box in crop_boxes(image.size, resolution, random_offsets)]
     return views + ([view[:, ::-1] for view in views] if flip else [])
+
+
+def view_sizes(
+    size: tuple[int, int], resolution: int, random_offsets: list[float] | None, flip: bool
+) -> list[tuple[int, int, int, int, int, int]]:
+    """What Stable Diffusion XL is told of each of the ``variants``.
+
+    Height and width of the picture, top and left of the crop in the scaled one (mirrored like it), height and width of
+    the view.
+
+    Args:
+        size: (width, height) of the upright picture. The others are those of ``variants``.
+    """
+    width = scaled_size(size, resolution)[0]
+    boxes = crop_boxes(size, resolution, random_offsets)
+    corners = [(top, left) for left, top, _, _ in boxes]
+    if flip:
+        corners += [(top, width - right) for _, top, right, _ in boxes]
+    return [(size[1], size[0], top, left, resolution, resolution) for top, left in corners]

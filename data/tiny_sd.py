@@ -1,7 +1,7 @@
 """A tiny, randomly initialised Stable Diffusion pipeline in diffusers' own folder layout.
 
-``python -m data.tiny_sd OUT_DIR [--prediction_type v_prediction]`` writes it. It loads through the very same code as a
-pretrained Stable Diffusion 1.x or 2.x, runs in seconds on a CPU, and knows nothing: its pictures are noise.
+``python -m data.tiny_sd OUT_DIR [--kind sd1|sd2|sdxl]`` writes it. It loads through the very same code as a pretrained
+Stable Diffusion 1.x, 2.x or XL, runs in seconds on a CPU, and knows nothing: its pictures are noise.
 With ``--true_shapes`` it has the size of Stable Diffusion 1.5, to try memory and speed without the weights.
 """
 
@@ -64,36 +64,66 @@ TINY: dict[str, dict[str, Any]] = {
     "vae": dict(block_out_channels=(16, 16, 32, 32), layers_per_block=1, norm_num_groups=8, sample_size=64),
     "text_encoder": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4),
 }
+SD2: dict[str, dict[str, Any]] = TINY | {
+    "unet": TINY["unet"] | dict(use_linear_projection=True, attention_head_dim=(2, 4), cross_attention_dim=48),
+    "text_encoder": TINY["text_encoder"] | dict(hidden_size=48, hidden_act="gelu"),
+}
+"""What tells Stable Diffusion 2.x's shapes: linear projections, heads by level, a wider text encoder; v-prediction."""
+SDXL: dict[str, dict[str, Any]] = TINY | {
+    "unet": TINY["unet"]
+    | dict(
+        layers_per_block=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2),
+        use_linear_projection=True,
+        attention_head_dim=(2, 4),
+        cross_attention_dim=32 + 48,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=48 + 6 * 8,
+    ),
+    "text_encoder_2": TINY["text_encoder"] | dict(hidden_size=48, hidden_act="gelu"),
+}
+"""Stable Diffusion XL's: two text encoders side by side, pooled embeddings, sizes and crops as conditions."""
 TRUE_SHAPES: dict[str, dict[str, Any]] = {
     "unet": dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
     "vae": dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512),
     "text_encoder": dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12),
 }
 """Stable Diffusion 1.5's, all but the vocabulary."""
+KINDS = {"sd1": TINY, "sd2": SD2, "sdxl": SDXL}
 
 
 def build(folder: Path, prediction_type: str = "epsilon", seed: int = 0, shapes: dict[str, dict[str, Any]] = TINY):
-    """Build the pipeline: UNet with cross-attention at two levels or more, autoencoder, CLIP text encoder."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    """Build the pipeline: UNet with cross-attention at two levels or more, autoencoder, CLIP text encoders."""
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     tokenizer = write_tokenizer(folder / "tokenizer")
+
+    def text_model(kind: Any, shape: dict[str, Any]):
+        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        width = shape["hidden_size"]
+        return kind(
+            CLIPTextConfig(vocab_size=len(tokenizer), projection_dim=width, max_position_embeddings=77, **ids, **shape)
+        )
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet = UNet2DConditionModel(**shapes["unet"])
         blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
         vae = AutoencoderKL(latent_channels=4, **blocks, **shapes["vae"])
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                projection_dim=shapes["text_encoder"]["hidden_size"],
-                max_position_embeddings=77,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-                **shapes["text_encoder"],
-            )
-        )
+        text_encoder = text_model(CLIPTextModel, shapes["text_encoder"])
+        second = None
+        if "text_encoder_2" in shapes:
+            second = text_model(CLIPTextModelWithProjection, shapes["text_encoder_2"])
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -103,6 +133,17 @@ def build(folder: Path, prediction_type: str = "epsilon", seed: int = 0, shapes:
         steps_offset=1,
         prediction_type=prediction_type,
     )
+    if second is not None:
+        return StableDiffusionXLPipeline(
+            vae=vae,
+            text_encoder=text_encoder,
+            text_encoder_2=second,
+            tokenizer=tokenizer,
+            tokenizer_2=write_tokenizer(folder / "tokenizer_2"),
+            unet=unet,
+            scheduler=scheduler,
+            add_watermarker=False,
+        )
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -116,13 +157,24 @@ def build(folder: Path, prediction_type: str = "epsilon", seed: int = 0, shapes:
 
 
 def write(
-    out_dir: str | os.PathLike, prediction_type: str = "epsilon", seed: int = 0, *, true_shapes: bool = False
+    out_dir: str | os.PathLike,
+    prediction_type: str | None = None,
+    seed: int = 0,
+    *,
+    kind: str = "sd1",
+    true_shapes: bool = False,
 ) -> Path:
-    """Write the pipeline to a new folder, whole or not at all; true shapes in float16, 2.0 GB."""
+    """Write the pipeline to a new folder, whole or not at all; true shapes in float16, 2.0 GB.
+
+    Args:
+        prediction_type: by default v-prediction for ``"sd2"``, else epsilon.
+        kind: one of ``KINDS``.
+    """
+    prediction_type = prediction_type or ("v_prediction" if kind == "sd2" else "epsilon")
     out_dir = Path(out_dir)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out_dir.parent) as temporary:
-        pipeline = build(Path(temporary) / "build", prediction_type, seed, TRUE_SHAPES if true_shapes else TINY)
+        pipeline = build(Path(temporary) / "build", prediction_type, seed, TRUE_SHAPES if true_shapes else KINDS[kind])
         if true_shapes:
             pipeline.to(torch.float16)
         pipeline.save_pretrained(Path(temporary) / "whole")
@@ -133,13 +185,15 @@ def write(
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m data.tiny_sd", description=__doc__)
     parser.add_argument("out_dir", type=Path)
-    parser.add_argument("--prediction_type", choices=("epsilon", "v_prediction"), default="epsilon")
+    parser.add_argument("--prediction_type", choices=("epsilon", "v_prediction"))
+    parser.add_argument("--kind", choices=list(KINDS), default="sd1")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--true_shapes", action="store_true", help="of Stable Diffusion 1.5's size instead, 2 GB")
     options = parser.parse_args(arguments)
     if options.out_dir.exists():
         sys.exit(f"error: {options.out_dir} exists already; remove it or name another folder.")
-    write(options.out_dir, options.prediction_type, options.seed, true_shapes=options.true_shapes)
+    kind, true_shapes = options.kind, options.true_shapes
+    write(options.out_dir, options.prediction_type, options.seed, kind=kind, true_shapes=true_shapes)
     print(f"wrote {options.out_dir}")
 
 

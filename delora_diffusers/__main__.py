@@ -3,15 +3,15 @@
 import argparse
 import sys
 
-from delora_diffusers.commands import generate, info, merge
+from delora_diffusers.commands import export, generate, importing, info, merge
 from delora_diffusers.errors import InputError
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m delora_diffusers", description="Use a trained adapter.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (generate, merge, info):
-        name = module.__name__.split(".")[-1]
+    modules = {"generate": generate, "merge": merge, "export": export, "import": importing, "info": info}
+    for name, module in modules.items():
         command = commands.add_parser(name, help=(module.__doc__ or "").splitlines()[0], description=module.__doc__)
         module.add_arguments(command)
         command.set_defaults(run=module.run)

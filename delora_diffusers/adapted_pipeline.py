@@ -12,7 +12,8 @@ from delora_diffusers.base_model import load_pipeline
 from delora_diffusers.config import AdapterConfig
 from delora_diffusers.control import attached_control, detach_control
 from delora_diffusers.errors import InputError
-from delora_diffusers.files import load_adapter, load_control, read_header
+from delora_diffusers.files import load_adapter, load_control
+from delora_diffusers.reading import read_header
 
 Weighted = tuple[Path, float]
 """An adapter, an output folder or the file in it, and its strength."""

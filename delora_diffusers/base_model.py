@@ -2,11 +2,14 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from delora_diffusers.errors import InputError
 
 MINIATURE = "mini-sd"
 """The name of the base model that ships with the repository, and the default."""
+
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 _MINIATURE_FOLDER = Path(__file__).resolve().parents[1] / "data" / "miniature" / MINIATURE
 
@@ -22,7 +25,7 @@ def load_pipeline(
     revision: str | None = None,
     variant: str | None = None,
 ):
-    """A ``StableDiffusionPipeline`` without its safety checker, in float32.
+    """A Stable Diffusion 1.x, 2.x or XL pipeline without its safety checker, in float32.
 
     Args:
         name_or_path: a pipeline folder or a hub id; None or ``"mini-sd"`` for the one that ships here.
@@ -35,7 +38,7 @@ def load_pipeline(
     import diffusers
     import torch
     import transformers
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
     # It warns at every cast of "modules that should be kept in float32: []".
     logging.getLogger("diffusers.models.modeling_utils").setLevel(logging.ERROR)
@@ -45,7 +48,7 @@ def load_pipeline(
         logger.set_verbosity_error()
         logger.disable_progress_bar()
     try:
-        pipeline = StableDiffusionPipeline.from_pretrained(
+        pipeline: Any = DiffusionPipeline.from_pretrained(
             folder_or_id,
             revision=revision,
             variant=variant,
@@ -60,6 +63,10 @@ def load_pipeline(
     finally:
         for logger, verbosity in zip(loggers, verbosities):
             logger.set_verbosity(verbosity)
+    if type(pipeline).__name__ not in PIPELINES:
+        raise InputError(
+            f"the base model {name_or_path} is a {type(pipeline).__name__}; give a {' or '.join(PIPELINES)}."
+        )
     return pipeline.to(dtype=torch.float32)  # transformers loads in the dtype of the file
 
 

@@ -7,40 +7,30 @@ metadata entry, ``delora_diffusers``, is JSON with the format version, the base 
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from delora_diffusers.adapter import Adapter
 from delora_diffusers.attachment import attach, detach
-from delora_diffusers.config import AdapterConfig
 from delora_diffusers.control import Control, attach_control, saved_encoder
 from delora_diffusers.errors import InputError
-
-WEIGHTS_NAME = "pytorch_delora_weights.safetensors"
-FORMAT_VERSION = 1
-METADATA_KEY = "delora_diffusers"
-CONTROL_PREFIX = "control_encoder."
-
-
-def adapter_path(path: str | os.PathLike) -> Path:
-    """The adapter file that a path means: the file itself, or the one in an output folder.
-
-    Raises:
-        InputError: there is none.
-    """
-    path = Path(path)
-    file = path / WEIGHTS_NAME if path.is_dir() else path
-    if not file.is_file():
-        raise InputError(f"no adapter at {file}; give an output folder of the training script or a .safetensors file.")
-    return file
+from delora_diffusers.reading import (
+    CONTROL_PREFIX,
+    FORMAT_VERSION,
+    METADATA_KEY,
+    WEIGHTS_NAME,
+    adapter_path,
+    parse_config,
+    read_adapter,
+)
 
 
 @contextmanager
@@ -67,8 +57,11 @@ def save_adapter(
     path: str | os.PathLike,
     *,
     text_encoder: Adapter | None = None,
+    text_encoders: Mapping[str, Adapter] | None = None,
     control: Control | None = None,
     base_model: str | None = None,
+    pipeline: str | None = None,
+    training: dict[str, Any] | None = None,
     subject: int = 0,
 ) -> Path:
     """Write an adapter to one safetensors file.
@@ -77,8 +70,11 @@ def save_adapter(
         adapter: the UNet's adapter.
         path: a folder (the file gets the name ``pytorch_delora_weights.safetensors``) or a ``.safetensors`` file.
         text_encoder: the text encoder's adapter, where one was trained.
+        text_encoders: the same by name, for models with ``text_encoder`` and ``text_encoder_2``.
         control: the control signal that was trained with it; its encoder and palette go into the file.
         base_model: hub id or folder of the model that the adapter belongs to.
+        pipeline: class of the base model's pipeline, which tells the formats of other tools what it is.
+        training: settings to remember: steps, rates, prompt.
         subject: which one, of an adapter that holds several.
 
     Returns:
@@ -86,12 +82,15 @@ def save_adapter(
     """
     path = Path(path)
     file = path if path.suffix == ".safetensors" else path / WEIGHTS_NAME
-    components = {"unet": adapter} | ({"text_encoder": text_encoder} if text_encoder is not None else {})
-    header = {
+    components = {"unet": adapter, **(text_encoders or {})}
+    if text_encoder is not None:
+        components["text_encoder"] = text_encoder
+    header: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "base_model": base_model,
         "config": {name: dataclasses.asdict(part.config) for name, part in components.items()},
     }
+    header |= {name: value for name, value in (("pipeline", pipeline), ("training", training)) if value is not None}
     tensors = {
         f"{component}.{name}": tensor.detach().float().cpu().contiguous().clone()
         for component, part in components.items()
@@ -107,15 +106,6 @@ def save_adapter(
         # One entry: several would come in an order that changes from one process to the next.
         save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(header, sort_keys=True)})
     return file
-
-
-def read_header(path: str | os.PathLike) -> dict[str, Any]:
-    """What an adapter file says of itself: ``format_version``, ``base_model``, ``config`` by component.
-
-    Raises:
-        InputError: the file is missing, is not an adapter, is truncated or has a newer format version.
-    """
-    return read_adapter(adapter_path(path), tensors=False)[0]
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike, component: str = "unet") -> Adapter:
@@ -141,7 +131,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, component: str = "un
             raise InputError(
                 f"{file} holds values that are not finite in {prefix}{name}; train again from a checkpoint."
             )
-    config = _config(file, header["config"][component])
+    config = parse_config(file, header["config"][component])
+    saved = _named_as_here(saved, model)
     adapter = attach(model, config, torch.Generator())
     try:
         _copy_into(adapter, saved, f"{file} was made for another architecture than this {type(model).__name__}", prefix)
@@ -172,12 +163,12 @@ def load_control(unet: nn.Module, path: str | os.PathLike) -> Control | None:
     return attach_control(unet, encoder, None if palette is None else np.array(palette, np.uint8))
 
 
-def _config(file: Path, values: dict[str, Any]) -> AdapterConfig:
-    known = {field.name for field in dataclasses.fields(AdapterConfig)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise InputError(f"{file} has a setting this version does not know, {unknown[0]}; update delora-diffusers.")
-    return AdapterConfig(**values)
+def _named_as_here(saved: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """With the names of this model: CLIP's text encoder has a ``text_model`` in it or not, by transformers' version."""
+    outer = "text_model."
+    if any(name.startswith(outer) for name, _ in model.named_modules()):
+        return {name if name.startswith(outer) else outer + name: tensor for name, tensor in saved.items()}
+    return {name.removeprefix(outer): tensor for name, tensor in saved.items()}
 
 
 @torch.no_grad()
@@ -190,27 +181,3 @@ def _copy_into(adapter: Adapter, saved: dict[str, Tensor], refusal: str, prefix:
             raise InputError(f"{refusal}: {prefix}{name} is {there_shape} in the file and {here_shape} in the model.")
     for name, tensor in saved.items():
         here[name].copy_(tensor)
-
-
-def read_adapter(file: Path, tensors: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The header (see ``read_header``) and, if wanted, all tensors by name."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            loaded = {name: opened.get_tensor(name) for name in opened.keys()} if tensors else {}  # noqa: SIM118
-    except SafetensorError as error:
-        what = "is truncated" if "incomplete" in str(error).lower() else "is not a safetensors file"
-        raise InputError(f"{file} {what} ({error}); save or download it again.") from error
-    try:
-        header = json.loads(metadata[METADATA_KEY])
-        version = header["format_version"]
-    except (KeyError, ValueError, TypeError) as error:
-        raise InputError(
-            f"{file} is a safetensors file, but not an adapter saved by delora-diffusers; give one that is."
-        ) from error
-    if version > FORMAT_VERSION:
-        raise InputError(
-            f"{file} has format version {version}, newer than {FORMAT_VERSION}, the newest that this version reads; "
-            "update delora-diffusers."
-        )
-    return header, loaded

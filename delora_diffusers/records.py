@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from delora_diffusers.errors import InputError
-from delora_diffusers.files import adapter_path, written_whole
+from delora_diffusers.files import written_whole
+from delora_diffusers.reading import adapter_path
 
 RECORD_KEY = "delora_diffusers"
 """The PNG text entry that says how a picture was made."""

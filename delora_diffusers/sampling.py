@@ -44,5 +44,7 @@ def sample_pictures(
     if control is not None:
         control.see(None)
     vae = pipeline.vae
+    if vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
+        vae.to(torch.float32)  # the autoencoder of Stable Diffusion XL overflows in fp16
     decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
     return pipeline.image_processor.postprocess(decoded, output_type="pil")

@@ -76,7 +76,7 @@ def test_refuses_what_is_no_adapter(unet, saved, tmp_path):
     (tmp_path / "text").write_text("this is certainly not a tensor file, is it? " * 3)
     cases["text"] = "is not a safetensors file"
     (tmp_path / "empty").write_bytes(b"")
-    cases["empty"] = "is not a safetensors file"
+    cases["empty"] = "is truncated"
     (tmp_path / "half").write_bytes(saved.read_bytes()[: saved.stat().st_size // 2])
     cases["half"] = "is truncated"
     save_file({"x": torch.zeros(1)}, tmp_path / "other")

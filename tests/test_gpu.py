@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from delora_diffusers import AdapterConfig, attach, load_adapter, merge
-from delora_diffusers.files import WEIGHTS_NAME
+from delora_diffusers.reading import WEIGHTS_NAME
 from tests.conftest import randomize, run_in_child, training_flags
 from tests.test_adapter import outputs_and_gradients
 from tests.test_map2img import flags as map_flags

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import train_controlnet_map2img as script
 from delora_diffusers.__main__ import main as library
 from delora_diffusers.errors import InputError
-from delora_diffusers.files import WEIGHTS_NAME
+from delora_diffusers.reading import WEIGHTS_NAME
 from eval.__main__ import main as evaluate
 from eval.frechet import Inception, frechet_distance
 from eval.segmentation import agreement, confusion_matrix

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from delora_diffusers import AdapterConfig, InputError, attach, detach
 from delora_diffusers.config import MAP_TARGETS
-from delora_diffusers.files import WEIGHTS_NAME
+from delora_diffusers.reading import WEIGHTS_NAME
 from tests.conftest import draw_photographs, randomize, run_in_child, run_in_two_processes, training_flags
 from tests.test_training import train
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from delora_diffusers.files import WEIGHTS_NAME
+from delora_diffusers.reading import WEIGHTS_NAME
 from tests.conftest import ROOT, run_in_child, run_in_two_processes, training_flags
 
 QUICK_SAMPLES = ["--validation_inference_steps", "2"]
@@ -52,7 +52,8 @@ def fixed_loss(model: Path, photographs: Path, adapter: Path) -> tuple[float, fl
     from data.photographs import find_photographs, variants
     from delora_diffusers import load_adapter
     from delora_diffusers.base_model import load_pipeline
-    from delora_diffusers.training.encoding import encode_pictures, encode_prompts
+    from delora_diffusers.conditions import encode_prompts
+    from delora_diffusers.training.encoding import encode_pictures
     from delora_diffusers.training.objective import denoising_losses, noised
 
     pipeline = load_pipeline(str(model))
@@ -63,7 +64,9 @@ def fixed_loss(model: Path, photographs: Path, adapter: Path) -> tuple[float, fl
     cache = encode_pictures(pipeline.vae, views, len(views), torch.device("cpu"))
     losses = []
     with torch.no_grad():
-        text = encode_prompts(pipeline, ["a photo of sks dog"] * len(found), torch.device("cpu"))
+        text = encode_prompts(pipeline, ["a photo of sks dog"] * len(found), torch.device("cpu"))[
+            "encoder_hidden_states"
+        ]
         for strength in (0, 1):
             attached.strength = strength
             total = 0.0

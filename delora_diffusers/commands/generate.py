@@ -112,7 +112,7 @@ def check_maps(options: argparse.Namespace, requests: list[Any]) -> bool:
     Raises:
         InputError: maps are there without such an adapter, or the other way round.
     """
-    from delora_diffusers.files import read_header
+    from delora_diffusers.reading import read_header
 
     paths = [path for request in requests for path, _ in request.adapters]
     following = [path for path in paths if "control_encoder" in read_header(path)]
@@ -152,7 +152,7 @@ def run(options: argparse.Namespace) -> None:
             batches += [(request, these[i : i + options.batch_size]) for i in range(0, len(these), options.batch_size)]
     if follows_maps:
         from delora_diffusers.control import painted, read_map
-        from delora_diffusers.files import read_header
+        from delora_diffusers.reading import read_header
 
         palette = read_header(adapters[0])["control_encoder"]["palette"]
         for source in dict.fromkeys(record["map_source"] for _, batch in batches for record in batch):
@@ -211,7 +211,8 @@ def _draw(options: argparse.Namespace, base_model: str, adapters: list[Path], ba
             options.resolution if maps is None else side,
             maps=maps,
             prompt=[record["prompt"] for record in batch],
-            negative_prompt=[options.negative_prompt] * len(batch),
+            # None for none: XL's base model then takes zeros for it.
+            negative_prompt=[options.negative_prompt] * len(batch) if options.negative_prompt else None,
             num_inference_steps=options.num_inference_steps,
             guidance_scale=options.guidance_scale,
         )

@@ -1,31 +1,61 @@
-"""Say what an adapter file is: base model, method, settings, size, lambda and tensors."""
+"""Say what an adapter file is: base model, method, settings, how it was trained, size, lambda and distance by layer."""
 
 import argparse
 from pathlib import Path
 
+BAR = 30
+"""Characters of the longest bar."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("adapter", type=Path, help="an output folder or the file in it")
+    parser.add_argument("adapter", type=Path, help="an output folder, the file in it, or a hub id")
 
 
 def run(options: argparse.Namespace) -> None:
-    from delora_diffusers.files import adapter_path, read_adapter
+    from delora_diffusers.config import SPLIT
+    from delora_diffusers.low_rank import low_rank_factors
+    from delora_diffusers.reading import adapter_path, parse_config, read_adapter
 
     file = adapter_path(options.adapter)
     header, tensors = read_adapter(file)
     print(f"{file}  {file.stat().st_size / 2**20:.2f} MiB, format version {header['format_version']}")
     print(f"base model: {header['base_model'] or 'not recorded'}")
-    for component, config in header["config"].items():
+    for component, values in header["config"].items():
+        config = parse_config(file, values)
         modules = {name.rpartition(".")[0] for name in tensors if name.startswith(component + ".")}
         print(f"{component}: {len(modules)} modules")
-        for key, value in config.items():
+        for key, value in values.items():
             if value is not None:
                 print(f"  {key}: {', '.join(value) if isinstance(value, list) else value}")
-        lambdas = [t.item() for n, t in tensors.items() if n.startswith(component) and n.endswith(".delora_lambda")]
+        lambdas = {
+            name.removeprefix(component + ".").removesuffix(".delora_lambda"): tensor.item()
+            for name, tensor in tensors.items()
+            if name.startswith(component + ".") and name.endswith(".delora_lambda")
+        }
         if lambdas:
-            mean = sum(lambdas) / len(lambdas)
-            print(f"  trained lambda: mean {mean:.4g}, {min(lambdas):.4g} to {max(lambdas):.4g}")
+            print("  trained lambda:")
+            _chart(lambdas)
+        if config.method in SPLIT:
+            print("  distance |W' - W|_F:")
+            _chart({name: one.norm() for name, one in low_rank_factors(component, config, tensors).items()})
+    if header.get("training"):
+        print("training: " + ", ".join(f"{key} {value}" for key, value in header["training"].items()))
     if "control_encoder" in header:
         palette = header["control_encoder"]["palette"]
         kind = "maps in colour" if palette is None else f"index maps, a palette of {len(palette)} colours"
         print(f"control encoder: follows {kind}")
+
+
+def _chart(values: dict[str, float]) -> None:
+    """A bar for each block of the model and projection, the mean of its layers."""
+    groups: dict[str, list[float]] = {}
+    for name, value in values.items():
+        block = name.split(".attentions")[0].split(".layers")[0]
+        projection = ".".join(name.replace("to_out.0", "to_out").split(".")[-2:])
+        groups.setdefault(f"{block} {projection}", []).append(value)
+    means = {name: sum(some) / len(some) for name, some in groups.items()}
+    width, most = max(map(len, means)), max(max(means.values()), 1e-30)
+    for name, mean in means.items():
+        print(f"    {name:{width}} {'█' * round(BAR * mean / most):{BAR}} {mean:.4g}")
+    every = list(values.values())
+    print(f"    mean {sum(every) / len(every):.4g}, {min(every):.4g} to {max(every):.4g}")

@@ -20,7 +20,7 @@ def run(options: argparse.Namespace) -> None:
     if options.output_dir.exists():
         raise InputError(f"--output_dir {options.output_dir} exists already; name a new folder.")
     from delora_diffusers.adapted_pipeline import load_adapted_pipeline
-    from delora_diffusers.files import read_header
+    from delora_diffusers.reading import read_header
 
     if "control_encoder" in read_header(options.adapter):
         raise InputError(f"{options.adapter} follows maps, which a pipeline folder has no place for; use generate.")

@@ -19,12 +19,15 @@ class LatentCache:
         mean, std: (views, channels, height, width), float32.
         first: index of each picture's first view; ``first[i + 1] - first[i]`` is how many views picture i has.
         scaling_factor: the autoencoder's.
+        sizes: (views, 6), what SDXL is told of each view: height and width of its photograph, top and left of the crop,
+            height and width of the view.
     """
 
     mean: Tensor
     std: Tensor
     first: list[int]
     scaling_factor: float
+    sizes: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.first) - 1
@@ -37,12 +40,15 @@ class LatentCache:
             generator: source of the latents' noise, on the cache's device.
             seed: chooses the views.
         """
-        choice = np.random.default_rng(seed)
-        views = [int(choice.integers(self.first[i], self.first[i + 1])) for i in pictures]
-        chosen = index(views, self.mean.device)
+        chosen = self.views(pictures, seed)
         mean, std = self.mean[chosen], self.std[chosen]
         noise = torch.randn(mean.shape, generator=generator, device=mean.device)
         return (mean + std * noise) * self.scaling_factor
+
+    def views(self, pictures: Sequence[int], seed: int) -> Tensor:
+        """The indices of the views that ``sample`` draws, (batch,)."""
+        choice = np.random.default_rng(seed)
+        return index([int(choice.integers(self.first[i], self.first[i + 1])) for i in pictures], self.mean.device)
 
 
 def index(places: Sequence[int], device: torch.device) -> Tensor:
@@ -52,7 +58,12 @@ def index(places: Sequence[int], device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def encode_pictures(
-    vae, pictures: Iterable[list[np.ndarray]], count: int, device: torch.device, batch_size: int = 8
+    vae,
+    pictures: Iterable[list[np.ndarray]],
+    count: int,
+    device: torch.device,
+    batch_size: int = 8,
+    sizes: Sequence[tuple[int, ...]] | None = None,
 ) -> LatentCache:
     """Encode the views of each picture with the autoencoder, in batches of views.
 
@@ -61,6 +72,7 @@ def encode_pictures(
         pictures: for each picture its views, (resolution, resolution, 3) uint8; read one after the other.
         count: how many pictures there are, for the progress bar.
         device: where the cache is to be.
+        sizes: of all views, see ``LatentCache``; None where the model is not told them.
     """
     means, stds, first, waiting = [], [], [0], []
 
@@ -78,7 +90,8 @@ def encode_pictures(
             waiting = waiting[batch_size:]
     if waiting:
         encode(waiting)
-    return LatentCache(torch.cat(means), torch.cat(stds), first, vae.config.scaling_factor)
+    told = None if sizes is None else torch.tensor(sizes, device=device)
+    return LatentCache(torch.cat(means), torch.cat(stds), first, vae.config.scaling_factor, told)
 
 
 def crop_offsets(seed: int, picture: int, random_crop: bool, count: int = 16) -> list[float] | None:
@@ -86,15 +99,3 @@ def crop_offsets(seed: int, picture: int, random_crop: bool, count: int = 16) ->
     if not random_crop:
         return None
     return np.random.default_rng(order.mixed_seed(seed, picture)).uniform(size=count).tolist()
-
-
-def tokenize(pipeline, prompts: Sequence[str], device: torch.device) -> Tensor:
-    """What the text encoder takes for each prompt, (prompts, tokens)."""
-    tokenizer = pipeline.tokenizer
-    padded = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
-    return tokenizer(list(prompts), return_tensors="pt", **padded).input_ids.to(device)
-
-
-def encode_prompts(pipeline, prompts: Sequence[str], device: torch.device) -> Tensor:
-    """The text encoder's output for each prompt, (prompts, tokens, width), in the text encoder's dtype."""
-    return pipeline.encode_prompt(list(prompts), device, 1, False)[0]

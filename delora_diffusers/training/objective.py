@@ -67,6 +67,8 @@ def denoising_losses(
     target: Tensor,
     weights: Tensor,
     encoder_hidden_states: Tensor,
+    text_embeds: Tensor | None = None,
+    time_ids: Tensor | None = None,
     subjects: int = 1,
 ) -> Tensor:
     """Weighted squared error of the UNet's prediction, (subjects,), float32; nothing in it is random.
@@ -76,9 +78,14 @@ def denoising_losses(
         noisy, target: (batch, channels, height, width), float32.
         timesteps, weights: (batch,).
         encoder_hidden_states: (batch, tokens, width).
+        text_embeds, time_ids: (batch, pooled) and (batch, 6), for Stable Diffusion XL.
         subjects: how many the batch holds, of equally many samples each, one subject after the other.
     """
     dtype = next(unet.parameters()).dtype
-    prediction = unet(noisy.to(dtype), timesteps, encoder_hidden_states.to(dtype), return_dict=False)[0]
+    added = None
+    if text_embeds is not None:
+        added = {"text_embeds": text_embeds.to(dtype), "time_ids": time_ids}
+    hidden = encoder_hidden_states.to(dtype)
+    prediction = unet(noisy.to(dtype), timesteps, hidden, added_cond_kwargs=added, return_dict=False)[0]
     errors = (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
     return (errors * weights).view(subjects, -1).mean(dim=1)

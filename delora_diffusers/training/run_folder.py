@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from delora_diffusers.config import METHOD_TITLES, RANKED
-from delora_diffusers.files import WEIGHTS_NAME, written_whole
+from delora_diffusers.files import written_whole
+from delora_diffusers.reading import WEIGHTS_NAME
 
 SECRETS = ("hub_token",)
 

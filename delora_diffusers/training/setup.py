@@ -13,8 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 from delora_diffusers.adapter import Adapter
 from delora_diffusers.base_model import load_pipeline
+from delora_diffusers.conditions import text_encoders
 from delora_diffusers.files import save_adapter
 from delora_diffusers.training import checkpoints, run_folder
+
+REMEMBERED = ("max_train_steps", "train_batch_size", "learning_rate", "resolution", "seed")
+"""Flags that an adapter file tells."""
 
 
 def start_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -42,7 +46,7 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
 def load_frozen(accelerator: Accelerator, args: argparse.Namespace) -> tuple[Any, DDPMScheduler]:
     """The base model's pipeline, frozen, and its noise schedule.
 
-    UNet and text encoder are on the device in the training precision; the autoencoder stays where it was, in float32.
+    UNet and text encoders are on the device in the training precision; the autoencoder stays where it was, in float32.
 
     Raises:
         InputError: the model cannot be loaded.
@@ -50,10 +54,10 @@ def load_frozen(accelerator: Accelerator, args: argparse.Namespace) -> tuple[Any
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     with accelerator.main_process_first():
         pipeline = load_pipeline(args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant)
-    for model in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+    pipeline.vae.requires_grad_(False)
+    for model in (pipeline.unet, *text_encoders(pipeline).values()):
         model.requires_grad_(False)
-    pipeline.unet.to(accelerator.device, dtype)
-    pipeline.text_encoder.to(accelerator.device, dtype)
+        model.to(accelerator.device, dtype)
     if args.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing(checkpointed)
         pipeline.unet.train()
@@ -103,8 +107,9 @@ def save_run(
         file = save_adapter(
             adapters["unet"],
             args.output_dir,
-            text_encoder=adapters.get("text_encoder"),
+            text_encoders={name: adapter for name, adapter in adapters.items() if name != "unet"},
             base_model=args.pretrained_model_name_or_path,
+            training={name: getattr(args, name) for name in REMEMBERED} | {"prompt": prompt},
             subject=subject,
             **parts,
         )

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,19 +11,23 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
+from delora_diffusers.conditions import guided
 from delora_diffusers.control import attached_control, painted
 from delora_diffusers.images import labelled_grid
 from delora_diffusers.sampling import sample_pictures
 
 
 def validator(
-    accelerator: Accelerator, pipeline, embeddings_of: Callable[[list[str]], Tensor], args: argparse.Namespace
+    accelerator: Accelerator,
+    pipeline,
+    conditions_of: Callable[[list[str]], dict[str, Tensor]],
+    args: argparse.Namespace,
 ) -> Callable[[int], None]:
     """A function that draws ``args.num_validation_images`` pictures of each validation prompt at a step.
 
     Args:
         pipeline: with the adapted UNet; its autoencoder may be on the CPU and is moved for the while.
-        embeddings_of: gives the prompts' embeddings, (prompts, tokens, width).
+        conditions_of: gives the prompts' conditions, see ``conditions.encode_tokens``.
     """
 
     @torch.no_grad()
@@ -31,16 +36,16 @@ def validator(
             device = pipeline.vae.device
             pipeline.vae.to(accelerator.device)
             seeds = list(range(args.seed, args.seed + args.num_validation_images))
-            negative = embeddings_of([""])
+            negative = conditions_of([""])
             rows = []
             for prompt in args.validation_prompt:
                 count = len(seeds)
+                told: dict[str, Any] = guided(pipeline, conditions_of([prompt]), negative)
                 pictures = sample_pictures(
                     pipeline,
                     seeds,
                     args.resolution,
-                    prompt_embeds=embeddings_of([prompt]).repeat(count, 1, 1),
-                    negative_prompt_embeds=negative.repeat(count, 1, 1),
+                    **{name: one.repeat(count, *[1] * (one.ndim - 1)) for name, one in told.items()},
                     num_inference_steps=args.validation_inference_steps,
                     guidance_scale=args.guidance_scale,
                 )
@@ -55,7 +60,7 @@ def validator(
 def map_validator(
     accelerator: Accelerator,
     pipeline,
-    embeddings_of: Callable[[list[str]], Tensor],
+    conditions_of: Callable[[list[str]], dict[str, Tensor]],
     examples: list[tuple[str, np.ndarray, Image.Image]],
     args: argparse.Namespace,
 ) -> Callable[[int], None]:
@@ -63,7 +68,7 @@ def map_validator(
 
     Args:
         pipeline: with the adapted UNet and its control signal; its autoencoder may be on the CPU.
-        embeddings_of: gives the prompts' embeddings, (prompts, tokens, width).
+        conditions_of: gives the prompts' conditions, see ``conditions.encode_tokens``.
         examples: (caption, map, picture), all of one size.
     """
     control = attached_control(pipeline.unet)
@@ -80,8 +85,7 @@ def map_validator(
                 [args.seed + number for number in range(len(examples))],
                 None,
                 maps=maps,
-                prompt_embeds=embeddings_of(captions),
-                negative_prompt_embeds=embeddings_of([""] * len(captions)),
+                **guided(pipeline, conditions_of(captions), conditions_of([""] * len(captions))),
                 num_inference_steps=args.validation_inference_steps,
                 guidance_scale=args.guidance_scale,
             )

@@ -1,0 +1,69 @@
+"""Write an adapter, or several as one, in the format of another tool: diffusers, peft, kohya or peft-delora."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from delora_diffusers.errors import InputError
+
+FORMATS = {
+    "diffusers": "pipe.load_lora_weights",
+    "kohya": "AUTOMATIC1111, ComfyUI, sd-scripts",
+    "peft": "a LoraConfig folder",
+    "peft-delora": "a DeloraConfig folder",
+}
+DTYPES = ("fp32", "fp16", "bf16")
+SHOWN_ERRORS = 1e-12
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--adapter", type=Path, nargs="+", required=True, help="an output folder, file or hub id; several are summed"
+    )
+    parser.add_argument("--adapter_weights", type=float, nargs="+", help="of each adapter, by default 1")
+    parser.add_argument("--format", choices=list(FORMATS), required=True, help=str(FORMATS)[1:-1].replace("'", ""))
+    parser.add_argument("--output", type=Path, required=True, help="a new file, or a new folder")
+    parser.add_argument("--rank", type=int, help="truncate to this rank; by default nothing is lost")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument(
+        "--layers_per_block", type=int, default=2, help="of the UNet; counted in kohya's names of SDXL, whose own is 2"
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    weights = options.adapter_weights or [1.0] * len(options.adapter)
+    if len(weights) != len(options.adapter):
+        raise InputError(
+            f"--adapter_weights has {len(weights)} numbers for {len(options.adapter)} adapters; give each."
+        )
+    if options.rank is not None and options.rank < 1:
+        raise InputError(f"--rank is {options.rank}; give at least 1.")
+    if options.output.exists():
+        raise InputError(f"--output {options.output} exists already; name a new file or folder.")
+    folder = options.format.startswith("peft")
+    if folder and options.output.suffix == ".safetensors":
+        raise InputError(f"--output {options.output} is a file, but {options.format} is a folder; name a folder.")
+    if options.format == "peft-delora" and (len(options.adapter) > 1 or weights != [1.0] or options.rank is not None):
+        raise InputError("peft-delora holds one whole adapter; leave out --rank and --adapter_weights, name one.")
+
+    from delora_diffusers import formats
+
+    dtype = formats.DTYPES[options.dtype]
+    if options.format == "peft-delora":
+        written = formats.write_peft_delora(options.adapter[0], options.output, dtype)
+        print(f"wrote {written}")
+        return
+    source, errors = formats.read_source(list(zip(options.adapter, weights)), options.rank)
+    writers: dict[str, Any] = {"diffusers": formats.write_diffusers, "peft": formats.write_peft}
+    if options.format == "kohya":
+        written = formats.write_kohya(source, options.output, dtype, options.layers_per_block)
+    else:
+        written = writers[options.format](source, options.output, dtype)
+    ranks = [one.rank for modules in source.factors.values() for one in modules.values()]
+    if max(errors.values()) > SHOWN_ERRORS:
+        print("relative error |dW - dW'| / |dW| of each layer:")
+        for name, error in errors.items():
+            print(f"  {error:.3e}  {name}")
+    else:
+        print("nothing is lost: every layer has its whole rank")
+    print(f"wrote {written}: {len(ranks)} layers of rank {' and '.join(map(str, sorted(set(ranks))))}")
