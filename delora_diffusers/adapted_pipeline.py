@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from delora_diffusers.attachment import adapted_parameters, detach
-from delora_diffusers.base_model import load_pipeline
 from delora_diffusers.config import AdapterConfig
 from delora_diffusers.control import attached_control, detach_control
 from delora_diffusers.errors import InputError
@@ -119,25 +118,3 @@ class AdaptedPipeline:
 
 def _parameter(model: nn.Module, site: tuple[str, str]) -> nn.Parameter:
     return model.get_submodule(site[0]).get_parameter(site[1])
-
-
-def load_adapted_pipeline(
-    adapters: Sequence[Weighted],
-    name_or_path: str | None = None,
-    *,
-    revision: str | None = None,
-    variant: str | None = None,
-):
-    """A pipeline with W' in its weights, in float32, and the control signal attached where the adapter has one.
-
-    Args:
-        adapters: one or several, summed (see ``AdaptedPipeline``).
-        name_or_path: the base model; by default the one that the adapters record.
-
-    Raises:
-        InputError: an adapter or the base model cannot be loaded, or they do not belong together.
-    """
-    paths = [adapter for adapter, _ in adapters]
-    pipeline = load_pipeline(base_model_of(paths, name_or_path), revision=revision, variant=variant)
-    AdaptedPipeline(pipeline, paths).use(adapters)
-    return pipeline

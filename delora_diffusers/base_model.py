@@ -56,10 +56,7 @@ def load_pipeline(
             requires_safety_checker=False,
         )
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"the base model {name_or_path} could not be loaded ({' '.join(str(error).split())}); "
-            "give --pretrained_model_name_or_path a Stable Diffusion pipeline folder or hub id."
-        ) from error
+        raise _cannot_be_loaded(name_or_path, error) from error
     finally:
         for logger, verbosity in zip(loggers, verbosities):
             logger.set_verbosity(verbosity)
@@ -68,6 +65,33 @@ def load_pipeline(
             f"the base model {name_or_path} is a {type(pipeline).__name__}; give a {' or '.join(PIPELINES)}."
         )
     return pipeline.to(dtype=torch.float32)  # transformers loads in the dtype of the file
+
+
+def pipeline_folder(name_or_path: str | None, *, revision: str | None = None, variant: str | None = None) -> Path:
+    """The folder of a pipeline; one of the hub is downloaded, its parts that are in safetensors.
+
+    Raises:
+        InputError: see ``load_pipeline``.
+    """
+    check_model_folder(name_or_path)
+    if name_or_path is None or is_miniature(name_or_path):
+        return _MINIATURE_FOLDER
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    from diffusers import DiffusionPipeline
+
+    try:
+        found = DiffusionPipeline.download(name_or_path, revision=revision, variant=variant, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise _cannot_be_loaded(name_or_path, error) from error
+    return Path(found)
+
+
+def _cannot_be_loaded(name_or_path: str | None, error: Exception) -> InputError:
+    return InputError(
+        f"the base model {name_or_path} could not be loaded ({' '.join(str(error).split())}); "
+        "give --pretrained_model_name_or_path a Stable Diffusion pipeline folder or hub id."
+    )
 
 
 def check_model_folder(name_or_path: str | None) -> None:

@@ -56,6 +56,7 @@ def save_adapter(
     adapter: Adapter,
     path: str | os.PathLike,
     *,
+    component: str = "unet",
     text_encoder: Adapter | None = None,
     text_encoders: Mapping[str, Adapter] | None = None,
     control: Control | None = None,
@@ -67,7 +68,7 @@ def save_adapter(
     """Write an adapter to one safetensors file.
 
     Args:
-        adapter: the UNet's adapter.
+        adapter: the UNet's adapter, or that of ``component``, which may be ``"transformer"``.
         path: a folder (the file gets the name ``pytorch_delora_weights.safetensors``) or a ``.safetensors`` file.
         text_encoder: the text encoder's adapter, where one was trained.
         text_encoders: the same by name, for models with ``text_encoder`` and ``text_encoder_2``.
@@ -82,7 +83,7 @@ def save_adapter(
     """
     path = Path(path)
     file = path if path.suffix == ".safetensors" else path / WEIGHTS_NAME
-    components = {"unet": adapter, **(text_encoders or {})}
+    components = {component: adapter, **(text_encoders or {})}
     if text_encoder is not None:
         components["text_encoder"] = text_encoder
     header: dict[str, Any] = {

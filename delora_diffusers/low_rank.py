@@ -96,7 +96,7 @@ def truncated(factors: Factors, rank: int | None) -> tuple[Factors, float]:
         return factors, 0.0
     q_b, r_b = torch.linalg.qr(factors.b.double())
     q_a, r_a = torch.linalg.qr(factors.a.double().mT)
-    u, s, vh = torch.linalg.svd(r_b @ r_a.mT)
+    u, s, vh = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
     root = s[:rank].sqrt()
     b, a = q_b @ (u[:, :rank] * root), (root[:, None] * vh[:rank]) @ q_a.mT
     whole = float(s.norm())

@@ -1,5 +1,6 @@
-"""A loopback server that speaks the hub's download protocol for folders on disk."""
+"""A loopback server that speaks the hub's protocols of download and upload for folders on disk."""
 
+import base64
 import hashlib
 import json
 import threading
@@ -49,6 +50,33 @@ def handler_for(repositories: dict[str, Path], requests: list[str]) -> type[Base
             return self.answer(404, X_Error_Code="RepoNotFound")
 
         do_HEAD = do_GET  # noqa: N815
+
+        def do_POST(self):
+            path, host = self.path.split("?")[0].strip("/"), f"http://{self.headers['Host']}"
+            body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+            requests.append(path)
+
+            def reply(**content: object) -> None:
+                self.answer(200, json.dumps(content).encode(), Content_Type="application/json")
+
+            if path == "api/repos/create":
+                asked = json.loads(body)
+                repo_id = f"{asked.get('organization') or 'me'}/{asked['name']}"
+                return reply(url=f"{host}/{repo_id}", id=repo_id, name=repo_id)
+            if path == "api/validate-yaml":
+                return reply(errors=[], warnings=[])
+            for repo_id, folder in repositories.items():
+                if path == f"api/models/{repo_id}/preupload/main":
+                    files = [file["path"] for file in json.loads(body)["files"]]
+                    return reply(files=[dict(path=p, uploadMode="regular", shouldIgnore=False) for p in files])
+                if path == f"api/models/{repo_id}/commit/main":
+                    for line in map(json.loads, body.splitlines()):
+                        if line["key"] == "file":
+                            file = folder / line["value"]["path"]
+                            file.parent.mkdir(parents=True, exist_ok=True)
+                            file.write_bytes(base64.b64decode(line["value"]["content"]))
+                    return reply(success=True, commitUrl=f"{host}/{repo_id}/commit/{COMMIT}", commitOid=COMMIT)
+            return self.answer(404, X_Error_Code="RepoNotFound")
 
     return Handler
 

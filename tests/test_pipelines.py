@@ -208,3 +208,57 @@ def test_a_text_encoder_adapter_fits_either_naming(models, tmp_path):
     save_file(other, file, metadata=metadata)
     pipeline = load_pipeline(str(models["sd1"]))
     assert len(load_adapter(pipeline.text_encoder, file, "text_encoder").names) == 8
+
+
+def test_the_miniature_exported(tmp_path):
+    """A trained model and its own scheduler, not noise: stock diffusers draws what ours draws."""
+    folder = str(load_pipeline(None).config["_name_or_path"])
+    ours = save_moved(folder, tmp_path / "a", AdapterConfig(rank=4), False)
+    file = str(tmp_path / "lora.safetensors")
+    main(["export", "--adapter", str(tmp_path / "a"), "--format", "diffusers", "--output", file])
+    pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline.load_lora_weights(file)
+    assert np.abs(drawn(pipeline) - ours).max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_merged_folder_is_whole_and_draws_the_same(models, tmp_path, kind):
+    """In the model's own dtype, each weight rounded once; all parts are kept, a pickle of the old weights is not."""
+    import shutil
+
+    model = shutil.copytree(models[kind], tmp_path / "model")
+    (model / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"old weights")
+    (model / "notes.txt").write_text("mine")
+    ours = save_moved(model, tmp_path / "a", AdapterConfig(rank=4), True)
+    words = ["merge", "--adapter", str(tmp_path / "a"), "--output_dir"]
+    main([*words, str(tmp_path / "merged")])
+    assert np.abs(drawn(DiffusionPipeline.from_pretrained(tmp_path / "merged")) - ours).max() < 1e-5
+    files = {p.relative_to(model) for p in model.rglob("*") if p.is_file()}
+    there = {p.relative_to(tmp_path / "merged") for p in (tmp_path / "merged").rglob("*") if p.is_file()}
+    assert {str(p) for p in files - there} == {"unet/diffusion_pytorch_model.bin"} and there <= files
+
+    half = DiffusionPipeline.from_pretrained(model).to(torch.float16)
+    half.save_pretrained(tmp_path / "half")
+    main([*words, str(tmp_path / "merged-half"), "--pretrained_model_name_or_path", str(tmp_path / "half")])
+    pipeline = load_pipeline(str(tmp_path / "half"))
+    for component in ("unet", *text_encoders(pipeline)):
+        part = getattr(pipeline, component)
+        adapter = load_adapter(part, tmp_path / "a", component)
+        (file,) = (tmp_path / "merged-half" / component).glob("*.safetensors")
+        merged = load_file(file)
+        for name in adapter.names:
+            key = name if f"{name}.weight" in merged else f"text_model.{name}"
+            assert merged[f"{key}.weight"].dtype == torch.float16
+            assert torch.equal(merged[f"{key}.weight"], adapter.weight(name).half()), name
+
+
+def test_merge_refuses_another_model(models, tmp_path):
+    save_moved(models["sd1"], tmp_path / "a", AdapterConfig(rank=4), False)
+    for kind, message in (
+        ("sd2", r"is \(32, 48\) there and \(32, 32\) in it"),
+        ("sdxl", r"is \(64, 80\) there and \(64, 32\)"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            words = ["--pretrained_model_name_or_path", str(models[kind]), "--output_dir", str(tmp_path / "m")]
+            main(["merge", "--adapter", str(tmp_path / "a"), *words])
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from delora_diffusers.commands.merge import weighted
 from delora_diffusers.errors import InputError
 
 FORMATS = {
@@ -31,11 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    weights = options.adapter_weights or [1.0] * len(options.adapter)
-    if len(weights) != len(options.adapter):
-        raise InputError(
-            f"--adapter_weights has {len(weights)} numbers for {len(options.adapter)} adapters; give each."
-        )
+    adapters = weighted(options)
     if options.rank is not None and options.rank < 1:
         raise InputError(f"--rank is {options.rank}; give at least 1.")
     if options.output.exists():
@@ -43,7 +40,7 @@ def run(options: argparse.Namespace) -> None:
     folder = options.format.startswith("peft")
     if folder and options.output.suffix == ".safetensors":
         raise InputError(f"--output {options.output} is a file, but {options.format} is a folder; name a folder.")
-    if options.format == "peft-delora" and (len(options.adapter) > 1 or weights != [1.0] or options.rank is not None):
+    if options.format == "peft-delora" and (len(adapters) > 1 or adapters[0][1] != 1 or options.rank is not None):
         raise InputError("peft-delora holds one whole adapter; leave out --rank and --adapter_weights, name one.")
 
     from delora_diffusers import formats
@@ -53,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
         written = formats.write_peft_delora(options.adapter[0], options.output, dtype)
         print(f"wrote {written}")
         return
-    source, errors = formats.read_source(list(zip(options.adapter, weights)), options.rank)
+    source, errors = formats.read_source(adapters, options.rank)
     writers: dict[str, Any] = {"diffusers": formats.write_diffusers, "peft": formats.write_peft}
     if options.format == "kohya":
         written = formats.write_kohya(source, options.output, dtype, options.layers_per_block)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from delora_diffusers.base_model import MINIATURE, is_miniature
+from delora_diffusers.commands.merge import weighted
 from delora_diffusers.errors import InputError
 
 SCHEDULERS = {
@@ -96,13 +97,8 @@ def read_request(options: argparse.Namespace) -> list[Any]:
         return read_requests(options.requests_file, options.seed, strengths)
     if options.output_dir is None:
         raise InputError("no folder for the pictures was given; name one with --output_dir.")
-    weights = options.adapter_weights or [1.0] * len(options.adapter)
-    if len(weights) != len(options.adapter):
-        raise InputError(
-            f"--adapter_weights has {len(weights)} numbers for {len(options.adapter)} adapters; give each."
-        )
     prompts = [] if options.map_dir is not None else read_prompts(options)
-    adapters = tuple(zip(options.adapter, weights))
+    adapters = tuple(weighted(options))
     return [Request(adapters, tuple(prompts), options.output_dir, options.seed, strengths)]
 
 

@@ -5,9 +5,11 @@ import importlib.metadata
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from delora_diffusers.base_model import is_miniature
 from delora_diffusers.config import METHOD_TITLES, RANKED
 from delora_diffusers.files import written_whole
 from delora_diffusers.reading import WEIGHTS_NAME
@@ -43,7 +45,13 @@ def write_config(output_dir: Path, args: argparse.Namespace, reached: dict[str, 
 
 
 def write_model_card(
-    output_dir: Path, args: argparse.Namespace, trained_on: str, prompt: str, follows_maps: bool = False
+    output_dir: Path,
+    args: argparse.Namespace,
+    trained_on: str,
+    prompt: str,
+    follows_maps: bool = False,
+    components: Sequence[str] = ("unet",),
+    xl: bool = False,
 ) -> None:
     """Write ``README.md``: metadata for the hub, sample pictures, how to use the adapter, the exact command."""
     grids = sorted((output_dir / "validation").glob("*.png"))
@@ -52,8 +60,14 @@ def write_model_card(
     method = METHOD_TITLES[args.method]
     of_rank = f" of rank {args.rank}" if args.method in RANKED else ""
     # A local folder is no id of the hub's, and its validator refuses one.
-    base_line = "" if Path(base).exists() else f"base_model: {base}\n"
-    components = ["unet", "text_encoder"] if getattr(args, "train_text_encoder", False) else ["unet"]
+    base_line = "" if Path(base).exists() or is_miniature(base) else f"base_model: {base}\n"
+    licence = "apache-2.0" if is_miniature(base) else "openrail++" if xl else "creativeml-openrail-m"
+    shown = zip(getattr(args, "validation_prompt", []), sorted((output_dir / "samples").glob("*.png")))
+    widget = "".join(
+        f"- text: {json.dumps(text)}\n  output:\n    url: samples/{picture.name}\n" for text, picture in shown
+    )
+    widget = f"widget:\n{widget}" if widget else ""
+    kind = "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"
     loading = "\n".join(
         f'load_adapter(pipeline.{name}, "{WEIGHTS_NAME}", "{name}")\nmerge(pipeline.{name})' for name in components
     )
@@ -65,11 +79,14 @@ def write_model_card(
         drawn = f"control.see(maps)  # (1, 3, height, width), 0 to 1\n{drawn}"
     card = f"""---
 {base_line}library_name: diffusers
+license: {licence}
 tags:
 - text-to-image
-- stable-diffusion
+- diffusers
+- stable-diffusion{"-xl" if xl else ""}
 - {args.method}
-{"" if follows_maps else f"instance_prompt: {json.dumps(prompt)}{chr(10)}"}---
+- delora-diffusers
+{widget}{"" if follows_maps else f"instance_prompt: {json.dumps(prompt)}{chr(10)}"}---
 
 # {output_dir.resolve().name}
 
@@ -82,10 +99,10 @@ python -m delora_diffusers generate --adapter . {asked} --output_dir pictures
 ```
 
 ```python
-from diffusers import StableDiffusionPipeline
+from diffusers import {kind}
 from delora_diffusers import {imports}
 
-pipeline = StableDiffusionPipeline.from_pretrained({base!r})
+pipeline = {kind}.from_pretrained({base!r})
 {loading}
 {drawn}
 ```

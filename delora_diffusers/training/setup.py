@@ -119,7 +119,15 @@ def save_run(
         if lambdas is not None:
             reached["lambda"] = lambdas[subject].mean().item()
         run_folder.write_config(args.output_dir, args, reached)
-        run_folder.write_model_card(args.output_dir, args, trained_on, prompt, follows_maps="control" in parts)
+        run_folder.write_model_card(
+            args.output_dir,
+            args,
+            trained_on,
+            prompt,
+            follows_maps="control" in parts,
+            components=list(adapters),
+            xl="XL" in (parts.get("pipeline") or ""),
+        )
         print(f"saved {file} ({file.stat().st_size / 2**20:.1f} MiB)")
         if args.push_to_hub:
             print(f"pushed to {run_folder.push_to_hub(args.output_dir, args)}")

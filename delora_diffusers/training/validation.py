@@ -52,9 +52,17 @@ def validator(
                 rows.append((prompt, pictures))
             pipeline.vae.to(device)
             save_grid(accelerator, rows, args.output_dir / "validation" / f"step-{step:06}.png", step)
+            save_samples(args.output_dir / "samples", rows)
         accelerator.wait_for_everyone()
 
     return validate
+
+
+def save_samples(folder: Path, rows: list[tuple[str, list[Image.Image]]]) -> None:
+    """Write the newest picture of each prompt, which the model card shows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (_, pictures) in enumerate(rows):
+        pictures[0].save(folder / f"{number:02}.png")
 
 
 def map_validator(

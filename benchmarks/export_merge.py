@@ -1,0 +1,95 @@
+"""Seconds and peak memory of export and merge at the true shapes of Stable Diffusion 1.5 and XL, on a CPU.
+
+    python -m benchmarks.export_merge OUT_DIR [--models sd15 sdxl]
+
+A UNet with random weights in fp16 is written in a pipeline folder, with a DeLoRA of rank 16 on its attention; each
+command is a fresh process, whose peak memory is asked of the system. The first row is python that imports torch and
+diffusers and does nothing.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.train_step import RANK, build_unet
+
+
+def write_inputs(folder: Path, shape: str) -> tuple[Path, Path]:
+    """A pipeline folder whose UNet is of the true shape, and an adapter of it."""
+    import torch
+    from safetensors.torch import save_file
+
+    from data.tiny_sd import write
+    from delora_diffusers import AdapterConfig, attach, save_adapter
+
+    model, adapter = folder / f"model-{shape}", folder / f"adapter-{shape}"
+    if not model.exists():
+        write(model, kind="sdxl" if shape == "sdxl" else "sd1")
+        unet: Any = build_unet("cpu", shape)
+        shutil.rmtree(model / "unet")
+        (model / "unet").mkdir()
+        unet.save_config(model / "unet")
+        half = {name: tensor.half() for name, tensor in unet.state_dict().items()}
+        save_file(half, model / "unet" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+        del half
+        attached = attach(unet, AdapterConfig(rank=RANK), torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            for parameter in attached.parameters():
+                parameter.mul_(1.1).add_(0.01)
+        kind = "StableDiffusionXLPipeline" if shape == "sdxl" else "StableDiffusionPipeline"
+        save_adapter(attached, adapter, base_model=str(model), pipeline=kind)
+    return model, adapter
+
+
+def measured(command: list[str]) -> tuple[float, float]:
+    """Seconds and peak MiB of a command."""
+    begun = time.perf_counter()
+    child = os.posix_spawn(sys.executable, [sys.executable, *command], dict(os.environ))
+    _, status, usage = os.wait4(child, 0)
+    if status:
+        raise SystemExit(f"error: {' '.join(command)} failed.")
+    return time.perf_counter() - begun, usage.ru_maxrss / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out_dir", type=Path)
+    parser.add_argument("--models", nargs="+", choices=("sd15", "sdxl"), default=["sd15", "sdxl"])
+    options = parser.parse_args()
+    options.out_dir.mkdir(parents=True, exist_ok=True)
+    lines = ["| | seconds | peak MiB | file, MiB |", "| --- | ---: | ---: | ---: |"]
+    seconds, peak = measured(["-c", "import torch, diffusers, delora_diffusers.adapter"])
+    lines.append(f"| importing torch and diffusers | {seconds:.1f} | {peak:.0f} | |")
+    for shape in options.models:
+        # In a process of its own, so that its memory is given back.
+        if os.fork() == 0:
+            write_inputs(options.out_dir, shape)
+            os._exit(0)
+        os.wait()
+        model, adapter = options.out_dir / f"model-{shape}", options.out_dir / f"adapter-{shape}"
+        cases = {
+            "export --format diffusers": ["export", "--format", "diffusers", "--output"],
+            "export --format kohya --dtype fp16 --rank 8": [
+                *("export", "--format", "kohya", "--dtype", "fp16", "--rank", "8", "--output")
+            ],
+            "merge": ["merge", "--output_dir"],
+        }
+        for name, words in cases.items():
+            place = options.out_dir / "written"
+            shutil.rmtree(place, ignore_errors=True)
+            command = ["-m", "delora_diffusers", *words, str(place), "--adapter", str(adapter)]
+            if words[0] == "merge":
+                command += ["--pretrained_model_name_or_path", str(model)]
+            seconds, peak = measured(command)
+            size = max(file.stat().st_size for file in place.rglob("*.safetensors")) / 2**20
+            lines.append(f"| {shape}, {name} | {seconds:.1f} | {peak:.0f} | {size:.0f} |")
+            shutil.rmtree(place, ignore_errors=True)
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
