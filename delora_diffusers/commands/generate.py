@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompts.add_argument("--prompt", nargs="+", help="one or several prompts")
     prompts.add_argument("--prompts_file", type=Path, help="a prompt on each line")
     prompts.add_argument(
-        "--requests_file", type=Path, help="many adapters, a line of JSON for each: see docs/generating.md"
+        "--requests_file", type=Path, help="many adapters, a line of JSON for each: see docs/exporting.md"
     )
     prompts.add_argument(
         "--map_dir", type=Path, help="maps and captions, for an adapter of train_controlnet_map2img.py"

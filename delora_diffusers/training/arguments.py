@@ -72,7 +72,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--pretrained_model_name_or_path",
         default=MINIATURE,
-        help=f"Stable Diffusion 1.x or 2.x: a pipeline folder or a hub id; by default {MINIATURE}, which ships here",
+        help=f"Stable Diffusion 1.x, 2.x or XL: a folder or a hub id; by default {MINIATURE}, which ships here",
     )
     group.add_argument("--revision", help="branch, tag or commit on the hub")
     group.add_argument("--variant", help="file variant, for example fp16")
