@@ -6,12 +6,14 @@ from delora_diffusers.config import AdapterConfig
 from delora_diffusers.errors import InputError
 
 if TYPE_CHECKING:
+    from delora_diffusers.adapted_pipeline import AdaptedPipeline
     from delora_diffusers.adapter import Adapter
     from delora_diffusers.attachment import attach, attached_adapter, detach, merge
     from delora_diffusers.control import Control, attach_control, detach_control
     from delora_diffusers.files import load_adapter, load_control, save_adapter
 
 _HOMES = {
+    "AdaptedPipeline": "adapted_pipeline",
     "Adapter": "adapter",
     "Control": "control",
     "attach": "attachment",
@@ -26,6 +28,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AdaptedPipeline",
     "Adapter",
     "AdapterConfig",
     "Control",
