@@ -156,6 +156,62 @@ def build(folder: Path, prediction_type: str = "epsilon", seed: int = 0, shapes:
     )
 
 
+TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sd3": (
+        "SD3Transformer2DModel",
+        dict(
+            sample_size=8,
+            patch_size=1,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=32,
+            caption_projection_dim=32,
+            pooled_projection_dim=64,
+        ),
+    ),
+    "flux": (
+        "FluxTransformer2DModel",
+        dict(
+            patch_size=1,
+            in_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=32,
+            axes_dims_rope=(4, 4, 8),
+        ),
+    ),
+}
+"""The transformers of Stable Diffusion 3 and Flux, tiny: class and configuration."""
+
+
+def transformer(kind: str, seed: int = 0):
+    """A tiny random transformer and inputs for a batch of two.
+
+    Args:
+        kind: ``"sd3"`` or ``"flux"``.
+    """
+    import diffusers
+
+    name, shape = TRANSFORMERS[kind]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = getattr(diffusers, name)(**shape)
+        inputs = {"encoder_hidden_states": torch.randn(2, 5, 32), "timestep": torch.tensor([0.1, 0.5])}
+        inputs["pooled_projections"] = torch.randn(2, shape["pooled_projection_dim"])
+        if kind == "sd3":
+            inputs["hidden_states"] = torch.randn(2, 4, 8, 8)
+        else:
+            inputs |= {"hidden_states": torch.randn(2, 16, 4), "img_ids": torch.zeros(16, 3)}
+            inputs["txt_ids"] = torch.zeros(5, 3)
+    return model, inputs
+
+
 def write(
     out_dir: str | os.PathLike,
     prediction_type: str | None = None,

@@ -57,7 +57,6 @@ def save_adapter(
     path: str | os.PathLike,
     *,
     component: str = "unet",
-    text_encoder: Adapter | None = None,
     text_encoders: Mapping[str, Adapter] | None = None,
     control: Control | None = None,
     base_model: str | None = None,
@@ -70,8 +69,7 @@ def save_adapter(
     Args:
         adapter: the UNet's adapter, or that of ``component``, which may be ``"transformer"``.
         path: a folder (the file gets the name ``pytorch_delora_weights.safetensors``) or a ``.safetensors`` file.
-        text_encoder: the text encoder's adapter, where one was trained.
-        text_encoders: the same by name, for models with ``text_encoder`` and ``text_encoder_2``.
+        text_encoders: their adapters by name, ``text_encoder`` and ``text_encoder_2``, where they were trained.
         control: the control signal that was trained with it; its encoder and palette go into the file.
         base_model: hub id or folder of the model that the adapter belongs to.
         pipeline: class of the base model's pipeline, which tells the formats of other tools what it is.
@@ -84,8 +82,6 @@ def save_adapter(
     path = Path(path)
     file = path if path.suffix == ".safetensors" else path / WEIGHTS_NAME
     components = {component: adapter, **(text_encoders or {})}
-    if text_encoder is not None:
-        components["text_encoder"] = text_encoder
     header: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "base_model": base_model,

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from torch import nn
 
+from data.tiny_sd import transformer
 from delora_diffusers import AdapterConfig, attach, detach, load_adapter, save_adapter
 from delora_diffusers.__main__ import main
 from delora_diffusers.adapted_pipeline import AdaptedPipeline
@@ -184,28 +184,7 @@ def test_refuses(unet, tmp_path, config, words, message):
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
 def test_a_transformer_takes_the_same_adapter(kind, tmp_path):
     """Its attention runs other processors, so that every linear layer gets its weight by parametrization."""
-    from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
-
-    torch.manual_seed(0)
-    if kind == "sd3":
-        model: nn.Module = SD3Transformer2DModel(
-            sample_size=8, patch_size=1, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
-            joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=64, out_channels=4,
-        )  # fmt: skip
-        inputs = dict(
-            hidden_states=torch.randn(2, 4, 8, 8), encoder_hidden_states=torch.randn(2, 5, 32),
-            pooled_projections=torch.randn(2, 64), timestep=torch.tensor([1, 500]),
-        )  # fmt: skip
-    else:
-        model = FluxTransformer2DModel(
-            patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16,
-            num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8),
-        )  # fmt: skip
-        inputs = dict(
-            hidden_states=torch.randn(2, 16, 4), encoder_hidden_states=torch.randn(2, 5, 32),
-            pooled_projections=torch.randn(2, 32), timestep=torch.tensor([0.1, 0.5]), img_ids=torch.zeros(16, 3),
-            txt_ids=torch.zeros(5, 3),
-        )  # fmt: skip
+    model, inputs = transformer(kind)
     targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj")
     with torch.no_grad():
         base = model(**inputs).sample
