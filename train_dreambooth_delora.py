@@ -215,19 +215,18 @@ def main(typed: list[str] | None = None) -> None:
         generator = order.generator(subject.seed, microbatch, device)
         seed = order.mixed_seed(subject.seed, microbatch, 1)
         chosen = order.sample_indices(subject.seed, microbatch, args.train_batch_size, len(cached))
-        latents, views = cached.sample(chosen, generator, seed), [(cached, cached.views(chosen, seed))]
+        latents, sizes = cached.sample(chosen, generator, seed), cached.sizes_of(chosen, seed)
         texts, weights = [subject.prompts[index] for index in chosen], None
         if class_latents:
             prior = class_latents[number]
             others = order.sample_indices(subject.seed + 1, microbatch, args.train_batch_size, len(prior))
             latents = torch.cat((latents, prior.sample(others, generator, seed + 1)))
-            views.append((prior, prior.views(others, seed + 1)))
+            sizes += prior.sizes_of(others, seed + 1)
             texts += [subject.class_prompt or ""] * len(others)
             # The two losses are each a mean over their half, and are added.
             weights = torch.tensor([2.0] * len(chosen) + [2.0 * args.prior_loss_weight] * len(others))
             weights = weights.to(device, non_blocking=True)
         batch = noised(noise_scheduler, latents, generator, weights, args.noise_offset, args.snr_gamma)
-        sizes = [cache.sizes[of] for cache, of in views if cache.sizes is not None]
         if sizes:
             batch["time_ids"] = torch.cat(sizes)
         chosen_prompts = index([place[text] for text in texts], device)

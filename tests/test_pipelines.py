@@ -18,7 +18,8 @@ from delora_diffusers.adapted_pipeline import AdaptedPipeline
 from delora_diffusers.base_model import load_pipeline
 from delora_diffusers.conditions import encode_prompts, text_encoders
 from delora_diffusers.config import TEXT_ENCODER_TARGETS
-from tests.conftest import randomize, run_in_child, training_flags
+from tests.conftest import draw_photographs, randomize, run_in_child, training_flags
+from tests.test_several_subjects import together_flags
 from tests.test_training import train
 
 PROMPT, STEPS = "a sks dog", 3
@@ -262,3 +263,18 @@ def test_merge_refuses_another_model(models, tmp_path):
             words = ["--pretrained_model_name_or_path", str(models[kind]), "--output_dir", str(tmp_path / "m")]
             main(["merge", "--adapter", str(tmp_path / "a"), *words])
         assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+
+
+def test_subjects_of_xl_trained_at_once(models, tmp_path):
+    """Sizes, crops and pooled embeddings go with each subject's samples, prior preservation's too."""
+    places = [draw_photographs(tmp_path / name, count) for name, count in (("a", 3), ("b", 4))]
+    more = ["--train_batch_size", 2, "--learning_rate", 1e-3, "--random_flip", "--with_prior_preservation"]
+    more += ["--class_prompt", "a toy", "--num_class_images", 2, "--validation_inference_steps", 1]
+    flags = together_flags(models["sdxl"], tmp_path / "together", places, *more, "--max_train_steps", 3)
+    run_in_child(train, flags)
+    own = ("--instance_prompt", "a sks b", "--seed", 1, "--max_train_steps", 3)
+    run_in_child(train, training_flags(models["sdxl"], places[1], tmp_path / "alone", *more, *own))
+    file = "pytorch_delora_weights.safetensors"
+    alone, together = load_file(tmp_path / "alone" / file), load_file(tmp_path / "together" / "b" / file)
+    for name, tensor in alone.items():
+        torch.testing.assert_close(together[name], tensor, atol=1e-5, rtol=1e-4)

@@ -40,12 +40,16 @@ class LatentCache:
             generator: source of the latents' noise, on the cache's device.
             seed: chooses the views.
         """
-        chosen = self.views(pictures, seed)
+        chosen = self._views(pictures, seed)
         mean, std = self.mean[chosen], self.std[chosen]
         noise = torch.randn(mean.shape, generator=generator, device=mean.device)
         return (mean + std * noise) * self.scaling_factor
 
-    def views(self, pictures: Sequence[int], seed: int) -> Tensor:
+    def sizes_of(self, pictures: Sequence[int], seed: int) -> list[Tensor]:
+        """What the model is told of the views that ``sample`` draws, (batch, 6); nothing where it is not told."""
+        return [] if self.sizes is None else [self.sizes[self._views(pictures, seed)]]
+
+    def _views(self, pictures: Sequence[int], seed: int) -> Tensor:
         """The indices of the views that ``sample`` draws, (batch,)."""
         choice = np.random.default_rng(seed)
         return index([int(choice.integers(self.first[i], self.first[i + 1])) for i in pictures], self.mean.device)
