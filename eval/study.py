@@ -185,7 +185,7 @@ def gather(plans: Sequence[Trial]) -> Any:
 def last_distance(adapter: Path) -> float | None:
     """The mean distance ``|W' - W|_F`` that a training came to; None without its record."""
     file = adapter / "config.json"
-    return json.loads(file.read_text())["reached"]["distance"] if file.is_file() else None
+    return json.loads(file.read_text()).get("reached", {}).get("distance") if file.is_file() else None
 
 
 def write_pictures(path: Path, axis: str, trials: Sequence[Trial]) -> None:

@@ -104,15 +104,6 @@ def save_run(
     """
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        file = save_adapter(
-            adapters["unet"],
-            args.output_dir,
-            text_encoders={name: adapter for name, adapter in adapters.items() if name != "unet"},
-            base_model=args.pretrained_model_name_or_path,
-            training={name: getattr(args, name) for name in REMEMBERED} | {"prompt": prompt},
-            subject=subject,
-            **parts,
-        )
         unet = adapters["unet"]
         reached = {"distance": unet.all_distances()[subject].mean().item()}
         lambdas = unet.all_lambdas()
@@ -127,6 +118,16 @@ def save_run(
             follows_maps="control" in parts,
             components=list(adapters),
             xl="XL" in (parts.get("pipeline") or ""),
+        )
+        # Last, since the file says that the run is whole.
+        file = save_adapter(
+            adapters["unet"],
+            args.output_dir,
+            text_encoders={name: adapter for name, adapter in adapters.items() if name != "unet"},
+            base_model=args.pretrained_model_name_or_path,
+            training={name: getattr(args, name) for name in REMEMBERED} | {"prompt": prompt},
+            subject=subject,
+            **parts,
         )
         print(f"saved {file} ({file.stat().st_size / 2**20:.1f} MiB)")
         if args.push_to_hub:
