@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from delora_diffusers.attachment import adapted_parameters, detach
-from delora_diffusers.config import AdapterConfig
 from delora_diffusers.control import attached_control, detach_control
 from delora_diffusers.errors import InputError
 from delora_diffusers.files import load_adapter, load_control
-from delora_diffusers.reading import read_header
+from delora_diffusers.reading import adapter_path, parse_config, read_header
 
 Weighted = tuple[Path, float]
 """An adapter, an output folder or the file in it, and its strength."""
@@ -64,7 +63,7 @@ class AdaptedPipeline:
             for component, values in read_header(adapter)["config"].items():
                 kept = self._masters.setdefault(component, {})
                 model = self._model(component, adapter)
-                for site in adapted_parameters(model, AdapterConfig(**values)):
+                for site in adapted_parameters(model, parse_config(adapter_path(adapter), values)):
                     kept[site] = _parameter(model, site).detach().clone()
         pipeline.to(device, dtype)
 
@@ -90,7 +89,7 @@ class AdaptedPipeline:
             model = getattr(self.pipeline, component)
             device, dtype = next(model.parameters()).device, model.dtype
             for site, master in masters.items():
-                _parameter(model, site).data = master.to(device)
+                _parameter(model, site).data = master.to(device, copy=True)
             mine = [one for one, header in zip(adapters, headers) if component in header["config"]]
             changed: dict[tuple[str, str], Tensor] = {}
             for path, strength in mine:

@@ -114,25 +114,27 @@ def write_diffusers(source: Source, path: Path, dtype: torch.dtype) -> Path:
     return file
 
 
-def write_kohya(source: Source, path: Path, dtype: torch.dtype, layers_per_block: int = 2) -> Path:
+def write_kohya(source: Source, path: Path, dtype: torch.dtype) -> Path:
     """For AUTOMATIC1111, ComfyUI and sd-scripts.
 
     ``lora_unet_NAME.lora_down.weight`` (k, in), ``.lora_up.weight`` (out, k), ``.alpha`` (), with underscores for the
     dots of NAME; ``lora_te_NAME`` for the text encoder, ``lora_te1_`` and ``lora_te2_`` for SDXL's two. SDXL's UNet has
     the names of its original code. Alpha is the rank, so that the scale alpha / rank is one.
 
-    Args:
-        layers_per_block: of the UNet, which SDXL's original names count with.
+    Raises:
+        InputError: it is a transformer's, whose names there are others.
     """
-    prefixes = {"unet": "lora_unet", "text_encoder": "lora_te", "transformer": "lora_transformer"}
+    prefixes = {"unet": "lora_unet", "text_encoder": "lora_te"}
     if source.is_sdxl:
         prefixes |= {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
     tensors, ranks = {}, set()
     for component, modules in source.factors.items():
+        if component not in prefixes:
+            raise InputError(f"the kohya format here has no names for a {component}; export --format diffusers.")
         for module, one in modules.items():
             name = long_name(component, module)
             if component == "unet" and source.is_sdxl:
-                name = sgm_name(name, layers_per_block)
+                name = sgm_name(name)
             name = f"{prefixes[component]}_{name.replace('.', '_')}"
             tensors |= {f"{name}.lora_down.weight": one.a, f"{name}.lora_up.weight": one.b}
             tensors[f"{name}.alpha"] = torch.tensor(float(one.rank))
@@ -150,9 +152,9 @@ def write_kohya(source: Source, path: Path, dtype: torch.dtype, layers_per_block
     return file
 
 
-def sgm_name(module: str, layers_per_block: int) -> str:
-    """A UNet module's name in the original code of SDXL, whose blocks are numbered through."""
-    per_level = layers_per_block + 1
+def sgm_name(module: str) -> str:
+    """A UNet module's name in the original code of SDXL, whose blocks, three to a level, are numbered through."""
+    per_level = 3
     for pattern, place in (
         (r"down_blocks\.(\d+)\.attentions\.(\d+)\.", lambda i, j: f"input_blocks.{1 + i * per_level + j}.1."),
         (r"up_blocks\.(\d+)\.attentions\.(\d+)\.", lambda i, j: f"output_blocks.{i * per_level + j}.1."),

@@ -131,6 +131,9 @@ def read_adapter(file: Path, tensors: bool = True) -> tuple[dict[str, Any], dict
         version, configs = header["format_version"], header["config"]
         right = isinstance(version, int) and isinstance(configs, dict) and bool(configs)
         right = right and isinstance(header["base_model"], str | None)
+        right = right and isinstance(header.get("pipeline"), str | None)
+        right = right and isinstance(header.get("training", {}), dict)
+        right = right and isinstance(header.get("control_encoder", {"palette": None})["palette"], list | None)
     except (KeyError, ValueError, TypeError, RecursionError):
         right = False
     if not right:

@@ -43,7 +43,7 @@ def with_header(content: bytes, **changes) -> bytes:
     header, data = split(content)
     said = json.loads(header["__metadata__"]["delora_diffusers"])
     for key, value in changes.items():
-        if key in ("format_version", "base_model", "config"):
+        if key in ("format_version", "base_model", "config", "pipeline", "training", "control_encoder"):
             said[key] = value
         else:
             said["config"]["unet"][key] = value
@@ -111,6 +111,10 @@ CASES = {
     "an unknown setting": (lambda g: with_header(g, surprise=1), "does not know, surprise"),
     "a path as a component": (lambda g: with_header(g, config={"../../x": {}}), "component '../../x'; it may be unet"),
     "no configuration": (lambda g: with_header(g, config=[]), "not an adapter saved by delora-diffusers"),
+    "a pipeline that is no name": (lambda g: with_header(g, pipeline=7), "not an adapter saved by"),
+    "a training that is no account": (lambda g: with_header(g, training=[1]), "not an adapter saved by"),
+    "a control that is none": (lambda g: with_header(g, control_encoder=3), "not an adapter saved by"),
+    "a palette that is none": (lambda g: with_header(g, control_encoder={"palette": 3}), "not an adapter saved by"),
     "a version in words": (lambda g: with_header(g, format_version="1"), "not an adapter saved by delora-diffusers"),
     "a base model that is no name": (lambda g: with_header(g, base_model={"a": 1}), "not an adapter saved by"),
 }

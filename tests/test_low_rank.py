@@ -203,6 +203,8 @@ def test_a_transformer_takes_the_same_adapter(kind, tmp_path):
         torch.testing.assert_close(model(**inputs).sample, output.detach())
     detach(model)
     assert len(again.names) == len(ours) > 8
+    with pytest.raises(SystemExit, match="no names for a transformer; export --format diffusers"):
+        main(["export", "--adapter", str(tmp_path / "a"), "--format", "kohya", "--output", str(tmp_path / "k")])
     main(["export", "--adapter", str(tmp_path / "a"), "--format", "peft", "--output", str(tmp_path / "p")])
     wrapped = peft.PeftModel.from_pretrained(model, tmp_path / "p")
     with torch.no_grad():

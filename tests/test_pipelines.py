@@ -78,7 +78,7 @@ def test_stock_diffusers_draws_the_same_from_an_export(models, tmp_path, kind, c
     typed = ["export", "--adapter", str(tmp_path / "adapter"), "--format"]
     for name in ("diffusers", "kohya"):
         file = tmp_path / f"{name}.safetensors"
-        main([*typed, name, "--output", str(file), "--layers_per_block", "2"])
+        main([*typed, name, "--output", str(file)])
         pipeline = DiffusionPipeline.from_pretrained(models[kind])
         pipeline.load_lora_weights(str(file))
         assert np.abs(drawn(pipeline) - ours).max() < 1e-4, name

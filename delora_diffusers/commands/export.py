@@ -26,9 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, help="a new file, or a new folder")
     parser.add_argument("--rank", type=int, help="truncate to this rank; by default nothing is lost")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument(
-        "--layers_per_block", type=int, default=2, help="of the UNet; counted in kohya's names of SDXL, whose own is 2"
-    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -51,11 +48,12 @@ def run(options: argparse.Namespace) -> None:
         print(f"wrote {written}")
         return
     source, errors = formats.read_source(adapters, options.rank)
-    writers: dict[str, Any] = {"diffusers": formats.write_diffusers, "peft": formats.write_peft}
-    if options.format == "kohya":
-        written = formats.write_kohya(source, options.output, dtype, options.layers_per_block)
-    else:
-        written = writers[options.format](source, options.output, dtype)
+    writers: dict[str, Any] = {
+        "diffusers": formats.write_diffusers,
+        "kohya": formats.write_kohya,
+        "peft": formats.write_peft,
+    }
+    written = writers[options.format](source, options.output, dtype)
     ranks = [one.rank for modules in source.factors.values() for one in modules.values()]
     if max(errors.values()) > SHOWN_ERRORS:
         print("relative error |dW - dW'| / |dW| of each layer:")
