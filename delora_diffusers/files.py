@@ -150,7 +150,11 @@ def load_control(unet: nn.Module, path: str | os.PathLike) -> Control | None:
     if "control_encoder" not in header:
         return None
     saved = {n.removeprefix(CONTROL_PREFIX): t for n, t in tensors.items() if n.startswith(CONTROL_PREFIX)}
-    encoder = saved_encoder(saved)
+    try:
+        encoder = saved_encoder(saved)
+    except (KeyError, IndexError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{file} holds a control encoder that is not whole ({reason}); save it again.") from error
     there, here = encoder.get_parameter("conv_out.bias").shape, unet.get_parameter("conv_in.bias").shape
     if there != here:
         raise InputError(

@@ -143,3 +143,19 @@ def test_a_map_is_fitted_as_in_training():
     picture = Image.new("RGB", (45, 30))
     for side in (16, 30, 64):
         assert np.array_equal(fitted(one, side), pair_views(picture, one, side, None, False)[0][1])
+
+
+@pytest.mark.parametrize("lost", ["control_encoder.conv_out.weight", "control_encoder.blocks.0.bias"])
+def test_a_file_whose_encoder_is_not_whole(unet, tmp_path, lost):
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    adapter = attach(unet, AdapterConfig(rank=4))
+    file = save_adapter(adapter, tmp_path, control=attach_control(unet, new_encoder(unet, 8)), base_model="x")
+    detach_control(unet)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    save_file({name: t for name, t in load_file(file).items() if name != lost}, file, metadata=metadata)
+    with pytest.raises(InputError, match="holds a control encoder that is not whole"):
+        load_control(unet, file)
+    assert attached_control(unet) is None
