@@ -54,16 +54,12 @@ def run(options: argparse.Namespace) -> None:
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs, gather_object
 
-    from eval.perceptual import Perceptual
-    from eval.scoring import Scorers, score
+    from eval.scoring import load_models, score
 
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)])
     if accelerator.is_main_process:
         write_settings(plan, options)
-        for name in options.protocol:
-            Scorers(PROTOCOLS[name], options, "cpu")
-        if options.lpips != "none":
-            Perceptual(options.lpips, "cpu")
+        load_models(options, "cpu")  # refused now, not after hours of training
     accelerator.wait_for_everyone()
     failed: dict[str, str] = {}
     if options.generated_dir is None:
@@ -77,7 +73,7 @@ def run(options: argparse.Namespace) -> None:
         for path, problem in gather_object(list(mine.items())):
             failed[path] = problem
     accelerator.wait_for_everyone()
-    summary = score(plan, options, accelerator, failed)
+    summary = score(plan, options, accelerator, failed, load_models(options, accelerator.device))
     if summary is None:
         return
     page = report.write([plan.folder], plan.folder / "index.html", overwrite=True)

@@ -6,18 +6,20 @@ subjects are trained at it with every seed.
 
 import argparse
 import copy
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from data.benchmark import load_benchmark
 from data.errors import InputError
-from eval import study
+from eval import captions, figures, study
 from eval.methods import LEARNING_RATES, TITLES
-from eval.plan import Plan
-from eval.studies import Setting
+from eval.results import mean_and_interval
+from eval.studies import Setting, Trial
 from eval.writing import write_text, written_whole
 
+SHOWS = "Every method at its best rate (the paper's table 3)."
 METHODS = ("lora", "dora", "etherplus", "oft", "full", "delora")
 FACTORS = (0.5, 1.0, 2.0)
 TUNED_ON = 3
@@ -41,12 +43,14 @@ def run(options: argparse.Namespace) -> None:
     tuning = copy.copy(options)
     tuning.subjects, tuning.seeds = subjects[:TUNED_ON], 1
     settings = [setting for method in methods for setting in settings_of(method, factors)]
-    folder = options.output_dir / "comparison"
-    trials = study.plan(tuning, settings, folder / "grid")
+    trials = study.plan(tuning, settings)
     failed = study.make(accelerator, options, trials)
     chosen = [None]
     if accelerator.is_main_process:
-        chosen = [best_factors(study.gather(trials))]
+        grid = study.gather(trials)
+        with written_whole(options.output_dir / "comparison-grid.parquet") as temporary:
+            grid.to_parquet(temporary, index=False)
+        chosen = [best_factors(grid)]
     from accelerate.utils import broadcast_object_list
 
     broadcast_object_list(chosen)
@@ -54,13 +58,15 @@ def run(options: argparse.Namespace) -> None:
     tuned: dict[str, float] = chosen[0]
     options.subjects = subjects[TUNED_ON:]
     settings = [setting for method in methods if method in tuned for setting in settings_of(method, [tuned[method]])]
-    final = study.plan(options, settings, folder / "final")
+    final = study.plan(options, settings)
     failed |= study.make(accelerator, options, final)
     if accelerator.is_main_process:
         rows = study.gather(final)
         with written_whole(options.output_dir / "comparison.parquet") as temporary:
             rows.to_parquet(temporary, index=False)
-        written = write(options.output_dir / "comparison", rows, counts(final), subjects[:TUNED_ON], failed)
+        path = options.output_dir / "comparison"
+        written = write(path, rows, counts(final), subjects[:TUNED_ON], captions.ended(final, rows))
+        captions.write_pictures(path.with_name("comparison-pictures"), None, as_rows(final))
         study.finish(written, failed)
 
 
@@ -72,7 +78,12 @@ def best_factors(rows: Any) -> dict[str, float]:
     return dict(zip(best["method"], best["x"]))
 
 
-def counts(trials: Sequence[tuple[Setting, Plan, Any]]) -> dict[str, int]:
+def as_rows(trials: Sequence[Trial]) -> list[Trial]:
+    """The settings as rows of a table: at which rate each stands is no axis."""
+    return [(dataclasses.replace(setting, x=None), plan, options) for setting, plan, options in trials]
+
+
+def counts(trials: Sequence[Trial]) -> dict[str, int]:
     """By method, how many parameters are trained."""
     found = {}
     for setting, one, _ in trials:
@@ -98,18 +109,20 @@ def trained_parameters(file: Path, method: str) -> int:
     return total
 
 
-def write(path: Path, rows: Any, parameters: dict[str, int], tuned_on: Sequence[str], failed: dict[str, str]) -> Path:
-    """The table, ``path`` with .md."""
-    from eval.results import mean_and_interval
-
+def write(path: Path, rows: Any, parameters: dict[str, int], tuned_on: Sequence[str], missing: str) -> Path:
+    """The figure and the table, ``path`` with .png, .svg and .md; ``missing`` is of ``captions.ended``."""
     rows = rows[rows["protocol"] == rows["protocol"].iloc[0]]
     seeds = rows["seed"].nunique()
+    of_real: Any = mean_and_interval(rows, "real_dino")
+    figures.rows_of_a_table(captions.tabulate(rows), of_real["mean"], path)
     lines = [
-        "Every method at its best rate (the paper's table 3).",
+        f"![{SHOWS}]({path.name}.png)",
+        "",
+        SHOWS,
         "",
         f"Rates chosen by DINO on {', '.join(tuned_on)}; scored on {rows['subject'].nunique()} other subjects, {seeds}",
         "seeds. In brackets the bootstrap 95% interval over subjects, ± the standard deviation between seeds."
-        + study.said(failed),
+        + missing,
         "",
         "| | parameters | rate | DINO | CLIP-I | CLIP-T |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
@@ -125,6 +138,7 @@ def write(path: Path, rows: Any, parameters: dict[str, int], tuned_on: Sequence[
     real = {name: mean_and_interval(rows, name) for name in ("real_dino", "real_clip_i")}
     shown = [f"{found['mean']:.3f}" if found else "" for found in real.values()]
     lines.append(f"| photographs with one another | | | {' | '.join(shown)} | |")
+    lines += captions.against_the_last(rows)
     file = path.with_suffix(".md")
     write_text(file, "\n".join(lines) + "\n")
     return file

@@ -1,5 +1,6 @@
 """The figures of studies, as PNG and SVG."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def curves(table: pd.DataFrame, axis: str, real: float | None, path: Path) -> No
     places = sorted(table["x"].unique())
     for panel, name in zip(panels, ("DINO", "CLIP-T", "distance |W' - W|, mean over matrices")):
         panel.set_xscale("log", base=2)
-        panel.set_xticks(places, [f"1/{round(1 / x)}" if x < 1 else f"{x:g}" for x in places])
+        panel.set_xticks(places, [place_name(x) for x in places])
         panel.minorticks_off()
         panel.set_xlabel(axis)
         panel.set_ylabel(name)
@@ -83,16 +84,22 @@ def by_place(rows: Any, path: Path) -> None:
     _save(figure, path)
 
 
-def picture_rows(rows: dict[str, dict[float, Path]], axis: str, title: str, path: Path) -> None:
-    """One picture of each setting: a row for each label, a column for each place on the axis."""
+def place_name(x: float) -> str:
+    """A place on an axis of multiples, ``1/8`` to ``32``."""
+    return f"1/{round(1 / x)}" if x < 1 else f"{x:g}"
+
+
+def picture_rows(
+    rows: dict[str, dict[str, Path]], columns: Sequence[str], axis: str | None, title: str, path: Path
+) -> None:
+    """Pictures in a grid: a row for each label, the columns by their names; what is not there stays empty."""
     import matplotlib.pyplot as plt
     from PIL import Image
 
-    places = sorted({x for of in rows.values() for x in of})
-    size = (1.0 * len(places) + 1.4, 1.06 * len(rows) + 0.7)
-    figure, panels = plt.subplots(len(rows), len(places), figsize=size, layout="constrained", squeeze=False)
+    size = (1.0 * len(columns) + 0.4 + 0.07 * max(map(len, rows)), 1.06 * len(rows) + 0.7)
+    figure, panels = plt.subplots(len(rows), len(columns), figsize=size, layout="constrained", squeeze=False)
     for line, (label, of) in zip(panels, rows.items()):
-        for panel, x in zip(line, places):
+        for panel, x in zip(line, columns):
             panel.set_xticks([])
             panel.set_yticks([])
             panel.spines[:].set_visible(False)
@@ -100,10 +107,11 @@ def picture_rows(rows: dict[str, dict[float, Path]], axis: str, title: str, path
                 with Image.open(of[x]) as picture:
                     panel.imshow(picture.convert("RGB"))
         line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
-    for panel, x in zip(panels[-1], places):
-        panel.set_xlabel(f"1/{round(1 / x)}" if x < 1 else f"{x:g}", fontsize=9)
+    for panel, x in zip(panels[-1], columns):
+        panel.set_xlabel(x, fontsize=9)
     figure.suptitle(title, fontsize=9)
-    figure.supxlabel(axis, fontsize=9)
+    if axis is not None:
+        figure.supxlabel(axis, fontsize=9)
     with written_whole(path.with_suffix(".png")) as temporary:
         figure.savefig(temporary, format="png", dpi=130)
     plt.close(figure)

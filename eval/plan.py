@@ -43,12 +43,14 @@ class Plan:
 
     Attributes:
         photographs: by subject. made: the settings that the pictures depend on.
+        continues: the same with fewer training steps, whose trainings this one goes on with.
     """
 
     benchmark: Benchmark
     folder: Path
     photographs: dict[str, list[Path]]
     made: dict[str, Any]
+    continues: "Plan | None" = None
 
     @property
     def seeds(self) -> range:
@@ -233,5 +235,18 @@ def tasks(plan: Plan, together: int = 1) -> list[running.Task]:
         places = " ".join(str(item.place.relative_to(plan.folder)) for item in items)
         digest = hashlib.sha256(places.encode()).hexdigest()[:12]
         folder = plan.folder / "together" / digest if len(items) > 1 else items[0].place
-        found.append(running.task(folder, items, training, drawing))
+        shorter = None if plan.continues is None else plan.continues.folder / folder.relative_to(plan.folder)
+        found.append(running.task(folder, items, training, drawing, shorter))
     return found
+
+
+def tasks_of_all(plans: Sequence[Plan], together: int) -> list[running.Task]:
+    """The tasks of several runs, a run that continues another after it; each folder once."""
+    found: dict[Path, list[running.Task]] = {}
+    for plan in {plan.folder: plan for plan in plans}.values():
+        first = plan
+        while first.continues is not None:
+            first = first.continues
+        for task in tasks(plan, together):
+            found.setdefault(first.folder / task.folder.relative_to(plan.folder), []).append(task)
+    return [running.in_order(of_one) for of_one in found.values()]

@@ -88,23 +88,33 @@ def flags(values: Mapping[str, object]) -> list[str]:
     return typed
 
 
-def task(folder: Path, items: Sequence[Item], training: Mapping[str, object], drawing: Mapping[str, object]) -> Task:
+def task(
+    folder: Path,
+    items: Sequence[Item],
+    training: Mapping[str, object],
+    drawing: Mapping[str, object],
+    continues: Path | None = None,
+) -> Task:
     """Train and draw one item, or several at once.
 
     Args:
         folder: of the log; with several items also of the checkpoints and of the files that list them.
         training, drawing: the flags that all items have in common.
+        continues: the folder of a shorter training of the same items; where it left a checkpoint, that is gone on from.
     """
     several = len(items) > 1
+    kept = "training" if several else "adapter"
     training = {"checkpoints_total_limit": 1, "report_to": "tensorboard", **training}
 
     def train() -> Sequence[str]:
-        command = [sys.executable, str(TRAINING_SCRIPT), *flags(training), "--resume_from_checkpoint", "latest"]
+        checkpoint = None if continues is None or _checkpoints(folder / kept) else _checkpoints(continues / kept)
+        start = str(checkpoint[-1]) if checkpoint else "latest"
+        command = [sys.executable, str(TRAINING_SCRIPT), *flags(training), "--resume_from_checkpoint", start]
         if not several:
             return [*command, *flags(items[0].own or {}), "--output_dir", str(items[0].adapter)]
         lines = [{**(item.own or {}), "output_dir": str(item.adapter)} for item in items]
         file = _write_lines(folder / "subjects.jsonl", lines)
-        return [*command, "--subjects_file", file, "--output_dir", str(folder / "training")]
+        return [*command, "--subjects_file", file, "--output_dir", str(folder / kept)]
 
     def draw() -> Sequence[str] | None:
         command = [sys.executable, "-m", "delora_diffusers", "generate", *flags(drawing)]
@@ -125,6 +135,16 @@ def task(folder: Path, items: Sequence[Item], training: Mapping[str, object], dr
     if any(item.own is not None for item in items):
         steps.insert(0, Step(train, lambda: all(item.is_trained() for item in items)))
     return Task(folder, items, steps)
+
+
+def in_order(tasks: Sequence[Task]) -> Task:
+    """One task that does what these do, one after another; what they print goes to the last one's log."""
+    items, steps = [item for task in tasks for item in task.items], [step for task in tasks for step in task.steps]
+    return Task(tasks[-1].folder, items, steps)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
 def _write_lines(file: Path, records: Sequence[Mapping[str, object]]) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,21 +93,42 @@ class Scorers:
         return self.names | transforms | {f"{k}_identity": e.identity for k, e in self.encoders.items()}
 
 
-def score(plan: Plan, options: argparse.Namespace, accelerator: Any, failed: dict[str, str]) -> dict[str, Any] | None:
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """All that scores: the encoders by protocol, and LPIPS' backbone where it is asked for."""
+
+    scorers: dict[str, Scorers]
+    perceptual: Any
+
+
+def load_models(options: argparse.Namespace, device: Any) -> Models:
+    """The models that the options name.
+
+    Raises:
+        InputError: one cannot be had.
+    """
+    from eval.perceptual import Perceptual
+
+    scorers = {name: Scorers(PROTOCOLS[name], options, device) for name in options.protocol}
+    return Models(scorers, None if options.lpips == "none" else Perceptual(options.lpips, device))
+
+
+def score(
+    plan: Plan, options: argparse.Namespace, accelerator: Any, failed: dict[str, str], models: Models
+) -> dict[str, Any] | None:
     """Encode on every process, then make the numbers on the first; None on the others."""
     import pandas as pd
 
     from eval.embedding import embed
-    from eval.perceptual import Perceptual, perceptual_scores
+    from eval.perceptual import perceptual_scores
     from eval.results import score as score_one
     from eval.results import summarize
 
     cache = plan.folder / "embeddings"
     settings = {"batch_size": options.batch_size, "workers": options.workers, "cache_dir": cache}
-    perceptual = None if options.lpips == "none" else Perceptual(options.lpips, accelerator.device)
+    scorers, perceptual = models.scorers, models.perceptual
     drawn, kept = collect(plan, options, failed), []
     index, count = accelerator.process_index, accelerator.num_processes
-    scorers = {name: Scorers(PROTOCOLS[name], options, accelerator.device) for name in options.protocol}
     for one in scorers.values():
         files = list(dict.fromkeys(path for d in drawn for path in d.files()))[index::count]
         with contextlib.suppress(InputError):  # the first process says which subject it belongs to

@@ -3,11 +3,13 @@
 Source: Bini, Girrbach, Akata, ICLR 2025 (arXiv 2503.18225), figures 2, 3, 5 and 6, tables 1 and 2.
 """
 
+import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from eval.methods import LAMBDA_LEARNING_RATE, LEARNING_RATES, TITLES
+from eval.plan import Plan
 
 FACTORS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """Of the learning rate."""
@@ -31,9 +33,13 @@ class Setting:
 
     @property
     def slug(self) -> str:
-        """The name of its folder."""
-        words = self.label if self.x is None else f"{self.label} {self.x:g}"
-        return "".join(c if c.isalnum() or c in ".+" else "-" for c in words.lower())
+        """The name of its run: what is trained, so that studies share what they have in common."""
+        values = {name: f"{value:.10g}" if isinstance(value, float) else value for name, value in self.train.items()}
+        return "-".join([self.method, *(f"{name}-{value}" for name, value in values.items())])
+
+
+Trial = tuple[Setting, Plan, argparse.Namespace]
+"""A setting, its benchmark run, and that run's options."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,13 +49,14 @@ class Study:
     Attributes:
         shows: what it is, for its caption. axis: what x is; None for a table.
         settings: made from the methods asked for (None for the study's own) and the places on the axis.
-        places: the usual ones.
+        places: the usual ones. compared: those whose differences from the usual setting the caption says.
     """
 
     shows: str
     axis: str | None
     settings: Callable[[Sequence[str] | None, Sequence[float]], list[Setting]]
     places: tuple[float, ...] = FACTORS
+    compared: tuple[float, ...] = (4.0, 8.0, 16.0)
 
 
 def rates(*usual: str) -> Callable[[Sequence[str] | None, Sequence[float]], list[Setting]]:
@@ -70,10 +77,9 @@ def delora_rates(methods: Sequence[str] | None, factors: Sequence[float]) -> lis
     found = []
     for label, on_factors, on_lambda in (("A and B", 1, 0), ("lambda", 0, 1), ("both", 1, 1)):
         for factor in factors:
-            train = {
-                "learning_rate": LEARNING_RATES["delora"] * (factor if on_factors else 1),
-                "lambda_learning_rate": LAMBDA_LEARNING_RATE * (factor if on_lambda else 1),
-            }
+            train = {"learning_rate": LEARNING_RATES["delora"] * (factor if on_factors else 1)}
+            if on_lambda and factor != 1:
+                train["lambda_learning_rate"] = LAMBDA_LEARNING_RATE * factor
             found.append(Setting(f"rate of {label}", factor, "delora", train))
     return found
 
@@ -81,8 +87,8 @@ def delora_rates(methods: Sequence[str] | None, factors: Sequence[float]) -> lis
 def starts(methods: Sequence[str] | None, factors: Sequence[float]) -> list[Setting]:
     """A frozen copy of the random start against a start from B = 0."""
     return [
-        Setting(label, factor, "delora", {"start": start, "learning_rate": LEARNING_RATES["delora"] * factor})
-        for start, label in (("frozen", "frozen copy"), ("zero", "zero start"))
+        Setting(label, factor, "delora", {"learning_rate": LEARNING_RATES["delora"] * factor} | start)
+        for label, start in (("frozen copy", {}), ("zero start", {"start": "zero"}))
         for factor in factors
     ]
 
@@ -92,7 +98,7 @@ def prolonged(methods: Sequence[str] | None, multiples: Sequence[float]) -> list
     return [
         Setting(TITLES[method], multiple, method, {"learning_rate": LEARNING_RATES[method], "steps": multiple})
         for method in methods or ("delora", "lora", "dora", "etherplus")
-        for multiple in multiples
+        for multiple in sorted(multiples)
     ]
 
 
@@ -140,6 +146,7 @@ STUDIES = {
         "training steps, times the usual",
         prolonged,
         MULTIPLES,
+        (3.0, 5.0, 10.0),
     ),
     "ablation": Study(
         "From LoRA to DeLoRA and from ETHER+ to DeLoRA, row by row (the paper's tables 1 and 2).", None, ablation, ()

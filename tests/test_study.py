@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
@@ -32,7 +33,8 @@ def test_the_methods_are_the_librarys():
 def test_every_study_has_settings_of_their_own():
     for study in STUDIES.values():
         settings = study.settings(None, study.places)
-        assert len({setting.slug for setting in settings}) == len(settings) > 1
+        assert len({(setting.label, setting.x) for setting in settings}) == len(settings) > 1
+        assert len({setting.slug for setting in settings}) > 0.9 * len(settings), "few points are the same training"
         assert (study.axis is None) == (settings[0].x is None)
 
 
@@ -59,16 +61,16 @@ def study(name: str, typed: list[str], *more: str) -> subprocess.Popen:
     )
 
 
-def test_a_study_killed_and_continued(typed):
+def test_a_study_killed_and_continued_and_what_it_shares(typed):
     flags, out = typed
     more = ("--methods", "delora", "--places", "1", "4")
     first = study("lr", flags, *more)
-    while not list(out.glob("lr/*/seed-0/*/adapter/*.safetensors")):
+    while not list(out.glob("runs/*/seed-0/*/adapter/*.safetensors")):
         assert first.poll() is None, first.communicate()[1][-2000:]
         time.sleep(0.2)
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
-    made = {file: file.stat().st_mtime_ns for file in out.glob("lr/*/seed-0/*/adapter/*.safetensors")}
+    made = {file: file.stat().st_mtime_ns for file in out.glob("runs/*/seed-0/*/adapter/*.safetensors")}
     again = study("lr", flags, *more)
     printed, errors = again.communicate()
     assert again.returncode == 0, errors[-2000:]
@@ -88,8 +90,19 @@ def test_a_study_killed_and_continued(typed):
     assert "<svg" in (out / "lr.svg").read_text()[:500]
     with Image.open(out / "lr-pictures.png") as figure:
         assert figure.width > 300
-    rates = json.loads((out / "lr" / "delora-4" / "settings.json").read_text())["made"]["train"]["learning_rate"]
+    rates = json.loads((out / "runs" / "delora-learning_rate-0.08" / "settings.json").read_text())["made"]["train"][
+        "learning_rate"
+    ]
     assert float(rates) == pytest.approx(4 * LEARNING_RATES["delora"])
+
+    # A study shares what another has trained.
+    done = study("start", flags, "--places", "1")
+    assert done.communicate() and done.returncode == 0
+    assert len(list(out.glob("runs/*"))) == 3, "the frozen copy is lr's DeLoRA"
+    assert all(file.stat().st_mtime_ns == when for file, when in made.items()), "what was there was made anew"
+    start = pd.read_parquet(out / "start.parquet")
+    frozen = start[start["label"] == "frozen copy"]
+    assert frozen["dino"].tolist() == rows[rows["x"] == 1]["dino"].tolist() and len(start) == 4
 
 
 def test_subjects_trained_together_are_trained_as_alone(typed):
@@ -103,7 +116,7 @@ def test_subjects_trained_together_are_trained_as_alone(typed):
         errors = done.communicate()[1]
         assert done.returncode == 0, errors[-2000:]
         found[together] = pd.read_parquet(place / "lr.parquet").set_index(["subject", "seed"]).sort_index()
-        logs = [str(log.relative_to(place / "lr" / "lora-1")) for log in place.glob("lr/lora-1/**/log.txt")]
+        logs = list(place.glob("runs/lora-learning_rate-0.0006/**/log.txt"))
         assert len(logs) == 4 // int(together), logs
     assert len(found["1"]) == 4 and found["1"]["distance"].nunique() == 2, "a seed is another start"
     for name in ("distance", "dino", "clip_t"):
@@ -116,6 +129,11 @@ def test_a_table(typed):
     assert done.communicate() and done.returncode == 0
     caption = (out / "ablation.md").read_text()
     assert "| normalized, boundary, no weight scaling |" in caption and "| DeLoRA |" in caption
+    rows = pd.read_parquet(out / "ablation.parquet").set_index("label")["dino"]
+    apart = rows["normalized, boundary, no weight scaling"] - rows["DeLoRA"]
+    assert f"| normalized, boundary, no weight scaling | {apart:+.3f} [" in caption
+    with Image.open(out / "ablation-pictures.png") as figure:
+        assert figure.width > 100
 
 
 def test_a_setting_that_fails_is_said_and_the_others_are_shown(typed):
@@ -139,12 +157,14 @@ def test_comparison_tunes_on_some_and_scores_the_others(typed):
     done = study("comparison", flags, "--methods", "delora", "--places", "1", "2")
     errors = done.communicate()[1]
     assert done.returncode == 0, errors[-2000:]
-    grid = {x: pd.read_csv(out / "comparison" / "grid" / f"delora-{x}" / "subjects.csv") for x in (1, 2)}
-    assert set(grid[1]["subject"]) == {"one", "two", "three"}
-    best = max(grid, key=lambda x: grid[x]["dino"].mean())
+    grid = pd.read_parquet(out / "comparison-grid.parquet")
+    assert set(grid["subject"]) == {"one", "two", "three"} and set(grid["x"]) == {1, 2}
+    best = grid.groupby("x")["dino"].mean().idxmax()
     rows = pd.read_parquet(out / "comparison.parquet")
     assert set(rows["subject"]) == {"four"} and set(rows["x"]) == {best}
-    adapter = load_file(next((out / "comparison" / "final").glob("*/seed-0/four/adapter/*.safetensors")))
+    adapter = load_file(next(out.glob("runs/*/seed-0/four/adapter/*.safetensors")))
+    for name in ("comparison.png", "comparison.svg", "comparison-pictures.png"):
+        assert (out / name).stat().st_size > 5_000
     trained = sum(t.numel() for name, t in adapter.items() if name.endswith(("delora_A", "delora_B", "delora_lambda")))
     assert f"| DeLoRA | {trained:,} | {LEARNING_RATES['delora'] * best:g} |" in (out / "comparison.md").read_text()
 
@@ -166,6 +186,29 @@ def test_norms_are_those_of_the_weights(tmp_path):
     assert (tmp_path / "norms.png").stat().st_size > 10_000
 
 
+def test_longer_trainings_continue_the_shorter(typed):
+    """Ten steps from the checkpoint of the four are the ten steps from the start; studies share what they trained."""
+    flags, out = typed
+    places = {"continued": ("1", "2.5"), "alone": ("2.5",)}
+    found = {}
+    for name, steps in places.items():
+        place = out.with_name(name)
+        flags_there = [str(place) if word == str(out) else word for word in flags]
+        more = ("--methods", "delora", "--together", "2", "--places", *steps)
+        done = study("prolonged", flags_there, *more)
+        errors = done.communicate()[1]
+        assert done.returncode == 0, errors[-2000:]
+        (run,) = place.glob("runs/*max_train_steps-10")
+        command = json.loads((run / "seed-0" / "one" / "adapter" / "config.json").read_text())["command"]
+        assert ("checkpoint-4" in command) == (name == "continued"), command
+        found[name] = load_file(run / "seed-0" / "two" / "adapter" / "pytorch_delora_weights.safetensors")
+    assert found["continued"].keys() == found["alone"].keys()
+    for name, tensor in found["continued"].items():
+        torch.testing.assert_close(tensor, found["alone"][name], rtol=1e-4, atol=1e-6, msg=name)
+    rows = pd.read_parquet(out.with_name("continued") / "prolonged.parquet")
+    assert sorted(rows["x"].unique()) == [1, 2.5]
+
+
 def test_steps_are_multiples_of_those_given(typed):
     flags, _ = typed
     parser = argparse.ArgumentParser()
@@ -174,6 +217,11 @@ def test_steps_are_multiples_of_those_given(typed):
     trials = plan(options, STUDIES["prolonged"].settings(options.methods, (1, 2.5)))
     asked = [(setting.label, one.made["train"]["max_train_steps"]) for setting, one, _ in trials]
     assert asked == [("DeLoRA", "4"), ("DeLoRA", "10"), ("LoRA", "4"), ("LoRA", "10")]
+    before = [None if one.continues is None else one.continues.folder.name for _, one, _ in trials]
+    assert before == [None, trials[0][1].folder.name, None, trials[2][1].folder.name]
+    options.train = [*options.train, "lr_scheduler=cosine"]
+    trials = plan(options, STUDIES["prolonged"].settings(options.methods, (1, 2.5)))
+    assert [one.continues for _, one, _ in trials] == [None] * 4, "its rates depend on the steps to come"
 
 
 def test_refuses_to_vary_what_is_fixed(typed):
