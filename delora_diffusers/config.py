@@ -45,7 +45,8 @@ class AdapterConfig:
         rank: number of rank-1 terms r of each update.
         delora_lambda: initial boundary, the paper's lambda, the same for every matrix. None chooses it for each
             matrix by its width so that ``|dW|_F <= 0.35 |W|_F`` for each low-rank term: ``0.35 sqrt(in)`` with the
-            column scale, ``0.35`` with the Frobenius scale, ``0.35 |W|_F`` without a scale.
+            column scale, ``0.35`` with the Frobenius scale, ``0.35 |W|_F`` without a scale. The multiplicative
+            relaxations begin at ETHER+'s boundary, 1.
         start: ``"frozen"`` subtracts a frozen copy of the random start, ``"zero"`` starts from B = 0 (PEFT's).
         weight_norm: the scale c of the update: ``"column"`` (c_j = |W[:, j]|, the authors' code and PEFT),
             ``"frobenius"`` (c = |W|_F, equation 8) or ``"none"``.

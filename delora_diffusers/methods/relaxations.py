@@ -7,13 +7,11 @@ matrices divide by norms, so that each half in brackets has Frobenius norm at mo
 The bracket acts on the inputs, as ETHER's reflection does: in torch's layout it stands to the right of W.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from delora_diffusers import update
-from delora_diffusers.config import RELATIVE_BOUND, AdapterConfig
+from delora_diffusers.config import AdapterConfig
 from delora_diffusers.methods.lora import kaiming
 
 SUFFIX = "relaxed_"
@@ -25,10 +23,10 @@ def initialize(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Kaiming-uniform B (n, in, r) and A (n, r, in), with D and C their copies; or U with its copy V; lambda (n,).
 
-    The default lambda gives dW the relative size that DeLoRA's has: ``|W b a^T|`` is about ``|W| / sqrt(in)``.
+    The default lambda is 1, ETHER+'s fixed boundary, so that what each row of the table changes is the only change.
     """
     n, _, in_features = weight.shape
-    bound = RELATIVE_BOUND * math.sqrt(in_features) if config.delora_lambda is None else config.delora_lambda
+    bound = 1.0 if config.delora_lambda is None else config.delora_lambda
     trainable = {"lambda": torch.full((n,), float(bound))}
     first = kaiming((n, in_features, config.rank), in_features, generator)
     if config.method == "delora_symmetric":
