@@ -20,8 +20,9 @@ def curves(table: pd.DataFrame, axis: str, real: float | None, path: Path) -> No
         path: without a suffix.
     """
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
-    figure, panels = plt.subplots(1, 3, figsize=(13.2, 3.8), layout="constrained")
+    figure, panels = plt.subplots(1, 3, figsize=(13.2, 4.1), layout="constrained")
     for colour, (label, rows) in zip(COLOURS, table.groupby("label", sort=False)):
         style: dict[str, Any] = {"color": colour, "label": label, "marker": "o", "markersize": 4}
         for panel, name in zip(panels, ("dino", "clip_t")):
@@ -42,24 +43,29 @@ def curves(table: pd.DataFrame, axis: str, real: float | None, path: Path) -> No
         panel.set_ylabel(name)
         panel.spines[["top", "right"]].set_visible(False)
     panels[2].set_yscale("log")
-    panels[0].legend(frameon=False)
+    panels[2].yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    panels[2].yaxis.set_major_formatter("{x:g}")
+    panels[2].yaxis.set_minor_formatter(NullFormatter())
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     _save(figure, path)
 
 
 def rows_of_a_table(table: pd.DataFrame, real: float | None, path: Path) -> None:
-    """DINO of each row with its interval, the first row on top."""
+    """DINO and CLIP-T of each row with their intervals, the first row on top."""
     import matplotlib.pyplot as plt
 
-    figure, panel = plt.subplots(figsize=(7.6, 0.8 + 0.42 * len(table)), layout="constrained")
+    size = (10.4, 0.8 + 0.42 * len(table))
+    figure, panels = plt.subplots(1, 2, figsize=size, layout="constrained", sharey=True)
     places = range(len(table), 0, -1)
-    panel.hlines(places, table["dino_low"], table["dino_high"], color=COLOURS[0], linewidth=3, alpha=0.35)
-    panel.plot(table["dino"], places, "o", color=COLOURS[0])
+    for panel, name, title in zip(panels, ("dino", "clip_t"), ("DINO", "CLIP-T")):
+        panel.hlines(places, table[f"{name}_low"], table[f"{name}_high"], color=COLOURS[0], linewidth=3, alpha=0.35)
+        panel.plot(table[name], places, "o", color=COLOURS[0])
+        panel.set_xlabel(title)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(places, table["label"])
     if real is not None:
-        panel.axvline(real, color="#888", linewidth=1, linestyle="--")
-        panel.annotate("real", (real, 1.0), xycoords=("data", "axes fraction"), ha="right", va="top")
-    panel.set_yticks(places, table["label"])
-    panel.set_xlabel("DINO")
-    panel.spines[["top", "right"]].set_visible(False)
+        panels[0].axvline(real, color="#888", linewidth=1, linestyle="--")
+        panels[0].annotate("real", (real, 1.0), xycoords=("data", "axes fraction"), ha="right", va="top")
     _save(figure, path)
 
 

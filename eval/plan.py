@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import datetime
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -16,7 +17,7 @@ from typing import Any
 from data.benchmark import Benchmark, Subject, find_subjects, load_benchmark, render_subjects
 from data.errors import InputError
 from data.photographs import find_photographs
-from eval import running
+from eval import norms, running
 from eval.writing import write_text
 
 PACKAGES = ("accelerate", "diffusers", "open_clip_torch", "pillow", "timm", "torch", "torchvision", "transformers")
@@ -85,13 +86,13 @@ def check(options: argparse.Namespace) -> Plan:
         kept = tuple(subject for subject in benchmark.subjects if subject.name in options.subjects)
         benchmark = dataclasses.replace(benchmark, subjects=kept)
     toys = all(subject.toybox is not None for subject in benchmark.subjects)
-    if options.photographs is None:
-        if not toys:
-            raise InputError(f"{benchmark.name} has no photographs of its own; name their folder with --photographs.")
-        options.photographs = options.output_dir / "photographs"
-        render_subjects(benchmark, options.photographs)
+    if options.photographs is None and not toys:
+        raise InputError(f"{benchmark.name} has no photographs of its own; name their folder with --photographs.")
     if options.pretrained_model_name_or_path is None and not toys and options.generated_dir is None:
         raise InputError(f"{benchmark.name} needs a base model; name it with --pretrained_model_name_or_path.")
+    if options.photographs is None:
+        options.photographs = options.output_dir / "photographs"
+        render_subjects(benchmark, options.photographs)
     options.protocol = options.protocol or (["toybox"] if toys else ["delora"])
     options.lpips = options.lpips or ("none" if options.protocol == ["toybox"] else "alex")
     found = find_subjects(benchmark, options.photographs)
@@ -106,8 +107,10 @@ def check(options: argparse.Namespace) -> Plan:
         photographs[subject.name] = [photograph.path for photograph in find_photographs(folder)]
         if len(photographs[subject.name]) < 2:
             raise InputError(f"{folder} holds one photograph; real images are scored in pairs, so add another.")
-    if not running.TRAINING_SCRIPT.is_file() and options.generated_dir is None:
-        raise InputError(f"{running.TRAINING_SCRIPT} is missing; run benchmarks from a clone of the repository.")
+    if options.generated_dir is None:
+        if not running.TRAINING_SCRIPT.is_file():
+            raise InputError(f"{running.TRAINING_SCRIPT} is missing; run benchmarks from a clone of the repository.")
+        check_base_model(options.pretrained_model_name_or_path)
     made = {
         "benchmark": dataclasses.asdict(dataclasses.replace(benchmark, subjects=())),
         "photographs": {name: _content(paths) for name, paths in photographs.items()},
@@ -121,6 +124,27 @@ def check(options: argparse.Namespace) -> Plan:
         check_generated(options, benchmark)
         made |= {"generated_dir": str(options.generated_dir), "method": "none"}
     return Plan(benchmark, options.output_dir, photographs, made)
+
+
+@functools.cache
+def check_base_model(name_or_path: str | None) -> None:
+    """Refuse a model that every training would fail to load: of a hub's, its index is downloaded.
+
+    Raises:
+        InputError
+    """
+    if name_or_path in (None, norms.MINIATURE.name) or (Path(name_or_path) / "model_index.json").is_file():
+        return
+    from huggingface_hub import hf_hub_download
+
+    try:
+        hf_hub_download(name_or_path, "model_index.json")
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"--pretrained_model_name_or_path {name_or_path} is no pipeline folder and could not be had from the hub "
+            f"({reason}); name another, or download it first."
+        ) from error
 
 
 def check_generated(options: argparse.Namespace, benchmark: Benchmark) -> None:
