@@ -44,30 +44,33 @@ def run(options: argparse.Namespace) -> None:
     tuning.subjects, tuning.seeds = subjects[:TUNED_ON], 1
     settings = [setting for method in methods for setting in settings_of(method, factors)]
     trials = study.plan(tuning, settings)
-    failed = study.make(accelerator, options, trials)
-    chosen = [None]
-    if accelerator.is_main_process:
-        grid = study.gather(trials)
-        with written_whole(options.output_dir / "comparison-grid.parquet") as temporary:
-            grid.to_parquet(temporary, index=False)
-        chosen = [best_factors(grid)]
-    from accelerate.utils import broadcast_object_list
+    with study.alone(accelerator, options.output_dir):
+        failed = study.make(accelerator, options, trials)
+        chosen = [None]
+        if accelerator.is_main_process:
+            grid = study.gather(trials)
+            with written_whole(options.output_dir / "comparison-grid.parquet") as temporary:
+                grid.to_parquet(temporary, index=False)
+            chosen = [best_factors(grid)]
+        from accelerate.utils import broadcast_object_list
 
-    broadcast_object_list(chosen)
-    assert chosen[0] is not None
-    tuned: dict[str, float] = chosen[0]
-    options.subjects = subjects[TUNED_ON:]
-    settings = [setting for method in methods if method in tuned for setting in settings_of(method, [tuned[method]])]
-    final = study.plan(options, settings)
-    failed |= study.make(accelerator, options, final)
-    if accelerator.is_main_process:
-        rows = study.gather(final)
-        with written_whole(options.output_dir / "comparison.parquet") as temporary:
-            rows.to_parquet(temporary, index=False)
-        path = options.output_dir / "comparison"
-        written = write(path, rows, counts(final), subjects[:TUNED_ON], captions.ended(final, rows))
-        captions.write_pictures(path.with_name("comparison-pictures"), None, as_rows(final))
-        study.finish(written, failed)
+        broadcast_object_list(chosen)
+        assert chosen[0] is not None
+        tuned: dict[str, float] = chosen[0]
+        options.subjects = subjects[TUNED_ON:]
+        settings = [
+            setting for method in methods if method in tuned for setting in settings_of(method, [tuned[method]])
+        ]
+        final = study.plan(options, settings)
+        failed |= study.make(accelerator, options, final)
+        if accelerator.is_main_process:
+            rows = study.gather(final)
+            with written_whole(options.output_dir / "comparison.parquet") as temporary:
+                rows.to_parquet(temporary, index=False)
+            path = options.output_dir / "comparison"
+            written = write(path, rows, counts(final), subjects[:TUNED_ON], captions.ended(final, rows))
+            captions.write_pictures(path.with_name("comparison-pictures"), None, as_rows(final))
+            study.finish(written, failed)
 
 
 def best_factors(rows: Any) -> dict[str, float]:

@@ -187,12 +187,12 @@ def run_tasks(
     def run(task: Task) -> str | None:
         task.folder.mkdir(parents=True, exist_ok=True)
         problem = None
-        with _lock(task.folder / ".lock") as lock, (task.folder / "log.txt").open("ab") as log:
+        with lock(task.folder / ".lock") as held, (task.folder / "log.txt").open("ab") as log:
             for step in task.steps:
                 command = None if step.is_done() else step.command()
                 if command is None:
                     continue
-                process, wait = start(command, log, environment, lock)
+                process, wait = start(command, log, environment, held)
                 running.add(process)
                 code = wait()
                 running.discard(process)
@@ -283,10 +283,14 @@ def child_environment(jobs: int, num_processes: int, local_index: int, on_gpu: b
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[int]:
+def lock(path: Path) -> Iterator[int]:
     """Hold a file's lock, waiting for whoever holds it: a command of a run that was killed may still be at work."""
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            tqdm.write(f"waiting for another command that is at work in {path.parent}", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield file.fileno()
 
 

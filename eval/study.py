@@ -9,7 +9,8 @@ import copy
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from data.benchmark import load_benchmark, render_subjects
 from data.errors import InputError
 from eval import benchmark, norms, running
 from eval.methods import TITLES
-from eval.plan import check, pairs, tasks_of_all, write_settings
+from eval.plan import check, check_base_model, pairs, tasks_of_all, write_settings
 from eval.studies import STUDIES, Setting, Trial
 from eval.writing import written_whole
 
@@ -45,16 +46,17 @@ def run(options: argparse.Namespace) -> None:
     study = STUDIES[options.name]
     trials = plan(options, study.settings(options.methods, options.places or study.places))
     accelerator = start()
-    failed = make(accelerator, options, trials)
-    if accelerator.is_main_process:
-        from eval import captions
+    with alone(accelerator, options.output_dir):
+        failed = make(accelerator, options, trials)
+        if accelerator.is_main_process:
+            from eval import captions
 
-        rows = gather(trials)
-        with written_whole(options.output_dir / f"{options.name}.parquet") as temporary:
-            rows.to_parquet(temporary, index=False)
-        caption = captions.write(options.output_dir / options.name, study, rows, captions.ended(trials, rows))
-        captions.write_pictures(options.output_dir / f"{options.name}-pictures", study.axis, trials)
-        finish(caption, failed)
+            rows = gather(trials)
+            with written_whole(options.output_dir / f"{options.name}.parquet") as temporary:
+                rows.to_parquet(temporary, index=False)
+            caption = captions.write(options.output_dir / options.name, study, rows, captions.ended(trials, rows))
+            captions.write_pictures(options.output_dir / f"{options.name}-pictures", study.axis, trials)
+            finish(caption, failed)
 
 
 def start() -> Any:
@@ -65,6 +67,17 @@ def start() -> Any:
     return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=benchmark.LONGEST_WAIT)])
 
 
+@contextmanager
+def alone(accelerator: Any, output_dir: Path) -> Iterator[None]:
+    """Hold the runs of an output folder, which studies share; another study at work on them is waited for."""
+    if not accelerator.is_main_process:
+        yield
+        return
+    (output_dir / "runs").mkdir(parents=True, exist_ok=True)
+    with running.lock(output_dir / "runs" / ".lock"):
+        yield
+
+
 def make(accelerator: Any, options: argparse.Namespace, trials: Sequence[Trial]) -> dict[str, str]:
     """Train, draw and score what is not there yet; what went wrong, by folder."""
     from accelerate.utils import gather_object
@@ -72,9 +85,10 @@ def make(accelerator: Any, options: argparse.Namespace, trials: Sequence[Trial])
     from eval.scoring import load_models, score
 
     _, _, scored_alike = trials[0]
+    runs = {one.folder: (one, asked) for _, one, asked in trials}.values()
     if accelerator.is_main_process:
         load_models(scored_alike, "cpu")  # refused now, not after days of training
-        for one, asked in {one.folder: (one, asked) for _, one, asked in trials}.values():
+        for one, asked in runs:
             write_settings(one, asked)
     accelerator.wait_for_everyone()
     waiting = tasks_of_all([one for _, one, _ in trials], options.together)
@@ -87,7 +101,7 @@ def make(accelerator: Any, options: argparse.Namespace, trials: Sequence[Trial])
     failed: dict[str, str] = dict(gather_object(list(mine.items())))
     accelerator.wait_for_everyone()
     models = load_models(scored_alike, accelerator.device)
-    for one, asked in {one.folder: (one, asked) for _, one, asked in trials}.values():
+    for one, asked in runs:
         own = {place: problem for place, problem in failed.items() if Path(place).is_relative_to(one.folder)}
         try:
             score(one, asked, accelerator, own, models)
@@ -112,27 +126,29 @@ def plan(options: argparse.Namespace, settings: Sequence[Setting]) -> list[Trial
     Raises:
         InputError
     """
+    typed = pairs(options.train, "--train")
+    for setting in settings:
+        clash = sorted(typed.keys() & setting.train.keys())
+        if clash:
+            raise InputError(f"--train {clash[0]} is what {options.name} varies; leave it out.")
+    usual = USUAL_STEPS["miniature" if options.pretrained_model_name_or_path is None else "other"]
+    steps = str(typed.get("max_train_steps", usual))
+    if not steps.isdecimal() or int(steps) == 0:
+        raise InputError(f"--train max_train_steps={steps} is no number of steps; give a whole number of at least 1.")
+    check_base_model(options.pretrained_model_name_or_path)
     subjects = load_benchmark(options.benchmark)
     if options.photographs is None and all(subject.toybox is not None for subject in subjects.subjects):
         options.photographs = options.output_dir / "photographs"
         chosen = tuple(s for s in subjects.subjects if not options.subjects or s.name in options.subjects)
         render_subjects(dataclasses.replace(subjects, subjects=chosen), options.photographs)
-    typed = {word.partition("=")[0].lstrip("-") for word in options.train}
-    steps = USUAL_STEPS["miniature" if options.pretrained_model_name_or_path is None else "other"]
-    for word in options.train:
-        if word.lstrip("-").startswith("max_train_steps="):
-            steps = int(word.partition("=")[2])
     found: list[Trial] = []
     for setting in settings:
-        clash = sorted(typed & set(setting.train))
-        if clash:
-            raise InputError(f"--train {clash[0]} is what {options.name} varies; leave it out.")
         asked = copy.copy(options)
         train = dict(setting.train)
         multiple = train.pop("steps", None)
         kept = [word for word in options.train if multiple is None or "max_train_steps" not in word]
         if multiple is not None:
-            train["max_train_steps"] = round(steps * multiple)
+            train["max_train_steps"] = max(1, round(int(steps) * multiple))
         asked.train = [*kept, *(f"{name}={value}" for name, value in train.items())]
         asked.method, asked.generated_dir = setting.method, None
         asked.output_dir = options.output_dir / "runs" / dataclasses.replace(setting, train=train).slug

@@ -71,9 +71,11 @@ def test_a_study_killed_and_continued_and_what_it_shares(typed):
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
     made = {file: file.stat().st_mtime_ns for file in out.glob("runs/*/seed-0/*/adapter/*.safetensors")}
+    at_once = study("start", flags, "--places", "1")  # shares the frozen copy; one waits for the other
     again = study("lr", flags, *more)
     printed, errors = again.communicate()
     assert again.returncode == 0, errors[-2000:]
+    assert at_once.communicate() and at_once.returncode == 0
     assert all(file.stat().st_mtime_ns == when for file, when in made.items()), "what was there was made anew"
 
     rows = pd.read_parquet(out / "lr.parquet")
@@ -95,11 +97,7 @@ def test_a_study_killed_and_continued_and_what_it_shares(typed):
     ]
     assert float(rates) == pytest.approx(4 * LEARNING_RATES["delora"])
 
-    # A study shares what another has trained.
-    done = study("start", flags, "--places", "1")
-    assert done.communicate() and done.returncode == 0
-    assert len(list(out.glob("runs/*"))) == 3, "the frozen copy is lr's DeLoRA"
-    assert all(file.stat().st_mtime_ns == when for file, when in made.items()), "what was there was made anew"
+    assert len(list(out.glob("runs/delora*"))) == 3, "the frozen copy is lr's DeLoRA"
     start = pd.read_parquet(out / "start.parquet")
     frozen = start[start["label"] == "frozen copy"]
     assert frozen["dino"].tolist() == rows[rows["x"] == 1]["dino"].tolist() and len(start) == 4
@@ -229,3 +227,6 @@ def test_refuses_to_vary_what_is_fixed(typed):
     flags = [*flags[: flags.index("--train") + 1], "learning_rate=1", *flags[flags.index("--train") + 1 :]]
     refused = study("lr", flags)
     assert "--train learning_rate is what lr varies" in refused.communicate()[1] and refused.returncode == 1
+    flags = [word.replace("max_train_steps=4", "max_train_steps=four") for word in flags if word != "learning_rate=1"]
+    refused = study("prolonged", flags)
+    assert "max_train_steps=four is no number of steps" in refused.communicate()[1] and refused.returncode == 1

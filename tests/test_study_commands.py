@@ -11,6 +11,7 @@ import pytest
 
 from data.benchmark import load_benchmark
 from eval import plan as eval_plan
+from eval import study as eval_study
 from eval.comparison import METHODS, settings_of
 from eval.plan import tasks_of_all
 from eval.studies import STUDIES
@@ -53,7 +54,8 @@ def test_as_typed_it_ends_at_the_missing_weights(name, downloaded):
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "norms"])
 def test_with_the_weights_every_training_is_one_that_the_script_takes(name, downloaded, monkeypatch):
     monkeypatch.chdir(downloaded)
-    monkeypatch.setattr(eval_plan, "check_base_model", lambda name_or_path: None)
+    for module in (eval_plan, eval_study):
+        monkeypatch.setattr(module, "check_base_model", lambda name_or_path: None)
     typed = shlex.split(VARIABLE.removeprefix('SD15="').removesuffix('"'))
     parser = argparse.ArgumentParser()
     add_arguments(parser)
