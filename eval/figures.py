@@ -119,7 +119,7 @@ def picture_rows(
     if axis is not None:
         figure.supxlabel(axis, fontsize=9)
     with written_whole(path.with_suffix(".png")) as temporary:
-        figure.savefig(temporary, format="png", dpi=130)
+        figure.savefig(temporary, format="png", dpi=130, bbox_inches="tight")  # long labels are not cut
     plt.close(figure)
 
 
