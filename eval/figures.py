@@ -50,14 +50,25 @@ def curves(table: pd.DataFrame, axis: str, real: float | None, path: Path) -> No
     _save(figure, path)
 
 
-def rows_of_a_table(table: pd.DataFrame, real: float | None, path: Path) -> None:
-    """DINO and CLIP-T of each row with their intervals, the first row on top."""
+DINO_AND_CLIP_T = (("dino", "DINO"), ("clip_t", "CLIP-T"))
+
+
+def rows_of_a_table(
+    table: pd.DataFrame, real: float | None, path: Path, scores: Sequence[tuple[str, str]] = DINO_AND_CLIP_T
+) -> None:
+    """Two scores of each row with their intervals, the first row on top.
+
+    Args:
+        table: with columns NAME, NAME_low and NAME_high of each score, and ``label``.
+        real: the first score of real pictures.
+        path: without a suffix. scores: (column, title) of both.
+    """
     import matplotlib.pyplot as plt
 
     size = (10.4, 0.8 + 0.42 * len(table))
     figure, panels = plt.subplots(1, 2, figsize=size, layout="constrained", sharey=True)
     places = range(len(table), 0, -1)
-    for panel, name, title in zip(panels, ("dino", "clip_t"), ("DINO", "CLIP-T")):
+    for panel, (name, title) in zip(panels, scores):
         panel.hlines(places, table[f"{name}_low"], table[f"{name}_high"], color=COLOURS[0], linewidth=3, alpha=0.35)
         panel.plot(table[name], places, "o", color=COLOURS[0])
         panel.set_xlabel(title)

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.reduction import DupFd
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from PIL import Image
 from tqdm.auto import tqdm
@@ -32,6 +32,15 @@ WEIGHTS_NAME = "pytorch_delora_weights.safetensors"
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LAUNCH_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_")
 """What accelerate launch tells its processes, and a subject's own commands must not hear."""
+
+
+class Made(Protocol):
+    """What a task makes in a folder of its own."""
+
+    @property
+    def place(self) -> Path: ...
+
+    def is_done(self) -> bool: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +78,10 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What two commands make of one item, or of several at once; what they print goes to ``folder/log.txt``."""
+    """What commands make of one item, or of several at once; what they print goes to ``folder/log.txt``."""
 
     folder: Path
-    items: Sequence[Item]
+    items: Sequence[Made]
     steps: Sequence[Step]
 
     def is_done(self) -> bool:

@@ -103,7 +103,7 @@ def prolonged(methods: Sequence[str] | None, multiples: Sequence[float]) -> list
 
 
 def ablation(methods: Sequence[str] | None, places: Sequence[float]) -> list[Setting]:
-    """From LoRA to DeLoRA and from ETHER+ to DeLoRA, a change in each row (tables 1 and 2)."""
+    """From LoRA to DeLoRA and from ETHER+ to DeLoRA, a change in each row (the paper's tables 1 and 2)."""
     rows = (
         ("LoRA", "lora", {}),
         ("normalized, boundary, no weight scaling", "delora", {"weight_norm": "none"}),
@@ -149,7 +149,7 @@ STUDIES = {
         (3.0, 5.0, 10.0),
     ),
     "ablation": Study(
-        "From LoRA to DeLoRA and from ETHER+ to DeLoRA, row by row (the rows of the paper's tables 1 and 2).",
+        "From LoRA to DeLoRA and from ETHER+ to DeLoRA, row by row (the paper's table 1).",
         None,
         ablation,
         (),

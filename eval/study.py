@@ -27,11 +27,17 @@ USUAL_STEPS = {"miniature": 300, "other": 1200}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", choices=[*STUDIES, "comparison", "norms"], help="which figure or table")
+    parser.add_argument(
+        "name", choices=[*STUDIES, "ablation-maps", "comparison", "norms"], help="which figure or table"
+    )
     parser.add_argument("--benchmark", default="toybox", help="dreambooth, toybox or a YAML file in the same form")
     parser.add_argument("--methods", nargs="+", choices=list(TITLES), help="instead of the study's own")
     parser.add_argument("--places", nargs="+", type=float, help="on the axis, instead of the study's own")
     benchmark.add_shared_arguments(parser)
+    group = parser.add_argument_group("ablation-maps")
+    group.add_argument("--train_data_dir", type=Path, help="pairs of pictures and maps; toybox renders its own")
+    group.add_argument("--map_dir", type=Path, help="others, whose maps are drawn and scored")
+    group.add_argument("--score", nargs="+", default=[], metavar="FLAG=VALUE", help="of eval map2img: palette=ade20k")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -42,6 +48,11 @@ def run(options: argparse.Namespace) -> None:
         from eval import comparison
 
         comparison.run(options)
+        return
+    if options.name == "ablation-maps":
+        from eval import map_study
+
+        map_study.run(options)
         return
     study = STUDIES[options.name]
     trials = plan(options, study.settings(options.methods, options.places or study.places))
@@ -80,8 +91,6 @@ def alone(accelerator: Any, output_dir: Path) -> Iterator[None]:
 
 def make(accelerator: Any, options: argparse.Namespace, trials: Sequence[Trial]) -> dict[str, str]:
     """Train, draw and score what is not there yet; what went wrong, by folder."""
-    from accelerate.utils import gather_object
-
     from eval.scoring import load_models, score
 
     _, _, scored_alike = trials[0]
@@ -91,15 +100,7 @@ def make(accelerator: Any, options: argparse.Namespace, trials: Sequence[Trial])
         for one, asked in runs:
             write_settings(one, asked)
     accelerator.wait_for_everyone()
-    waiting = tasks_of_all([one for _, one, _ in trials], options.together)
-    accelerator.wait_for_everyone()  # every process has looked before the first one writes
-    index, count = accelerator.process_index, accelerator.num_processes
-    on_gpu = accelerator.device.type == "cuda"
-    environment = running.child_environment(options.jobs, count, accelerator.local_process_index, on_gpu)
-    show = accelerator.is_local_main_process
-    mine = running.run_tasks(waiting[index::count], options.jobs, environment, show, fork=not on_gpu)
-    failed: dict[str, str] = dict(gather_object(list(mine.items())))
-    accelerator.wait_for_everyone()
+    failed = run_waiting(accelerator, options, tasks_of_all([one for _, one, _ in trials], options.together))
     models = load_models(scored_alike, accelerator.device)
     for one, asked in runs:
         own = {place: problem for place, problem in failed.items() if Path(place).is_relative_to(one.folder)}
@@ -108,6 +109,21 @@ def make(accelerator: Any, options: argparse.Namespace, trials: Sequence[Trial])
         except InputError as error:  # not one of its trainings came to an end: a fact of the study, not the end of it
             failed.setdefault(str(one.folder), str(error))
             (one.folder / "subjects.csv").unlink(missing_ok=True)
+    return failed
+
+
+def run_waiting(accelerator: Any, options: argparse.Namespace, waiting: Sequence[running.Task]) -> dict[str, str]:
+    """Run tasks, spread over the processes; what went wrong, by folder."""
+    from accelerate.utils import gather_object
+
+    accelerator.wait_for_everyone()  # every process has looked before the first one writes
+    index, count = accelerator.process_index, accelerator.num_processes
+    on_gpu = accelerator.device.type == "cuda"
+    environment = running.child_environment(options.jobs, count, accelerator.local_process_index, on_gpu)
+    show = accelerator.is_local_main_process
+    mine = running.run_tasks(waiting[index::count], options.jobs, environment, show, fork=not on_gpu)
+    failed: dict[str, str] = dict(gather_object(list(mine.items())))
+    accelerator.wait_for_everyone()
     return failed
 
 
@@ -126,11 +142,7 @@ def plan(options: argparse.Namespace, settings: Sequence[Setting]) -> list[Trial
     Raises:
         InputError
     """
-    typed = pairs(options.train, "--train")
-    for setting in settings:
-        clash = sorted(typed.keys() & setting.train.keys())
-        if clash:
-            raise InputError(f"--train {clash[0]} is what {options.name} varies; leave it out.")
+    typed = refuse_what_is_varied(options, settings)
     usual = USUAL_STEPS["miniature" if options.pretrained_model_name_or_path is None else "other"]
     steps = str(typed.get("max_train_steps", usual))
     if not steps.isdecimal() or int(steps) == 0:
@@ -157,6 +169,20 @@ def plan(options: argparse.Namespace, settings: Sequence[Setting]) -> list[Trial
         shorter = found[-1][1] if found and multiple is not None and continues(found[-1][0], setting, options) else None
         found.append((setting, dataclasses.replace(one, benchmark=without_drift, continues=shorter), asked))
     return found
+
+
+def refuse_what_is_varied(options: argparse.Namespace, settings: Sequence[Setting]) -> dict[str, object]:
+    """The flags of ``--train``.
+
+    Raises:
+        InputError: one of them is the study's own.
+    """
+    typed = pairs(options.train, "--train")
+    for setting in settings:
+        clash = sorted(typed.keys() & {*setting.train, "method"})
+        if clash:
+            raise InputError(f"--train {clash[0]} is what {options.name} varies; leave it out.")
+    return typed
 
 
 def continues(shorter: Setting, setting: Setting, options: argparse.Namespace) -> bool:

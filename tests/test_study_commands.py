@@ -7,14 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+import train_controlnet_map2img
 from data.benchmark import load_benchmark
+from data.palettes import read_palette
+from eval import map_study
 from eval import plan as eval_plan
 from eval import study as eval_study
 from eval.comparison import METHODS, settings_of
 from eval.plan import tasks_of_all
-from eval.studies import STUDIES
+from eval.studies import STUDIES, ablation
 from eval.study import add_arguments, plan
 from tests.conftest import ROOT, draw_photographs
 from train_dreambooth_delora import check, parse_arguments
@@ -22,7 +27,11 @@ from train_dreambooth_delora import check, parse_arguments
 MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 LINES = [line.strip() for line in (ROOT / "docs" / "studies.md").read_text().splitlines() if line.startswith("    ")]
 VARIABLE = next(line for line in LINES if line.startswith("SD15="))
-COMMANDS = {line.split(" study ")[1].split()[0]: line for line in LINES if "$SD15" in line or "study norms" in line}
+COMMANDS = {
+    line.split(" study ")[1].split()[0]: line
+    for line in LINES
+    if " study " in line and ("$SD15" in line or MODEL in line)
+}
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +44,10 @@ def downloaded(tmp_path_factory):
 
 
 def test_every_study_has_its_line():
-    assert set(COMMANDS) == {*STUDIES, "comparison", "norms"}
+    assert set(COMMANDS) == {*STUDIES, "comparison", "norms", "ablation-maps"}
 
 
-@pytest.mark.parametrize("name", ["lr", "comparison", "norms"])
+@pytest.mark.parametrize("name", ["lr", "comparison", "norms", "ablation-maps"])
 def test_as_typed_it_ends_at_the_missing_weights(name, downloaded):
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PATH": path}
@@ -51,15 +60,43 @@ def test_as_typed_it_ends_at_the_missing_weights(name, downloaded):
     assert not (downloaded / "studies").exists(), "nothing is left behind"
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "norms"])
+def parsed(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args(words)
+
+
+def test_with_the_weights_every_training_on_maps_is_one_that_the_script_takes(tmp_path):
+    options = parsed(shlex.split(COMMANDS["ablation-maps"].split(" study ")[1]))
+    palette = read_palette("ade20k")
+    for part in ("images", "maps"):
+        (tmp_path / "train" / part).mkdir(parents=True)
+        Image.fromarray(palette[np.zeros((40, 40), int)]).save(tmp_path / "train" / part / "a.png")
+    (tmp_path / "train" / "images" / "a.txt").write_text("a room")
+    settings = ablation(None, ())
+    checked = set()
+    for setting in settings:
+        one = map_study.Run(setting, 2, tmp_path / setting.slug)
+        train, draw, score = map_study.task(one, options, tmp_path / "train", tmp_path / "val").steps
+        _, script, *flags = train.command() or ()
+        assert script.endswith("train_controlnet_map2img.py")
+        args = train_controlnet_map2img.parse_arguments(flags)
+        (pair,), _, _ = train_controlnet_map2img.check(args)
+        assert pair.caption == "a room" and args.seed == 2 and args.max_train_steps == 12640
+        checked.add((args.method, args.rank, args.weight_norm, args.learning_rate))
+        for command in (draw.command(), score.command()):
+            assert command is not None and "--map_dir" in command
+        assert "ade20k" in (score.command() or ())
+    assert len(checked) == len(settings) == 7
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if "$SD15" in COMMANDS[name]])
 def test_with_the_weights_every_training_is_one_that_the_script_takes(name, downloaded, monkeypatch):
     monkeypatch.chdir(downloaded)
     for module in (eval_plan, eval_study):
         monkeypatch.setattr(module, "check_base_model", lambda name_or_path: None)
     typed = shlex.split(VARIABLE.removeprefix('SD15="').removesuffix('"'))
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    options = parser.parse_args([name, *typed])
+    options = parsed([name, *typed])
     if name == "comparison":
         settings = [setting for method in METHODS for setting in settings_of(method, (0.5, 1, 2))]
     else:
