@@ -9,6 +9,7 @@ import multiprocessing
 import signal
 import subprocess
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 
@@ -110,6 +111,31 @@ def run_in_two_processes(*typed: object) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     subprocess.run([*launch, *map(str, typed)], cwd=ROOT, env=environment, check=True)
+
+
+def _eval(words: list[str], folder: Path) -> None:
+    for stream, file in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    code: object = 0
+    try:
+        from eval.__main__ import main
+
+        main(words)
+    except SystemExit as stop:
+        code = stop.code
+    if isinstance(code, str):
+        print(code, file=sys.stderr, flush=True)
+    (folder / "code").write_text("1" if isinstance(code, str) else str(code or 0))
+    sys.stdout.flush()
+
+
+def run_eval(*words: object) -> subprocess.CompletedProcess[str]:
+    """``python -m eval WORDS`` in a fresh process whose imports are warm."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        run_in_child(_eval, [str(word) for word in words], folder)
+        out, err, code = ((folder / file).read_text() for file in ("out", "err", "code"))
+    return subprocess.CompletedProcess(words, int(code), out, err)
 
 
 def run_in_child(function, *arguments) -> int:

@@ -3,13 +3,12 @@
 import json
 import statistics
 import subprocess
-import sys
 
 import pandas as pd
 import pytest
 from PIL import Image
 
-from tests.conftest import ROOT
+from tests.conftest import run_eval
 from tests.test_maps import write_folders
 
 
@@ -24,9 +23,8 @@ def typed(tiny_sd, tmp_path_factory):
     return [str(word) for word in [*words, "validation_inference_steps=1"]], folder / "out"
 
 
-def study(typed, *more: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "eval", "study", "ablation-maps", *typed, *more]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def study(typed, *more: str) -> subprocess.CompletedProcess[str]:
+    return run_eval("study", "ablation-maps", *typed, *more)
 
 
 def test_the_rows_on_maps(typed):

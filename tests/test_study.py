@@ -22,7 +22,7 @@ from delora_diffusers.training.arguments import DEFAULT_LEARNING_RATES
 from eval.methods import LEARNING_RATES, TITLES
 from eval.studies import STUDIES
 from eval.study import add_arguments, plan
-from tests.conftest import ROOT, draw_photographs
+from tests.conftest import ROOT, draw_photographs, run_eval
 
 
 def test_the_methods_are_the_librarys():
@@ -54,7 +54,11 @@ def typed(tiny_sd, tiny_scorers, tmp_path_factory):
     return [str(word) for word in words], folder / "out"
 
 
-def study(name: str, typed: list[str], *more: str) -> subprocess.Popen:
+def study(name: str, typed: list[str], *more: str) -> subprocess.CompletedProcess[str]:
+    return run_eval("study", name, *typed, *more)
+
+
+def start(name: str, typed: list[str], *more: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "eval", "study", name, *typed, *more]
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -64,15 +68,15 @@ def study(name: str, typed: list[str], *more: str) -> subprocess.Popen:
 def test_a_study_killed_and_continued_and_what_it_shares(typed):
     flags, out = typed
     more = ("--methods", "delora", "--places", "1", "4")
-    first = study("lr", flags, *more)
+    first = start("lr", flags, *more)
     while not list(out.glob("runs/*/seed-0/*/adapter/*.safetensors")):
         assert first.poll() is None, first.communicate()[1][-2000:]
         time.sleep(0.2)
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
     made = {file: file.stat().st_mtime_ns for file in out.glob("runs/*/seed-0/*/adapter/*.safetensors")}
-    at_once = study("start", flags, "--places", "1")  # shares the frozen copy; one waits for the other
-    again = study("lr", flags, *more)
+    at_once = start("start", flags, "--places", "1")  # shares the frozen copy; one waits for the other
+    again = start("lr", flags, *more)
     printed, errors = again.communicate()
     assert again.returncode == 0, errors[-2000:]
     assert at_once.communicate() and at_once.returncode == 0
@@ -98,9 +102,9 @@ def test_a_study_killed_and_continued_and_what_it_shares(typed):
     assert float(rates) == pytest.approx(4 * LEARNING_RATES["delora"])
 
     assert len(list(out.glob("runs/delora*"))) == 3, "the frozen copy is lr's DeLoRA"
-    start = pd.read_parquet(out / "start.parquet")
-    frozen = start[start["label"] == "frozen copy"]
-    assert frozen["dino"].tolist() == rows[rows["x"] == 1]["dino"].tolist() and len(start) == 4
+    both = pd.read_parquet(out / "start.parquet")
+    frozen = both[both["label"] == "frozen copy"]
+    assert frozen["dino"].tolist() == rows[rows["x"] == 1]["dino"].tolist() and len(both) == 4
 
 
 def test_subjects_trained_together_are_trained_as_alone(typed):
@@ -111,8 +115,7 @@ def test_subjects_trained_together_are_trained_as_alone(typed):
     for together in ("1", "4"):
         place = out.with_name(f"together-{together}")
         done = study("lr", [str(place) if word == str(out) else word for word in flags], *more, "--together", together)
-        errors = done.communicate()[1]
-        assert done.returncode == 0, errors[-2000:]
+        assert done.returncode == 0, done.stderr[-2000:]
         found[together] = pd.read_parquet(place / "lr.parquet").set_index(["subject", "seed"]).sort_index()
         logs = list(place.glob("runs/lora-learning_rate-0.0006/**/log.txt"))
         assert len(logs) == 4 // int(together), logs
@@ -124,7 +127,7 @@ def test_subjects_trained_together_are_trained_as_alone(typed):
 def test_a_table(typed):
     flags, out = typed
     done = study("ablation", flags, "--methods", "delora", "--subjects", "one")
-    assert done.communicate() and done.returncode == 0
+    assert done.returncode == 0, done.stderr[-2000:]
     caption = (out / "ablation.md").read_text()
     assert "| normalized, boundary, no weight scaling |" in caption and "| DeLoRA |" in caption
     rows = pd.read_parquet(out / "ablation.parquet").set_index("label")["dino"]
@@ -137,8 +140,7 @@ def test_a_table(typed):
 def test_a_setting_that_fails_is_said_and_the_others_are_shown(typed):
     flags, out = typed
     done = study("lr", flags, "--methods", "lora", "--places", "1", "1e35", "--subjects", "one")
-    errors = done.communicate()[1]
-    assert done.returncode == 1 and "the loss was not finite" in errors and "2 failed" in errors
+    assert done.returncode == 1 and "the loss was not finite" in done.stderr and "2 failed" in done.stderr
     caption = (out / "lr.md").read_text()
     assert "Did not end, and in no mean: LoRA at 1e+35 (1 of 1)." in caption
     assert "| LoRA | 1 |" in caption and "| LoRA | 1e+35 |" not in caption
@@ -153,8 +155,7 @@ def test_comparison_tunes_on_some_and_scores_the_others(typed):
         shutil.copytree(photographs / "one", photographs / name, dirs_exist_ok=True)
     small.write_text(yaml.safe_dump(content, sort_keys=False))
     done = study("comparison", flags, "--methods", "delora", "--places", "1", "2")
-    errors = done.communicate()[1]
-    assert done.returncode == 0, errors[-2000:]
+    assert done.returncode == 0, done.stderr[-2000:]
     grid = pd.read_parquet(out / "comparison-grid.parquet")
     assert set(grid["subject"]) == {"one", "two", "three"} and set(grid["x"]) == {1, 2}
     best = grid.groupby("x")["dino"].mean().idxmax()
@@ -169,7 +170,7 @@ def test_comparison_tunes_on_some_and_scores_the_others(typed):
 
 def test_norms_are_those_of_the_weights(tmp_path):
     done = study("norms", ["--output_dir", str(tmp_path)])
-    assert done.communicate() and done.returncode == 0
+    assert done.returncode == 0, done.stderr[-2000:]
     rows = pd.read_parquet(tmp_path / "norms.parquet")
     files = (ROOT / "data" / "miniature" / "mini-sd" / "unet").glob("*.safetensors")
     weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
@@ -194,8 +195,7 @@ def test_longer_trainings_continue_the_shorter(typed):
         flags_there = [str(place) if word == str(out) else word for word in flags]
         more = ("--methods", "delora", "--together", "2", "--places", *steps)
         done = study("prolonged", flags_there, *more)
-        errors = done.communicate()[1]
-        assert done.returncode == 0, errors[-2000:]
+        assert done.returncode == 0, done.stderr[-2000:]
         (run,) = place.glob("runs/*max_train_steps-10")
         command = json.loads((run / "seed-0" / "one" / "adapter" / "config.json").read_text())["command"]
         assert ("checkpoint-4" in command) == (name == "continued"), command
@@ -226,7 +226,7 @@ def test_refuses_to_vary_what_is_fixed(typed):
     flags, _ = typed
     flags = [*flags[: flags.index("--train") + 1], "learning_rate=1", *flags[flags.index("--train") + 1 :]]
     refused = study("lr", flags)
-    assert "--train learning_rate is what lr varies" in refused.communicate()[1] and refused.returncode == 1
+    assert "--train learning_rate is what lr varies" in refused.stderr and refused.returncode == 1
     flags = [word.replace("max_train_steps=4", "max_train_steps=four") for word in flags if word != "learning_rate=1"]
     refused = study("prolonged", flags)
-    assert "max_train_steps=four is no number of steps" in refused.communicate()[1] and refused.returncode == 1
+    assert "max_train_steps=four is no number of steps" in refused.stderr and refused.returncode == 1

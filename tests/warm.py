@@ -4,5 +4,6 @@ import diffusers.optimization  # noqa: F401
 import transformers.models.clip.modeling_clip  # noqa: F401
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: F401
 
-import delora_diffusers.attachment
-import delora_diffusers.files  # noqa: F401
+import eval.captions
+import eval.encoders
+import eval.warm  # noqa: F401
