@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
     plan = check(options)
 
     from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs, gather_object
+    from accelerate.utils import InitProcessGroupKwargs
 
     from eval.scoring import load_models, score
 
@@ -63,16 +63,7 @@ def run(options: argparse.Namespace) -> None:
     accelerator.wait_for_everyone()
     failed: dict[str, str] = {}
     if options.generated_dir is None:
-        waiting = tasks(plan, options.together)
-        accelerator.wait_for_everyone()  # every process has looked before the first one writes
-        index, count = accelerator.process_index, accelerator.num_processes
-        on_gpu = accelerator.device.type == "cuda"
-        environment = running.child_environment(options.jobs, count, accelerator.local_process_index, on_gpu)
-        show = accelerator.is_local_main_process
-        mine = running.run_tasks(waiting[index::count], options.jobs, environment, show, fork=not on_gpu)
-        for path, problem in gather_object(list(mine.items())):
-            failed[path] = problem
-    accelerator.wait_for_everyone()
+        failed = running.run_on_all(accelerator, tasks(plan, options.together), options.jobs)
     summary = score(plan, options, accelerator, failed, load_models(options, accelerator.device))
     if summary is None:
         return

@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> None:
         failed = study.make(accelerator, options, trials)
         chosen = [None]
         if accelerator.is_main_process:
-            grid = study.gather(trials)
+            grid = study.gather(trials, failed)
             with written_whole(options.output_dir / "comparison-grid.parquet") as temporary:
                 grid.to_parquet(temporary, index=False)
             chosen = [best_factors(grid)]
@@ -64,11 +64,13 @@ def run(options: argparse.Namespace) -> None:
         final = study.plan(options, settings)
         failed |= study.make(accelerator, options, final)
         if accelerator.is_main_process:
-            rows = study.gather(final)
+            rows = study.gather(final, failed)
             with written_whole(options.output_dir / "comparison.parquet") as temporary:
                 rows.to_parquet(temporary, index=False)
             path = options.output_dir / "comparison"
-            written = write(path, rows, counts(final), subjects[:TUNED_ON], captions.ended(final, rows))
+            never = [TITLES[method] for method in methods if method not in tuned]
+            missing = captions.ended(final, rows) + (f" Ended at no rate: {', '.join(never)}." if never else "")
+            written = write(path, rows, counts(final), subjects[:TUNED_ON], missing)
             captions.write_pictures(path.with_name("comparison-pictures"), None, as_rows(final))
             study.finish(written, failed)
 

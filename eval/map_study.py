@@ -60,9 +60,9 @@ def run(options: argparse.Namespace) -> None:
         if accelerator.is_main_process:
             remember(options, data_dir, map_dir)
         waiting = [task(one, options, data_dir, map_dir) for one in runs if not one.is_done()]
-        failed = study.run_waiting(accelerator, options, waiting)
+        failed = running.run_on_all(accelerator, waiting, options.jobs)
         if accelerator.is_main_process:
-            rows = gather(runs)
+            rows = gather(runs, failed)
             path = options.output_dir / "ablation-maps"
             with written_whole(path.with_suffix(".parquet")) as temporary:
                 rows.to_parquet(temporary, index=False)
@@ -141,11 +141,11 @@ def task(one: Run, options: argparse.Namespace, data_dir: Path, map_dir: Path) -
     return running.Task(one.place, [one], steps)
 
 
-def gather(runs: Sequence[Run]) -> Any:
+def gather(runs: Sequence[Run], failed: dict[str, str]) -> Any:
     """A row for each setting and seed: scores, those of the real pictures, the training's last distance.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none; tells the first problem of ``failed``.
     """
     import pandas as pd
 
@@ -157,7 +157,7 @@ def gather(runs: Sequence[Run]) -> Any:
             row |= scored["scores"] | {f"real_{name}": value for name, value in (scored["real"] or {}).items()}
             found.append(row | {"distance": study.last_distance(one.place / "adapter")})
     if not found:
-        raise InputError("no row came to its end; see log.txt in the folders of the runs.")
+        raise InputError(f"no row came to its end; the first problem: {next(iter(failed.values()), 'none')}")
     return pd.DataFrame(found)
 
 

@@ -224,6 +224,24 @@ def run_tasks(
     return failed
 
 
+def run_on_all(accelerator: Any, tasks: Sequence[Task], jobs: int) -> dict[str, str]:
+    """Run tasks, spread over the processes of ``accelerate launch``, ``jobs`` at a time in each.
+
+    Every process gives the same tasks, and gets what went wrong in any.
+    """
+    from accelerate.utils import gather_object
+
+    accelerator.wait_for_everyone()  # every process has looked at what is there before the first one writes
+    index, count = accelerator.process_index, accelerator.num_processes
+    on_gpu = accelerator.device.type == "cuda"
+    environment = child_environment(jobs, count, accelerator.local_process_index, on_gpu)
+    show = accelerator.is_local_main_process
+    mine = run_tasks(tasks[index::count], jobs, environment, show, fork=not on_gpu)
+    failed: dict[str, str] = dict(gather_object(list(mine.items())))
+    accelerator.wait_for_everyone()
+    return failed
+
+
 def _fresh(command: Sequence[str], log: IO, environment: dict[str, str], lock: int) -> tuple[Any, Callable[[], Any]]:
     """Start a command; the process, and what waits for its exit code.
 

@@ -8,6 +8,7 @@ import argparse
 import copy
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    for place in options.places or ():
+        if not 0 < place < math.inf:
+            raise InputError(f"--places {place:g} is no multiple; give positive numbers, 1 for the usual one.")
     if options.name == "norms":
         finish(norms.write(options.pretrained_model_name_or_path, options.output_dir / "norms"), {})
         return
@@ -62,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
         if accelerator.is_main_process:
             from eval import captions
 
-            rows = gather(trials)
+            rows = gather(trials, failed)
             with written_whole(options.output_dir / f"{options.name}.parquet") as temporary:
                 rows.to_parquet(temporary, index=False)
             caption = captions.write(options.output_dir / options.name, study, rows, captions.ended(trials, rows))
@@ -100,7 +104,9 @@ def make(accelerator: Any, options: argparse.Namespace, trials: Sequence[Trial])
         for one, asked in runs:
             write_settings(one, asked)
     accelerator.wait_for_everyone()
-    failed = run_waiting(accelerator, options, tasks_of_all([one for _, one, _ in trials], options.together))
+    failed = running.run_on_all(
+        accelerator, tasks_of_all([one for _, one, _ in trials], options.together), options.jobs
+    )
     models = load_models(scored_alike, accelerator.device)
     for one, asked in runs:
         own = {place: problem for place, problem in failed.items() if Path(place).is_relative_to(one.folder)}
@@ -109,21 +115,6 @@ def make(accelerator: Any, options: argparse.Namespace, trials: Sequence[Trial])
         except InputError as error:  # not one of its trainings came to an end: a fact of the study, not the end of it
             failed.setdefault(str(one.folder), str(error))
             (one.folder / "subjects.csv").unlink(missing_ok=True)
-    return failed
-
-
-def run_waiting(accelerator: Any, options: argparse.Namespace, waiting: Sequence[running.Task]) -> dict[str, str]:
-    """Run tasks, spread over the processes; what went wrong, by folder."""
-    from accelerate.utils import gather_object
-
-    accelerator.wait_for_everyone()  # every process has looked before the first one writes
-    index, count = accelerator.process_index, accelerator.num_processes
-    on_gpu = accelerator.device.type == "cuda"
-    environment = running.child_environment(options.jobs, count, accelerator.local_process_index, on_gpu)
-    show = accelerator.is_local_main_process
-    mine = running.run_tasks(waiting[index::count], options.jobs, environment, show, fork=not on_gpu)
-    failed: dict[str, str] = dict(gather_object(list(mine.items())))
-    accelerator.wait_for_everyone()
     return failed
 
 
@@ -194,8 +185,12 @@ def continues(shorter: Setting, setting: Setting, options: argparse.Namespace) -
     return alike and schedule in ("constant", "constant_with_warmup")
 
 
-def gather(plans: Sequence[Trial]) -> Any:
-    """A row for each setting, subject, seed and protocol: scores, and the training's last distance."""
+def gather(plans: Sequence[Trial], failed: dict[str, str]) -> Any:
+    """A row for each setting, subject, seed and protocol: scores, and the training's last distance.
+
+    Raises:
+        InputError: there is none; tells the first problem of ``failed``.
+    """
     import pandas as pd
 
     found = []
@@ -211,7 +206,7 @@ def gather(plans: Sequence[Trial]) -> Any:
         ]
         found.append(rows)
     if not found:
-        raise InputError("no setting could be scored; see log.txt in the folders of the subjects.")
+        raise InputError(f"no setting could be scored; the first problem: {next(iter(failed.values()), 'none drawn')}")
     return pd.concat(found, ignore_index=True)
 
 

@@ -229,4 +229,5 @@ def test_refuses_to_vary_what_is_fixed(typed):
     assert "--train learning_rate is what lr varies" in refused.stderr and refused.returncode == 1
     flags = [word.replace("max_train_steps=4", "max_train_steps=four") for word in flags if word != "learning_rate=1"]
     refused = study("prolonged", flags)
+    assert "--places -1 is no multiple" in study("lr", flags, "--places", "2", "-1").stderr
     assert "max_train_steps=four is no number of steps" in refused.stderr and refused.returncode == 1
