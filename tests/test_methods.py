@@ -250,6 +250,20 @@ def test_parameter_counts_are_the_papers(name):
     assert round(sum(p.numel() for p in adapter.parameters()) / 1e6, 1) == millions
 
 
+def test_the_first_relaxation_is_one_sided_etherplus_until_its_boundary_moves():
+    """A row of the ablation changes one thing: at rank 1 it has ETHER+'s boundary, and learns it from there."""
+    weight = torch.randn(3, 10, 14, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    relaxed, ether = AdapterConfig(method="delora_symmetric", rank=1), AdapterConfig(method="etherplus_onesided")
+    tensors, _ = METHODS["delora_symmetric"].initialize(weight, relaxed, torch.Generator().manual_seed(1))
+    tensors = {name: tensor.double() for name, tensor in tensors.items()}
+    tensors["U"] = torch.randn(3, 14, 1, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    vectors = {"u": tensors["V"].mT, "v": tensors["U"].mT}
+    fixed = METHODS["etherplus_onesided"].adapted_weight(weight, vectors, ether)
+    torch.testing.assert_close(METHODS["delora_symmetric"].adapted_weight(weight, tensors, relaxed), fixed)
+    twice = METHODS["delora_symmetric"].adapted_weight(weight, tensors | {"lambda": 2 * tensors["lambda"]}, relaxed)
+    torch.testing.assert_close(twice - weight, 2 * (fixed - weight))
+
+
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_a_unet_with_each_method(unet, unet_inputs, tmp_path, method):
     """Attached, saved, loaded, at half strength, merged and taken off: one mechanism for all."""
