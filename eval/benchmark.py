@@ -8,6 +8,7 @@ import argparse
 import datetime
 import sys
 from pathlib import Path
+from typing import Any
 
 from eval import report, running
 from eval.methods import TITLES
@@ -48,15 +49,20 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--workers", type=int, help="processes that decode pictures")
 
 
-def run(options: argparse.Namespace) -> None:
-    plan = check(options)
-
+def start() -> Any:
+    """The accelerator of a run whose processes may wait long for one another."""
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
+    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)])
+
+
+def run(options: argparse.Namespace) -> None:
+    plan = check(options)
+
     from eval.scoring import load_models, score
 
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)])
+    accelerator = start()
     if accelerator.is_main_process:
         write_settings(plan, options)
         load_models(options, "cpu")  # refused now, not after hours of training

@@ -13,7 +13,7 @@ from typing import Any
 
 from data.benchmark import load_benchmark
 from data.errors import InputError
-from eval import captions, figures, study
+from eval import benchmark, captions, figures, study
 from eval.methods import LEARNING_RATES, TITLES
 from eval.results import mean_and_interval
 from eval.studies import Setting, Trial
@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> None:
             f"comparison tunes on {TUNED_ON} subjects and scores the others; {len(subjects)} are too few, name more."
         )
     methods, factors = options.methods or METHODS, options.places or FACTORS
-    accelerator = study.start()
+    accelerator = benchmark.start()
     tuning = copy.copy(options)
     tuning.subjects, tuning.seeds = subjects[:TUNED_ON], 1
     settings = [setting for method in methods for setting in settings_of(method, factors)]

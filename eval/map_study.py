@@ -14,7 +14,7 @@ from typing import Any
 
 from data.errors import InputError
 from data.maps import find_pairs
-from eval import running, study
+from eval import benchmark, running, study
 from eval.plan import check_base_model, pairs
 from eval.studies import Setting, ablation
 from eval.writing import write_text, written_whole
@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> None:
     data_dir, map_dir = folders(options)
     find_pairs(data_dir)
     pictures = {Path(str(pair.map)).stem: pair.picture for pair in find_pairs(map_dir)}
-    accelerator = study.start()
+    accelerator = benchmark.start()
     folder = options.output_dir / "runs"
     runs = [Run(s, seed, folder / f"maps-{s.slug}" / f"seed-{seed}") for s in settings for seed in range(options.seeds)]
     with study.alone(accelerator, options.output_dir):

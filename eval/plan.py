@@ -135,6 +135,12 @@ def check_base_model(name_or_path: str | None) -> None:
     """
     if name_or_path in (None, norms.MINIATURE.name) or (Path(name_or_path) / "model_index.json").is_file():
         return
+    folder = Path(name_or_path)
+    if folder.exists() or folder.is_absolute() or name_or_path.startswith(".") or name_or_path.count("/") > 1:
+        raise InputError(
+            f"--pretrained_model_name_or_path {name_or_path} has no model_index.json; name a whole pipeline folder, "
+            "as pipeline.save_pretrained writes it, or a hub id."
+        )
     from huggingface_hub import hf_hub_download
 
     try:

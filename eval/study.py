@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> None:
         return
     study = STUDIES[options.name]
     trials = plan(options, study.settings(options.methods, options.places or study.places))
-    accelerator = start()
+    accelerator = benchmark.start()
     with alone(accelerator, options.output_dir):
         failed = make(accelerator, options, trials)
         if accelerator.is_main_process:
@@ -72,14 +72,6 @@ def run(options: argparse.Namespace) -> None:
             caption = captions.write(options.output_dir / options.name, study, rows, captions.ended(trials, rows))
             captions.write_pictures(options.output_dir / f"{options.name}-pictures", study.axis, trials)
             finish(caption, failed)
-
-
-def start() -> Any:
-    """The accelerator of a study."""
-    from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
-
-    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=benchmark.LONGEST_WAIT)])
 
 
 @contextmanager
