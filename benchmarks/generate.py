@@ -19,7 +19,7 @@ from torch import nn
 
 from benchmarks.train_step import RANK, SHAPES, SIDES, build_unet
 from delora_diffusers import AdapterConfig, attach, merge
-from delora_diffusers.config import UNET_TARGETS
+from delora_diffusers.methods.config import UNET_TARGETS
 
 
 def base(unet: nn.Module) -> None:

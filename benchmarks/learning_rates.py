@@ -17,8 +17,8 @@ from diffusers import DDPMScheduler
 import train_dreambooth_delora
 from data.photographs import find_photographs, variants
 from delora_diffusers import detach, load_adapter
-from delora_diffusers.base_model import load_pipeline
-from delora_diffusers.conditions import encode_prompts
+from delora_diffusers.pipelines.base_model import load_pipeline
+from delora_diffusers.pipelines.conditions import encode_prompts
 from delora_diffusers.training.arguments import DEFAULT_LEARNING_RATES
 from delora_diffusers.training.encoding import encode_pictures
 from delora_diffusers.training.objective import denoising_losses, noised

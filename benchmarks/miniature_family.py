@@ -19,10 +19,10 @@ from data.toybox.places import STUFF
 from data.toybox.render import render
 from data.toybox.scenes import SEMANTIC_CLASSES, Scene, photograph, unseen_subject
 from data.toybox.shapes import CLASSES
-from delora_diffusers.base_model import load_pipeline
-from delora_diffusers.images import labelled_grid
-from delora_diffusers.sampling import sample_pictures
-from eval.encoders import ClipEncoder, DinoEncoder
+from delora_diffusers.image_grid import labelled_grid
+from delora_diffusers.pipelines.base_model import load_pipeline
+from delora_diffusers.pipelines.sampling import sample_images
+from eval.metrics.encoders import ClipEncoder, DinoEncoder
 
 PICTURES, SUBJECTS_PER_CLASS, PHOTOGRAPHS, AMONG = 500, 10, 5, 100
 SEED = 8128
@@ -120,7 +120,7 @@ def drawn_samples(pipeline, captions: list[str]) -> list[Image.Image]:
     for first in tqdm(range(0, len(captions), 20), desc="sampling", disable=None):
         prompts = captions[first : first + 20]
         seeds = list(range(first, first + len(prompts)))
-        pictures += sample_pictures(
+        pictures += sample_images(
             pipeline, seeds, None, prompt=prompts, num_inference_steps=STEPS, guidance_scale=GUIDANCE
         )
     return pictures

@@ -68,7 +68,7 @@ def run_one(task: tuple[Path, int, str | None, dict[str, Any]]) -> dict[str, Any
     from accelerate.state import AcceleratorState
 
     import train_dreambooth_delora
-    from data.toybox.__main__ import write_unseen_subject
+    from data.toybox.write import write_unseen_subject
     from delora_diffusers.__main__ import main as library
     from eval import dreambooth
 

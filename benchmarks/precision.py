@@ -38,7 +38,7 @@ def layer_errors(width: int, size: float, dtype_name: str, path: str, device: st
     from torch import nn
 
     from delora_diffusers import AdapterConfig, attach
-    from delora_diffusers.update import delora_factors
+    from delora_diffusers.methods.update import delora_factors
 
     class Model(nn.Module):
         def __init__(self):
@@ -114,8 +114,8 @@ def run_subject(task: tuple[Path, int, str | None, dict[str, Any]]) -> dict[str,
     if "relative" in result or task[2] is None:
         return result
     from delora_diffusers import load_adapter
-    from delora_diffusers.adapter import base_parameter
-    from delora_diffusers.base_model import load_pipeline
+    from delora_diffusers.adapter.projections import base_parameter
+    from delora_diffusers.pipelines.base_model import load_pipeline
 
     unet = load_pipeline(None).unet
     adapter = load_adapter(unet, task[0] / "adapter")

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data.photographs import load_rgb
-from eval.embedding import embed
-from eval.encoders import ClipEncoder, DinoEncoder
+from delora_diffusers.image_files import load_rgb
+from eval.metrics.embedding import embed
+from eval.metrics.encoders import ClipEncoder, DinoEncoder
 
 SUBJECTS, PICTURES, PHOTOGRAPHS, DIFFERENT = 30, 3000, 158, 160
 

@@ -62,7 +62,7 @@ def timed_step() -> None:
 def time_one(accelerator: Any, batch_size: int, rounds: int = 3, steps: int = 16) -> dict[str, float]:
     """Median milliseconds of a step on this GPU while the others wait, and on all; exchanges of a step."""
     from benchmarks.train_step import Trial, ours
-    from delora_diffusers.config import UNET_TARGETS
+    from delora_diffusers.methods.config import UNET_TARGETS
     from delora_diffusers.training import gradients
 
     trial = Trial(ours(method="delora"), UNET_TARGETS, batch_size, str(accelerator.device), record=True)

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.step_counts import Counter
 from benchmarks.train_step import FLOOR, RECORDED, VARIANTS, Trial
-from delora_diffusers.config import UNET_TARGETS
+from delora_diffusers.methods.config import UNET_TARGETS
 
 SHOWN = {
     FLOOR: "floor, CUDA graph",

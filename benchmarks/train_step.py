@@ -23,7 +23,7 @@ from diffusers.utils import logging
 from torch import nn
 
 from delora_diffusers import AdapterConfig, attach
-from delora_diffusers.config import MAP_TARGETS, UNET_TARGETS
+from delora_diffusers.methods.config import MAP_TARGETS, UNET_TARGETS
 
 RANK = 16
 TARGETS = {"attention": UNET_TARGETS, "maps": MAP_TARGETS}
@@ -150,7 +150,7 @@ class Trial:
         if record:
             from accelerate import Accelerator
 
-            from delora_diffusers.training.captured import MicroBatches
+            from delora_diffusers.training.cuda_graph import MicroBatches
 
             self.recorded = MicroBatches(Accelerator(), [], self.loss_of, capture=True)
 

@@ -1,1 +1,1 @@
-"""Datasets, prompt lists and small models to run on. Imports nothing of the library."""
+"""Datasets, prompt lists and small models to run on. Of the library it imports the leaves only."""

@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from data.errors import InputError
-from data.photographs import EXTENSIONS
+from delora_diffusers.errors import InputError
+from delora_diffusers.image_files import list_images
 
 SHIPPED = Path(__file__).parent / "benchmarks"
 FIELDS = {"identifier", "class"}
@@ -160,7 +160,7 @@ def find_subjects(benchmark: Benchmark, folder: str | Path) -> Photographs:
     counts = {}
     for subject in benchmark.subjects:
         place = folder / subject.name
-        pictures = [p for p in place.iterdir() if p.suffix.lower() in EXTENSIONS] if place.is_dir() else []
+        pictures = list_images(place) if place.is_dir() else []
         if pictures:
             counts[subject.name] = len(pictures)
     names = [subject.name for subject in benchmark.subjects]
@@ -171,7 +171,7 @@ def find_subjects(benchmark: Benchmark, folder: str | Path) -> Photographs:
 
 def render_subjects(benchmark: Benchmark, folder: str | Path) -> None:
     """Render the photographs of subjects that are toys into ``folder/NAME``, unless they are there."""
-    from data.toybox.__main__ import write_unseen_subject
+    from data.toybox.write import write_unseen_subject
 
     for subject in benchmark.subjects:
         if subject.toybox is not None:

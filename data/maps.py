@@ -1,7 +1,6 @@
 """Pairs of a picture and its semantic map: where they are found, and what must be true of them."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +11,13 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from data.errors import InputError
-from data.palettes import IGNORED, indices_of
-from data.photographs import EXTENSIONS, crop_boxes, load_rgb, scaled_size
+from data.palettes import indices_of
+from data.photographs import crop_boxes, scaled_size
+from delora_diffusers.errors import InputError
+from delora_diffusers.image_files import EXTENSIONS, list_images, load_rgb, read_caption, upright_size
+from delora_diffusers.json_lines import IMAGES_WITH_MAPS, OFT_PROMPTS, read_json_lines
+from delora_diffusers.maps import IGNORED, read_map
+from delora_diffusers.names import METADATA_NAME
 
 NAMED = 3
 """How many of the files that are wrong a message names."""
@@ -27,19 +30,19 @@ class MapPair:
     Attributes:
         name: for messages and for generated files; unique.
         map: the map's file, or the map itself.
-        picture: likewise; None where there is only a map.
+        image: likewise; None if there is only a map.
         caption: None where there is none.
     """
 
     name: str
     map: Path | Image.Image
-    picture: Path | Image.Image | None
+    image: Path | Image.Image | None
     caption: str | None
 
-    def load_picture(self) -> Image.Image:
+    def load_image(self) -> Image.Image:
         """The picture, upright, as RGB."""
-        assert self.picture is not None
-        return self.picture.convert("RGB") if isinstance(self.picture, Image.Image) else load_rgb(self.picture)
+        assert self.image is not None
+        return self.image.convert("RGB") if isinstance(self.image, Image.Image) else load_rgb(self.image)
 
     def load_map(self, reduce_labels: bool = False) -> np.ndarray:
         """The map: (height, width) class indices or (height, width, 3) colours, uint8.
@@ -50,29 +53,10 @@ class MapPair:
         Raises:
             InputError: it cannot be read, or holds indices above 255.
         """
-        values = as_array(self.map, self.name)
+        values = read_map(self.map, f"the map of {self.name}")
         if reduce_labels and values.ndim == 2:
             values = np.where((values == 0) | (values == IGNORED), IGNORED, values - 1).astype(np.uint8)
         return values
-
-
-def as_array(source: Path | Image.Image, name: str) -> np.ndarray:
-    """A map as (height, width) indices or (height, width, 3) colours, uint8.
-
-    Raises:
-        InputError: it cannot be read, or holds indices above 255.
-    """
-    try:
-        image = source if isinstance(source, Image.Image) else Image.open(source)
-        image.load()
-        if image.mode == "1":
-            image = image.convert("L")
-        values = np.asarray(image if image.mode in ("P", "L") or image.mode.startswith("I") else image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"the map of {name} cannot be read ({error}); replace or remove it.") from error
-    if values.max(initial=0) > 255:
-        raise InputError(f"the map of {name} holds class {values.max()}; maps have at most 256 classes, 0 to 255.")
-    return values.astype(np.uint8)
 
 
 def find_pairs(folder: str | Path) -> list[MapPair]:
@@ -91,42 +75,28 @@ def find_pairs(folder: str | Path) -> list[MapPair]:
     prompts = sorted(folder.glob("prompt_*_blip*.json"))
     if (folder / "segm").is_dir() and (folder / "color").is_dir() and prompts:
         return _oft_pairs(folder, prompts[0])
-    records = _records(folder / "metadata.jsonl")
+    file = folder / METADATA_NAME
+    records = [record for _, record in read_json_lines(file, IMAGES_WITH_MAPS)] if file.is_file() else []
     if records and any("map" in record for record in records):
         return _listed_pairs(folder, records)
     if (folder / "images").is_dir() and (folder / "maps").is_dir():
-        captions = {record["file_name"]: record.get("text") for record in records if "file_name" in record}
+        captions = {record["file_name"]: record.get("text") for record in records}
         return _named_pairs(folder / "images", folder / "maps", captions)
     raise InputError(
         f"{folder} holds no pairs; it needs a metadata.jsonl with file_name, map and text, or folders images and maps."
     )
 
 
-def _records(file: Path) -> list[dict[str, Any]]:
-    if not file.is_file():
-        return []
-    records = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            try:
-                record = json.loads(line)
-                record["file_name"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f"{file} line {number} is not a record with file_name; mend it.") from error
-            records.append(record)
-    return records
-
-
 def _listed_pairs(folder: Path, records: list[dict[str, Any]]) -> list[MapPair]:
     without = [record["file_name"] for record in records if "map" not in record]
-    _refuse(without, f"lines of {folder / 'metadata.jsonl'} name no map", "add a map to each")
+    _refuse(without, f"lines of {folder / METADATA_NAME} name no map", "add a map to each")
     missing = [r[key] for r in records for key in ("file_name", "map") if not (folder / r[key]).is_file()]
-    _refuse(missing, f"files that {folder / 'metadata.jsonl'} names are missing", "mend the list or the folder")
+    _refuse(missing, f"files that {folder / METADATA_NAME} names are missing", "mend the list or the folder")
     return [MapPair(r["file_name"], folder / r["map"], folder / r["file_name"], r.get("text")) for r in records]
 
 
 def _named_pairs(images: Path, maps: Path, captions: dict[str, str | None]) -> list[MapPair]:
-    pictures, drawn = ({path.stem: path for path in _files(place)} for place in (images, maps))
+    pictures, drawn = ({path.stem: path for path in list_images(place)} for place in (images, maps))
     _refuse(
         sorted(str(pictures[stem].name) for stem in pictures.keys() - drawn.keys()),
         f"pictures of {images} have no map of that name in {maps}",
@@ -142,23 +112,16 @@ def _named_pairs(images: Path, maps: Path, captions: dict[str, str | None]) -> l
     pairs = []
     for stem, path in sorted(pictures.items()):
         caption = captions.get(path.name, captions.get(f"images/{path.name}"))
-        beside = path.with_suffix(".txt")
-        if caption is None and beside.is_file():
-            caption = beside.read_text(encoding="utf-8").strip() or None
-        pairs.append(MapPair(path.name, drawn[stem], path, caption))
+        pairs.append(MapPair(path.name, drawn[stem], path, read_caption(path) if caption is None else caption))
     return pairs
 
 
 def _oft_pairs(folder: Path, prompts: Path) -> list[MapPair]:
     pairs = []
-    for number, line in enumerate(filter(str.strip, prompts.read_text(encoding="utf-8").splitlines()), 1):
-        try:
-            record = json.loads(line)
-            name, caption = Path(record["source"]).name, record["prompt"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{prompts} line {number} is not a record with source and prompt; mend it.") from error
-        pairs.append(MapPair(name, folder / "segm" / name, folder / "color" / name, caption))
-    missing = [str(p.relative_to(folder)) for q in pairs for p in (q.map, q.picture) if not Path(str(p)).is_file()]
+    for _, record in read_json_lines(prompts, OFT_PROMPTS):
+        name = Path(record["source"]).name
+        pairs.append(MapPair(name, folder / "segm" / name, folder / "color" / name, record["prompt"]))
+    missing = [str(p.relative_to(folder)) for q in pairs for p in (q.map, q.image) if not Path(str(p)).is_file()]
     _refuse(missing, f"files that {prompts} names are missing", "mend the list or the folder")
     return sorted(pairs, key=lambda pair: pair.name)
 
@@ -191,10 +154,6 @@ def find_hub_pairs(name: str, config: str | None, split: str, columns: tuple[str
     ]
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in EXTENSIONS and not p.name.startswith("."))
-
-
 def _refuse(names: Sequence[str], what: str, remedy: str) -> None:
     if names:
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
@@ -220,7 +179,7 @@ def check_pairs(
     def look(pair: MapPair) -> tuple[int, bool, int]:
         """(dimensions of the map, whether the sizes differ, greatest class outside the palette or -1)"""
         values = pair.load_map(reduce_labels)
-        if pair.picture is not None and values.shape[1::-1] != upright_size(pair.picture, pair.name):
+        if pair.image is not None and values.shape[1::-1] != upright_size(pair.image, pair.name):
             return values.ndim, True, -1
         if palette is None:
             return values.ndim, False, -1
@@ -247,18 +206,6 @@ def check_pairs(
     kinds = [dimensions for dimensions, _, _ in seen]
     odd = [pair.name for pair, kind in zip(pairs, kinds) if kind != kinds[0]]
     _refuse(odd, f"maps are not {'in colour' if kinds[0] == 3 else 'indices'} as the others are", "make them all alike")
-
-
-def upright_size(source: Path | Image.Image, name: str) -> tuple[int, int]:
-    """(width, height) of a picture once it is turned upright, without decoding it."""
-    if isinstance(source, Image.Image):
-        return source.size
-    try:
-        with Image.open(source) as image:
-            turned = image.getexif().get(0x0112, 1) >= 5
-            return image.size[::-1] if turned else image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{name} is not a readable picture ({error}); replace or remove it.") from error
 
 
 def pair_views(

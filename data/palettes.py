@@ -7,10 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.errors import InputError
-
-IGNORED = 255
-"""The index of pixels that belong to no class."""
+from delora_diffusers.errors import InputError
+from delora_diffusers.maps import IGNORED
 
 CHANNELS = (1 << 16, 1 << 8, 1)
 
@@ -33,7 +31,7 @@ def from_hex(words: str) -> np.ndarray:
     return np.array([[int(word[i : i + 2], 16) for i in (0, 2, 4)] for word in words.split()], np.uint8)
 
 
-def generated(classes: int) -> np.ndarray:
+def generated_palette(classes: int) -> np.ndarray:
     """(classes, 3) uint8: each colour as far as can be from those before it and from black, the colour of no class.
 
     A longer palette begins with a shorter one.
@@ -62,7 +60,7 @@ def read_palette(text: str) -> np.ndarray:
     if text == "ade20k":
         return from_hex(_ADE20K)
     if text == "generated":
-        return generated(IGNORED)
+        return generated_palette(IGNORED)
     file = Path(text)
     if not file.is_file():
         raise InputError(f"--palette {text} is not a file; give one, or ade20k, or generated.")

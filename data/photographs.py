@@ -1,104 +1,64 @@
-"""A folder of photographs: what is in it, its captions, and each picture upright in RGB."""
+"""A folder of photos: which images it contains, their captions, and the views of each to train on."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from data.errors import InputError
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+from delora_diffusers.errors import InputError
+from delora_diffusers.image_files import EXTENSIONS, list_images, load_rgb, read_caption, upright_size
+from delora_diffusers.json_lines import PHOTOS, read_json_lines
+from delora_diffusers.names import METADATA_NAME
 
 
 @dataclasses.dataclass(frozen=True)
-class Photograph:
-    """One picture of a folder and the caption found for it, if any."""
+class Photo:
+    """One image of a folder and its caption, if there is one."""
 
     path: Path
     caption: str | None = None
 
     def load(self) -> Image.Image:
-        """The picture, turned upright, as RGB."""
+        """The image, turned upright, as RGB."""
         return load_rgb(self.path)
 
     def size(self) -> tuple[int, int]:
         """(width, height) upright, without decoding."""
-        with Image.open(self.path) as image:
-            turned = image.getexif().get(0x0112, 1) >= 5
-            return (image.height, image.width) if turned else image.size
+        return upright_size(self.path, str(self.path))
 
 
-def load_rgb(path: Path) -> Image.Image:
-    """Read a picture of any mode, turn it upright by its EXIF tag and make it RGB (transparency becomes white).
-
-    Raises:
-        InputError: the file cannot be decoded.
-    """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} is not a readable picture ({error}); replace or remove it.") from error
-    if upright.mode in ("I", "F") or upright.mode.startswith("I;16"):
-        values = np.asarray(upright, dtype=np.float64)
-        upright = Image.fromarray((values * (255 / max(values.max(), 1))).clip(0, 255).astype(np.uint8))
-    if upright.has_transparency_data:
-        upright = upright.convert("RGBA")
-        white = Image.new("RGBA", upright.size, "white")
-        upright = Image.alpha_composite(white, upright)
-    return upright.convert("RGB")
-
-
-def find_photographs(folder: str | Path) -> list[Photograph]:
-    """The pictures of a folder in order of name, every one of them decoded once to be sure that it can be.
+def find_photographs(folder: str | Path) -> list[Photo]:
+    """The images of a folder in order of name, each decoded once to be sure that it can be read.
 
     Captions come from ``metadata.jsonl`` (``file_name`` and ``text``, the imagefolder convention) or from a ``.txt``
-    file of the picture's name beside it.
+    file of the same name beside the image.
 
     Raises:
-        InputError: no such folder, no picture in it, a picture that cannot be read, a broken ``metadata.jsonl``.
+        InputError: no such folder, no image in it, an image that cannot be read, an invalid ``metadata.jsonl``.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; name the folder that holds the photographs.")
-    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in EXTENSIONS and not p.name.startswith("."))
+        raise InputError(f"{folder} is not a folder; give the folder that contains the photos.")
+    paths = list_images(folder)
     if not paths:
-        raise InputError(f"{folder} holds no picture ({', '.join(EXTENSIONS)}); put the photographs there.")
-    captions = _read_metadata(folder)
-    unknown = sorted(set(captions) - {path.name for path in paths})
+        raise InputError(f"{folder} contains no image ({', '.join(EXTENSIONS)}); put the photos there.")
+    captions = _read_metadata(folder / METADATA_NAME)
+    unknown = sorted(captions.keys() - {path.name for path in paths})
     if unknown:
-        raise InputError(
-            f"{folder / 'metadata.jsonl'} names {unknown[0]}, which is not in the folder; mend one of them."
-        )
-    found = []
+        raise InputError(f"{folder / METADATA_NAME} lists {unknown[0]}, which is not in the folder; fix one of them.")
+    photos = []
     for path in paths:
         load_rgb(path)
-        beside = path.with_suffix(".txt")
         caption = captions.get(path.name)
-        if caption is None and beside.is_file():
-            caption = beside.read_text(encoding="utf-8").strip() or None
-        found.append(Photograph(path, caption))
-    return found
+        photos.append(Photo(path, read_caption(path) if caption is None else caption))
+    return photos
 
 
-def _read_metadata(folder: Path) -> dict[str, str]:
-    file = folder / "metadata.jsonl"
+def _read_metadata(file: Path) -> dict[str, str | None]:
     if not file.is_file():
         return {}
-    captions = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            try:
-                record = json.loads(line)
-                captions[record["file_name"]] = record["text"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(
-                    f'{file} line {number} is not a record like {{"file_name": "01.jpg", "text": "..."}}; mend it.'
-                ) from error
-    return captions
+    return {record["file_name"]: record["text"] for _, record in read_json_lines(file, PHOTOS)}
 
 
 def crop_boxes(

@@ -1,15 +1,12 @@
 """The subjects of one training: one from flags, or several, trained at once, from a file with a line for each."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
-from data.errors import InputError
-from data.photographs import Photograph, find_photographs
-
-REQUIRED = ("instance_data_dir", "instance_prompt", "output_dir")
-OPTIONAL = ("seed", "class_prompt")
+from data.photographs import Photo, find_photographs
+from delora_diffusers.errors import InputError
+from delora_diffusers.json_lines import SUBJECTS, read_json_lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +19,7 @@ class Subject:
         output_dir: where its adapter goes.
     """
 
-    photographs: list[Photograph]
+    photographs: list[Photo]
     instance_data_dir: Path
     instance_prompt: str
     output_dir: Path
@@ -36,8 +33,7 @@ class Subject:
 
     def own_flags(self) -> dict[str, Any]:
         """The flags of a training of this subject alone that differ from those of all."""
-        names = (*REQUIRED, *OPTIONAL)
-        return {name: getattr(self, name) for name in names} | {"subjects_file": None}
+        return {name: getattr(self, name) for name in SUBJECTS.keys} | {"subjects_file": None}
 
 
 def read_subjects(file: Path, seed: int, class_prompt: str | None) -> list[Subject]:
@@ -51,32 +47,27 @@ def read_subjects(file: Path, seed: int, class_prompt: str | None) -> list[Subje
         InputError: no such file, a line that is no such record, two subjects with one output folder.
     """
     if not file.is_file():
-        raise InputError(f"--subjects_file {file} is not a file; write a line for each subject.")
-    found: list[Subject] = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            record = {"seed": seed, "class_prompt": class_prompt} | json.loads(line)
-            folder, prompt, output_dir = (record[name] for name in REQUIRED)
-            right = set(record) <= {*REQUIRED, *OPTIONAL} and isinstance(prompt, str) and bool(prompt)
-            right = right and isinstance(record["seed"], int) and record["seed"] >= 0
-        except (ValueError, KeyError, TypeError):
-            right = False
-        if not right:
-            raise InputError(
-                f'{file} line {number} is not a record like {{"instance_data_dir": "dog", "instance_prompt": "a sks '
-                'dog", "output_dir": "runs/dog"}, with seed and class_prompt or without; mend it.'
+        raise InputError(f"--subjects_file {file} is not a file; write one line for each subject.")
+    subjects: list[Subject] = []
+    for number, record in read_json_lines(file, SUBJECTS):
+        record = {"seed": seed, "class_prompt": class_prompt} | record
+        if not record["instance_prompt"] or record["seed"] < 0:
+            raise InputError(f"{file} line {number} needs an instance_prompt, and a seed of at least 0; fix it.")
+        folder, output_dir = Path(record["instance_data_dir"]), Path(record["output_dir"])
+        subjects.append(
+            Subject(
+                find_photographs(folder),
+                folder,
+                record["instance_prompt"],
+                output_dir,
+                record["seed"],
+                record["class_prompt"] or None,
             )
-        photographs = find_photographs(folder)
-        out = Path(output_dir)
-        found.append(
-            Subject(photographs, Path(folder), prompt, out, int(record["seed"]), record["class_prompt"] or None)
         )
-    if not found:
-        raise InputError(f"--subjects_file {file} holds no subject; write a line for each.")
-    places = [subject.output_dir.resolve() for subject in found]
-    twice = next((s.output_dir for s, place in zip(found, places) if places.count(place) > 1), None)
-    if twice is not None:
-        raise InputError(f"{file} names the output_dir {twice} for two subjects; give each its own.")
-    return found
+    if not subjects:
+        raise InputError(f"--subjects_file {file} is empty; write one line for each subject.")
+    folders = [subject.output_dir.resolve() for subject in subjects]
+    repeated = next((s.output_dir for s, folder in zip(subjects, folders) if folders.count(folder) > 1), None)
+    if repeated is not None:
+        raise InputError(f"{file} gives the output_dir {repeated} to two subjects; give each its own.")
+    return subjects

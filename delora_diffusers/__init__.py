@@ -2,29 +2,31 @@
 
 from typing import TYPE_CHECKING, Any
 
-from delora_diffusers.config import AdapterConfig
 from delora_diffusers.errors import InputError
+from delora_diffusers.methods.config import AdapterConfig
 
 if TYPE_CHECKING:
-    from delora_diffusers.adapted_pipeline import AdaptedPipeline
-    from delora_diffusers.adapter import Adapter
-    from delora_diffusers.attachment import attach, attached_adapter, detach, merge
-    from delora_diffusers.control import Control, attach_control, detach_control
-    from delora_diffusers.files import load_adapter, load_control, save_adapter
+    from delora_diffusers.adapter.attach import attach, attached_adapter
+    from delora_diffusers.adapter.control import Control, attach_control, detach_control
+    from delora_diffusers.adapter.detach import detach, merge
+    from delora_diffusers.adapter.tensors import Adapter
+    from delora_diffusers.files.loading import load_adapter, load_control
+    from delora_diffusers.files.writing import save_adapter
+    from delora_diffusers.pipelines.adapted_pipeline import AdaptedPipeline
 
-_HOMES = {
-    "AdaptedPipeline": "adapted_pipeline",
-    "Adapter": "adapter",
-    "Control": "control",
-    "attach": "attachment",
-    "attach_control": "control",
-    "detach_control": "control",
-    "attached_adapter": "attachment",
-    "detach": "attachment",
-    "merge": "attachment",
-    "load_adapter": "files",
-    "load_control": "files",
-    "save_adapter": "files",
+_MODULES = {
+    "AdaptedPipeline": "pipelines.adapted_pipeline",
+    "Adapter": "adapter.tensors",
+    "Control": "adapter.control",
+    "attach": "adapter.attach",
+    "attach_control": "adapter.control",
+    "attached_adapter": "adapter.attach",
+    "detach": "adapter.detach",
+    "detach_control": "adapter.control",
+    "load_adapter": "files.loading",
+    "load_control": "files.loading",
+    "merge": "adapter.detach",
+    "save_adapter": "files.writing",
 }
 
 __all__ = [
@@ -46,9 +48,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Torch and diffusers take seconds to import; a command that refuses its arguments should not.
-    if name not in _HOMES:
+    # Importing torch and diffusers takes seconds, which a command that rejects its arguments should not take.
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__} has no attribute {name}")
     import importlib
 
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,4 +1,4 @@
-"""The one exception this library raises for input that a user can put right."""
+"""The one exception of this project for input that the user can correct."""
 
 
 class InputError(ValueError):

@@ -1,1 +1,1 @@
-"""Scorers and protocols for generated images. Imports ``data`` only, never the library."""
+"""Scores and protocols for generated images, whole benchmarks, studies. Of the library it imports the leaves only."""

@@ -1,25 +1,20 @@
 """``python -m eval COMMAND``."""
 
-import argparse
-import sys
+from delora_diffusers.dispatch import run_command
+from eval.commands import benchmark, dreambooth, map2img, page, report, study
 
-from data.errors import InputError
-from eval import benchmark, dreambooth, map2img, page, report, study
+COMMANDS = {
+    "dreambooth": dreambooth,
+    "benchmark": benchmark,
+    "study": study,
+    "report": report,
+    "map2img": map2img,
+    "page": page,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m eval", description="Score generated pictures.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (dreambooth, benchmark, study, report, map2img, page):
-        name = module.__name__.split(".")[-1]
-        command = commands.add_parser(name, help=(module.__doc__ or "").splitlines()[0], description=module.__doc__)
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
-    options = parser.parse_args(arguments)
-    try:
-        options.run(options)
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_command("python -m eval", "Score generated images.", COMMANDS, arguments)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from delora_diffusers.commands.merge import weighted
+from delora_diffusers.commands.arguments import add_adapter_arguments, weighted_adapters
 from delora_diffusers.errors import InputError
 
 FORMATS = {
@@ -18,10 +18,7 @@ SHOWN_ERRORS = 1e-12
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--adapter", type=Path, nargs="+", required=True, help="an output folder, file or hub id; several are summed"
-    )
-    parser.add_argument("--adapter_weights", type=float, nargs="+", help="of each adapter, by default 1")
+    add_adapter_arguments(parser)
     parser.add_argument("--format", choices=list(FORMATS), required=True, help=str(FORMATS)[1:-1].replace("'", ""))
     parser.add_argument("--output", type=Path, required=True, help="a new file, or a new folder")
     parser.add_argument("--rank", type=int, help="truncate to this rank; by default nothing is lost")
@@ -29,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    adapters = weighted(options)
+    adapters = weighted_adapters(options)
     if options.rank is not None and options.rank < 1:
         raise InputError(f"--rank is {options.rank}; give at least 1.")
     if options.output.exists():
@@ -40,7 +37,7 @@ def run(options: argparse.Namespace) -> None:
     if options.format == "peft-delora" and (len(adapters) > 1 or adapters[0][1] != 1 or options.rank is not None):
         raise InputError("peft-delora holds one whole adapter; leave out --rank and --adapter_weights, name one.")
 
-    from delora_diffusers import formats
+    from delora_diffusers.files import formats
 
     dtype = formats.DTYPES[options.dtype]
     if options.format == "peft-delora":

@@ -5,9 +5,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from delora_diffusers.base_model import MINIATURE, is_miniature
-from delora_diffusers.commands.merge import weighted
+from delora_diffusers.commands.arguments import (
+    add_adapter_arguments,
+    add_base_model_arguments,
+    weighted_adapters,
+)
 from delora_diffusers.errors import InputError
+from delora_diffusers.names import MINIATURE, is_miniature
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -22,13 +26,8 @@ SCHEDULERS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--adapter", type=Path, nargs="+", default=[], help="an output folder or the file in it; several are summed"
-    )
-    parser.add_argument("--adapter_weights", type=float, nargs="+", help="of each adapter, by default 1")
-    parser.add_argument("--pretrained_model_name_or_path", help="instead of the base model recorded in the adapter")
-    parser.add_argument("--revision")
-    parser.add_argument("--variant")
+    add_adapter_arguments(parser, required=False)
+    add_base_model_arguments(parser)
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", nargs="+", help="one or several prompts")
     prompts.add_argument("--prompts_file", type=Path, help="a prompt on each line")
@@ -87,7 +86,7 @@ def read_request(options: argparse.Namespace) -> list[Any]:
     Raises:
         InputError: flags that do not go together, a file that is not right.
     """
-    from delora_diffusers.records import Request, read_requests
+    from delora_diffusers.files.records import Request, read_requests
 
     strengths = tuple(dict.fromkeys(options.strength))
     if options.requests_file is not None:
@@ -98,7 +97,7 @@ def read_request(options: argparse.Namespace) -> list[Any]:
     if options.output_dir is None:
         raise InputError("no folder for the pictures was given; name one with --output_dir.")
     prompts = [] if options.map_dir is not None else read_prompts(options)
-    adapters = tuple(weighted(options))
+    adapters = tuple(weighted_adapters(options))
     return [Request(adapters, tuple(prompts), options.output_dir, options.seed, strengths)]
 
 
@@ -108,7 +107,7 @@ def check_maps(options: argparse.Namespace, requests: list[Any]) -> bool:
     Raises:
         InputError: maps are there without such an adapter, or the other way round.
     """
-    from delora_diffusers.reading import read_header
+    from delora_diffusers.files.reading import read_header
 
     paths = [path for request in requests for path, _ in request.adapters]
     following = [path for path in paths if "control_encoder" in read_header(path)]
@@ -130,8 +129,8 @@ def run(options: argparse.Namespace) -> None:
     if options.prompts_file is not None:
         read_prompts(options)  # answers before torch is imported
 
-    from delora_diffusers.adapted_pipeline import base_model_of
-    from delora_diffusers.records import is_done, plan, write_contact_sheet, write_metadata
+    from delora_diffusers.files.records import is_done, plan, write_contact_sheet, write_metadata
+    from delora_diffusers.pipelines.adapted_pipeline import base_model_of
 
     requests = read_request(options)
     follows_maps = check_maps(options, requests)
@@ -147,12 +146,12 @@ def run(options: argparse.Namespace) -> None:
             missing += len(these)
             batches += [(request, these[i : i + options.batch_size]) for i in range(0, len(these), options.batch_size)]
     if follows_maps:
-        from delora_diffusers.control import painted, read_map
-        from delora_diffusers.reading import read_header
+        from delora_diffusers.files.reading import read_header
+        from delora_diffusers.maps import paint, read_map
 
         palette = read_header(adapters[0])["control_encoder"]["palette"]
         for source in dict.fromkeys(record["map_source"] for _, batch in batches for record in batch):
-            painted(read_map(Path(source)), palette, source)
+            paint(read_map(Path(source), source), palette, source)
 
     from accelerate import Accelerator
 
@@ -180,12 +179,12 @@ def _draw(options: argparse.Namespace, base_model: str, adapters: list[Path], ba
     from PIL.PngImagePlugin import PngInfo
     from tqdm.auto import tqdm
 
-    from delora_diffusers.adapted_pipeline import AdaptedPipeline
-    from delora_diffusers.base_model import load_pipeline
-    from delora_diffusers.control import fitted, read_map
-    from delora_diffusers.files import written_whole
-    from delora_diffusers.records import RECORD_KEY
-    from delora_diffusers.sampling import sample_pictures
+    from delora_diffusers.atomic import atomic_write
+    from delora_diffusers.files.records import RECORD_KEY
+    from delora_diffusers.maps import crop_square, read_map
+    from delora_diffusers.pipelines.adapted_pipeline import AdaptedPipeline
+    from delora_diffusers.pipelines.base_model import load_pipeline
+    from delora_diffusers.pipelines.sampling import sample_images
 
     pipeline = load_pipeline(base_model, revision=options.revision, variant=options.variant)
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
@@ -200,8 +199,12 @@ def _draw(options: argparse.Namespace, base_model: str, adapters: list[Path], ba
         if wanted != in_use:
             adapted.use(wanted)
             in_use = wanted
-        maps = [fitted(read_map(Path(r["map_source"])), side) for r in batch] if options.map_dir is not None else None
-        pictures = sample_pictures(
+        maps = (
+            [crop_square(read_map(Path(r["map_source"]), r["map_source"]), side) for r in batch]
+            if options.map_dir is not None
+            else None
+        )
+        pictures = sample_images(
             pipeline,
             [record["seed"] for record in batch],
             options.resolution if maps is None else side,
@@ -215,8 +218,8 @@ def _draw(options: argparse.Namespace, base_model: str, adapters: list[Path], ba
         for record, picture in zip(batch, pictures):
             said = PngInfo()
             said.add_text(RECORD_KEY, json.dumps(record))
-            with written_whole(request.output_dir / record["file_name"]) as temporary:
+            with atomic_write(request.output_dir / record["file_name"]) as temporary:
                 picture.save(temporary, format="PNG", pnginfo=said)
         for record, one in zip(batch, maps or []):
-            with written_whole(request.output_dir / record["map"]) as temporary:
+            with atomic_write(request.output_dir / record["map"]) as temporary:
                 Image.fromarray(one).save(temporary, format="PNG")

@@ -12,9 +12,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from delora_diffusers.config import SPLIT
-    from delora_diffusers.low_rank import low_rank_factors
-    from delora_diffusers.reading import adapter_path, parse_config, read_adapter
+    from delora_diffusers.files.low_rank import low_rank_factors
+    from delora_diffusers.files.reading import adapter_path, parse_config, read_adapter
+    from delora_diffusers.methods.table import METHODS
 
     file = adapter_path(options.adapter)
     header, tensors = read_adapter(file)
@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> None:
         if lambdas:
             print("  trained lambda:")
             _chart(lambdas)
-        if config.method in SPLIT:
+        if METHODS[config.method].has_factors:
             print("  distance |W' - W|_F:")
             _chart({name: one.norm() for name, one in low_rank_factors(component, config, tensors).items()})
     if header.get("training"):

@@ -5,12 +5,9 @@ import math
 import torch
 from torch import Tensor
 
-from delora_diffusers import update
-from delora_diffusers.config import RELATIVE_BOUND, AdapterConfig
+from delora_diffusers.methods import update
+from delora_diffusers.methods.config import RELATIVE_BOUND, AdapterConfig
 from delora_diffusers.methods.lora import kaiming
-
-SUFFIX = "delora_"
-NO_WEIGHT_DECAY = ("lambda",)
 
 
 def initialize(

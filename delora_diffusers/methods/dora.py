@@ -8,12 +8,8 @@ appendix C).
 import torch
 from torch import Tensor
 
-from delora_diffusers import update
-from delora_diffusers.config import AdapterConfig
-from delora_diffusers.methods import lora
-
-SUFFIX = "dora_"
-NO_WEIGHT_DECAY = ()
+from delora_diffusers.methods import lora, update
+from delora_diffusers.methods.config import AdapterConfig
 
 
 def initialize(

@@ -13,13 +13,10 @@ for more than one block mixes rows; here a block is a range of inputs (or output
 import torch
 from torch import Tensor
 
-from delora_diffusers import update
-from delora_diffusers.config import AdapterConfig
 from delora_diffusers.errors import InputError
+from delora_diffusers.methods import update
+from delora_diffusers.methods.config import AdapterConfig
 from delora_diffusers.methods.lora import kaiming
-
-SUFFIX = "ether_"
-NO_WEIGHT_DECAY = ()
 
 
 def initialize(

@@ -3,10 +3,7 @@
 import torch
 from torch import Tensor
 
-from delora_diffusers.config import AdapterConfig
-
-SUFFIX = "full_"
-NO_WEIGHT_DECAY = ()
+from delora_diffusers.methods.config import AdapterConfig
 
 
 def initialize(

@@ -5,11 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from delora_diffusers import update
-from delora_diffusers.config import AdapterConfig
-
-SUFFIX = "lora_"
-NO_WEIGHT_DECAY = ()
+from delora_diffusers.methods import update
+from delora_diffusers.methods.config import AdapterConfig
 
 
 def kaiming(shape: tuple[int, ...], fan_in: int, generator: torch.Generator) -> Tensor:

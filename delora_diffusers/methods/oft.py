@@ -7,13 +7,8 @@ inputs, ``y = W (x R)``, as in PEFT.
 import torch
 from torch import Tensor
 
-from delora_diffusers.config import AdapterConfig
+from delora_diffusers.methods.config import AdapterConfig
 from delora_diffusers.methods.ether import block_size
-
-SUFFIX = "oft_"
-NO_WEIGHT_DECAY = ()
-CAPTURABLE = False
-"""Solving linear equations cannot be recorded in a CUDA graph."""
 
 
 def initialize(

@@ -10,12 +10,9 @@ The bracket acts on the inputs, as ETHER's reflection does: in torch's layout it
 import torch
 from torch import Tensor
 
-from delora_diffusers import update
-from delora_diffusers.config import AdapterConfig
+from delora_diffusers.methods import update
+from delora_diffusers.methods.config import AdapterConfig
 from delora_diffusers.methods.lora import kaiming
-
-SUFFIX = "relaxed_"
-NO_WEIGHT_DECAY = ("lambda",)
 
 
 def initialize(

@@ -5,35 +5,19 @@ import importlib.util
 import re
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from delora_diffusers.base_model import MINIATURE, is_miniature
-from delora_diffusers.config import METHOD_NAMES, PATHS, STARTS, UNET_TARGETS, WEIGHT_NORMS, AdapterConfig
 from delora_diffusers.errors import InputError
+from delora_diffusers.methods.config import EVERYTHING, PATHS, STARTS, UNET_TARGETS, WEIGHT_NORMS, AdapterConfig
+from delora_diffusers.methods.table import LAMBDA_LEARNING_RATE, METHODS
+from delora_diffusers.names import MINIATURE, is_miniature
 
-DEFAULT_LEARNING_RATES = {
-    "delora": 2e-2,
-    "lora": 6e-4,
-    "dora": 6e-4,
-    "dora_fixed_magnitude": 6e-4,
-    "ether": 6e-3,
-    "etherplus": 6e-3,
-    "etherplus_onesided": 6e-3,
-    "oft": 6e-5,
-    "delora_symmetric": 2e-2,
-    "delora_multiplicative": 2e-2,
-    "full": 5e-6,
-}
-"""The paper's rates for subject-driven generation (its table of hyperparameters for Stable Diffusion 1.5).
-
-It has none for ETHER, one-sided ETHER+ and the two relaxations, which take that of the method they are nearest to.
-"""
-
-MINIATURE_SUBJECT_RATES = DEFAULT_LEARNING_RATES | {"delora": 1e-2}
-"""On the shipped miniature DeLoRA keeps to the prompt better at half of the paper's rate; docs/miniature.md."""
+MINIATURE_SUBJECT_RATES = {"delora": 1e-2}
+"""On the shipped miniature DeLoRA has better prompt fidelity at half of the paper's rate; docs/miniature.md."""
 
 SCHEDULERS = (
     "linear",
@@ -81,7 +65,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = AdapterConfig()
     group = parser.add_argument_group("adapter")
-    group.add_argument("--method", choices=METHOD_NAMES, default=defaults.method)
+    group.add_argument("--method", choices=list(METHODS), default=defaults.method)
     group.add_argument("--rank", type=positive_int, default=defaults.rank)
     group.add_argument("--delora_lambda", type=float, help="initial boundary; by default chosen by each matrix's width")
     group.add_argument("--start", choices=STARTS, default=defaults.start)
@@ -104,7 +88,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gradient_accumulation_steps", type=positive_int, default=1)
     group.add_argument("--gradient_checkpointing", action="store_true")
     group.add_argument("--learning_rate", type=float, help="of A and B; by default 2e-2 (DeLoRA), 6e-4 (LoRA)")
-    group.add_argument("--lambda_learning_rate", type=float, default=1e-3)
+    group.add_argument("--lambda_learning_rate", type=float, default=LAMBDA_LEARNING_RATE)
     group.add_argument("--lr_scheduler", choices=SCHEDULERS, default="constant")
     group.add_argument("--lr_warmup_steps", type=int, default=0)
     group.add_argument("--lr_num_cycles", type=positive_int, default=1, help="cosine_with_restarts")
@@ -209,14 +193,25 @@ def adapter_config(args: argparse.Namespace, **changes: Any) -> AdapterConfig:
     return AdapterConfig(**(values | changes))
 
 
-def check_training_arguments(args: argparse.Namespace, learning_rates: dict[str, float]) -> None:
-    """Refuse what can be refused before anything is loaded; fill in the rate and targets that depend on the method.
+def with_defaults(args: argparse.Namespace, learning_rates: Mapping[str, float] | None = None) -> argparse.Namespace:
+    """The arguments with the learning rate and targets that depend on the method, unless they were given.
 
     Args:
-        learning_rates: by method, where ``--learning_rate`` was not given.
+        learning_rates: by method, where they differ from the table of methods.
+    """
+    args = argparse.Namespace(**vars(args))
+    if args.learning_rate is None:
+        args.learning_rate = (learning_rates or {}).get(args.method, METHODS[args.method].learning_rate)
+    if args.targets is None:
+        args.targets = [EVERYTHING] if args.method == "full" else list(UNET_TARGETS)
+    return args
+
+
+def check_training_arguments(args: argparse.Namespace) -> None:
+    """Reject what can be rejected before anything is loaded.
 
     Raises:
-        InputError: a value that cannot work, an output folder that holds another run, a disk that is full.
+        InputError: a value that cannot work, an output folder that contains another run, a full disk.
     """
     if args.resolution % 8 or args.resolution < 8:
         nearest = max(8, round(args.resolution / 8) * 8)
@@ -227,18 +222,13 @@ def check_training_arguments(args: argparse.Namespace, learning_rates: dict[str,
         raise InputError(
             f"--lr_scheduler piecewise_constant needs --lr_step_rules such as 1:500,0.1, not {args.lr_step_rules!r}."
         )
-    if args.learning_rate is None:
-        args.learning_rate = learning_rates[args.method]
-    if args.targets is None:
-        args.targets = ["*"] if args.method == "full" else list(UNET_TARGETS)
     adapter_config(args)
-    for asked, flag, package in (
+    for requested, flag, package in (
         (args.use_8bit_adam, "--use_8bit_adam", "bitsandbytes"),
         (args.report_to == "wandb", "--report_to wandb", "wandb"),
     ):
-        if asked and importlib.util.find_spec(package) is None:
+        if requested and importlib.util.find_spec(package) is None:
             raise InputError(f"{flag} needs {package}, which is not installed; run `pip install {package}`.")
-    adapter_config(args)
     check_output_dir(args.output_dir, args.resume_from_checkpoint)
 
 

@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 
 from delora_diffusers.errors import InputError
+from delora_diffusers.names import CHECKPOINT_PREFIX, CONFIG_NAME, is_checkpoint, list_checkpoints
 
-PREFIX = "checkpoint-"
 MAY_CHANGE = {
     "output_dir",
     "max_train_steps",
@@ -35,20 +35,9 @@ MAY_CHANGE = {
 """Flags that a resumed run may set anew; every other one must be what it was."""
 
 
-def checkpoints(output_dir: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    found = [p for p in output_dir.glob(PREFIX + "*") if p.is_dir() and p.name.removeprefix(PREFIX).isdigit()]
-    return sorted(found, key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """How many optimizer steps a checkpoint had seen."""
-    return int(checkpoint.name.removeprefix(PREFIX))
-
-
 def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, total_limit: int | None) -> None:
     """Save the state of a run under a temporary name, then rename; then drop the oldest beyond ``total_limit``."""
-    final = output_dir / f"{PREFIX}{step}"
+    final = output_dir / f"{CHECKPOINT_PREFIX}{step}"
     temporary = output_dir / f".{final.name}.part"
     if accelerator.is_main_process:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -65,7 +54,7 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, total
     if accelerator.is_main_process:
         shutil.rmtree(final, ignore_errors=True)
         os.rename(temporary, final)
-        for old in checkpoints(output_dir)[: -total_limit if total_limit else 0]:
+        for old in list_checkpoints(output_dir)[: -total_limit if total_limit else 0]:
             shutil.rmtree(old)
 
 
@@ -78,11 +67,11 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Pat
     if resume_from_checkpoint is None:
         return None
     if resume_from_checkpoint == "latest":
-        return (checkpoints(output_dir) or [None])[-1]
+        return (list_checkpoints(output_dir) or [None])[-1]
     named = Path(resume_from_checkpoint)
-    candidates = [p for p in (named, output_dir / named) if p.is_dir() and p.name.removeprefix(PREFIX).isdigit()]
+    candidates = [p for p in (named, output_dir / named) if p.is_dir() and is_checkpoint(p)]
     if not candidates:
-        there = ", ".join(p.name for p in checkpoints(output_dir)) or "none"
+        there = ", ".join(p.name for p in list_checkpoints(output_dir)) or "none"
         raise InputError(f"there is no checkpoint {named}; {output_dir} has {there}.")
     return candidates[0]
 
@@ -93,7 +82,7 @@ def check_same_run(output_dir: Path, settings: dict[str, Any]) -> None:
     Raises:
         InputError: naming the first flag that differs.
     """
-    file = output_dir / "config.json"
+    file = output_dir / CONFIG_NAME
     if not file.is_file():
         return
     before = json.loads(file.read_text())["arguments"]

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from delora_diffusers.files import written_whole
+from delora_diffusers.atomic import atomic_write
 
 SHARD = 64
 """Pairs in a shard."""
@@ -30,7 +30,7 @@ Views = Callable[[int], list[tuple[np.ndarray, np.ndarray]]]
 
 
 @dataclasses.dataclass
-class Batch:
+class PairBatch:
     """Tensors of some pairs, on the CPU.
 
     Attributes:
@@ -57,7 +57,7 @@ class DiskCache:
     def __len__(self) -> int:
         return self.count
 
-    def read(self, pairs: Sequence[int], seed: int) -> Batch:
+    def read(self, pairs: Sequence[int], seed: int) -> PairBatch:
         """A view of each pair, chosen by the seed."""
         choice = np.random.default_rng(seed)
         rows = []
@@ -66,7 +66,7 @@ class DiskCache:
             view = place * self.views + int(choice.integers(self.views))
             one = {name: shard.get_slice(name)[view : view + 1] for name in ("mean", "std", "maps")}
             rows.append(one | {"embeddings": shard.get_slice("embeddings")[place : place + 1]})
-        return Batch(**{name: torch.cat([row[name] for row in rows]) for name in rows[0]})
+        return PairBatch(**{name: torch.cat([row[name] for row in rows]) for name in rows[0]})
 
 
 def shard_file(folder: Path, shard: int) -> Path:
@@ -119,7 +119,7 @@ def build_cache(
             tensors["maps"].append(torch.from_numpy(maps))
         whole = {name: torch.cat(parts).contiguous() for name, parts in tensors.items()}
         whole["embeddings"] = encode_captions([captions[pair] for pair in members]).cpu().contiguous()
-        with written_whole(shard_file(folder, shard)) as temporary:
+        with atomic_write(shard_file(folder, shard)) as temporary:
             save_file(whole, temporary)
     accelerator.wait_for_everyone()
     each = len(views(0))

@@ -1,7 +1,7 @@
 """What is computed once before training: the latents' posteriors and the prompts' embeddings."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -52,16 +52,37 @@ class LatentCache:
     def _views(self, pictures: Sequence[int], seed: int) -> Tensor:
         """The indices of the views that ``sample`` draws, (batch,)."""
         choice = np.random.default_rng(seed)
-        return index([int(choice.integers(self.first[i], self.first[i + 1])) for i in pictures], self.mean.device)
+        return device_index(
+            [int(choice.integers(self.first[i], self.first[i + 1])) for i in pictures], self.mean.device
+        )
 
 
-def index(places: Sequence[int], device: torch.device) -> Tensor:
-    """What indexes a tensor on the device without waiting for the device, as indexing with a list would."""
-    return torch.tensor(places).to(device, non_blocking=True)
+def device_index(rows: Sequence[int], device: torch.device) -> Tensor:
+    """An index on the device, (rows,). Indexing with a list instead would wait for the device."""
+    return torch.tensor(rows).to(device, non_blocking=True)
+
+
+class PromptTable:
+    """What the text encoders, or the tokenizers where the encoders are trained, make of a fixed list of prompts.
+
+    Args:
+        prompts: all different.
+        tensors: by name, (prompts, ...) each, on the training device.
+    """
+
+    def __init__(self, prompts: Sequence[str], tensors: Mapping[str, Tensor]):
+        self.tensors = tensors
+        self._rows = {prompt: row for row, prompt in enumerate(prompts)}
+
+    def lookup(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """The tensors of these prompts, (prompts, ...) each."""
+        first = next(iter(self.tensors.values()))
+        rows = device_index([self._rows[prompt] for prompt in prompts], first.device)
+        return {name: tensor[rows] for name, tensor in self.tensors.items()}
 
 
 @torch.no_grad()
-def encode_pictures(
+def encode_images(
     vae,
     pictures: Iterable[list[np.ndarray]],
     count: int,

@@ -12,14 +12,14 @@ BUCKET = 16 * 2**20
 
 
 @torch.no_grad()
-def start_equal(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
+def broadcast_parameters(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
     """Give every process the first one's parameters."""
     if accelerator.num_processes > 1:
         broadcast([parameter.data for parameter in parameters])
 
 
 @torch.no_grad()
-def average(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
+def average_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
     """Replace gradients by their means over the processes, in as few exchanges as ``BUCKET`` allows.
 
     After the backward and not within it, as DistributedDataParallel would: a recorded backward cannot wait for other
@@ -47,7 +47,9 @@ def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 @torch.no_grad()
-def clip(accelerator: Accelerator, parameters: Sequence[nn.Parameter], max_norm: float, subjects: int) -> None:
+def clip_gradients(
+    accelerator: Accelerator, parameters: Sequence[nn.Parameter], max_norm: float, subjects: int
+) -> None:
     """Scale the gradients down to a norm of ``max_norm``, each subject's by itself.
 
     Args:

@@ -3,17 +3,17 @@
 import argparse
 import logging
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from delora_diffusers.adapter import Adapter
-from delora_diffusers.errors import InputError
+from delora_diffusers.adapter.tensors import Adapter
+from delora_diffusers.names import checkpoint_step
 from delora_diffusers.training import checkpoints, gradients
-from delora_diffusers.training.captured import Batch, MicroBatches, can_capture
+from delora_diffusers.training.cuda_graph import Batch, MicroBatches, can_capture
+from delora_diffusers.training.loss_monitor import LossMonitor
 from delora_diffusers.training.optimizers import build_lr_scheduler, build_optimizer
 
 logger = logging.getLogger(__name__)
@@ -55,9 +55,9 @@ def train(
         accelerator.prepare_model(module, evaluation_mode=True)
     optimizer = accelerator.prepare_optimizer(optimizer)
     parameters = [p for module in trained for p in module.parameters()]
-    gradients.start_equal(accelerator, parameters)
+    gradients.broadcast_parameters(accelerator, parameters)
     start = _resume(accelerator, args)
-    health = Health(accelerator.device, subjects)
+    monitor = LossMonitor(accelerator.device, subjects)
     capture = can_capture(accelerator, list(adapters.values())) if args.cuda_graph is None else args.cuda_graph
     add_gradients_of = MicroBatches(accelerator, list(adapters.values()), losses_of, capture)
     shown = accelerator.is_local_main_process
@@ -67,11 +67,11 @@ def train(
                 number = (step * args.gradient_accumulation_steps + part) * accelerator.num_processes
                 number += accelerator.process_index
                 with accelerator.accumulate(*trained):
-                    health.add(add_gradients_of(batch_of(number)), step)
+                    monitor.add(add_gradients_of(batch_of(number)), step)
                     if accelerator.sync_gradients:
-                        gradients.average(accelerator, parameters)
+                        gradients.average_gradients(accelerator, parameters)
                         if args.max_grad_norm:
-                            gradients.clip(accelerator, parameters, args.max_grad_norm, subjects)
+                            gradients.clip_gradients(accelerator, parameters, args.max_grad_norm, subjects)
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=not capture)
             if not accelerator.optimizer_step_was_skipped:
@@ -80,15 +80,15 @@ def train(
             progress.update()
             last = done == args.max_train_steps
             if done % args.logging_steps == 0 or last:
-                values = {"loss": health.mean_loss(accelerator, args.output_dir), **_readings(adapters, optimizer)}
+                values = {"loss": monitor.mean_loss(accelerator, args.output_dir), **_readings(adapters, optimizer)}
                 accelerator.log(values, step=done)
                 progress.set_postfix(loss=f"{values['loss']:.4f}", distance=f"{values['distance/mean']:.3g}")
             if done % args.checkpointing_steps == 0 or last:
-                health.check(accelerator, args.output_dir)
+                monitor.check(accelerator, args.output_dir)
                 checkpoints.save_checkpoint(accelerator, args.output_dir, done, args.checkpoints_total_limit)
             if validate is not None and (done % args.validation_steps == 0 or last):
                 validate(done)
-    return health.check(accelerator, args.output_dir)
+    return monitor.check(accelerator, args.output_dir)
 
 
 def _resume(accelerator: Accelerator, args: argparse.Namespace) -> int:
@@ -98,7 +98,7 @@ def _resume(accelerator: Accelerator, args: argparse.Namespace) -> int:
             logger.warning("no checkpoint in %s yet; starting from the beginning", args.output_dir)
         return 0
     accelerator.load_state(str(checkpoint))
-    return checkpoints.step_of(checkpoint)
+    return checkpoint_step(checkpoint)
 
 
 def _readings(adapters: Mapping[str, Adapter], optimizer: torch.optim.Optimizer) -> dict[str, float]:
@@ -115,46 +115,3 @@ def _readings(adapters: Mapping[str, Adapter], optimizer: torch.optim.Optimizer)
                 three = {"mean": numbers.mean(), "min": numbers.min(), "max": numbers.max()}
                 values |= {f"{name}/{key}": value.item() for key, value in three.items()}
     return values
-
-
-class Health:
-    """The running losses, and the first step at which each was not finite, kept on the device to spare a wait."""
-
-    def __init__(self, device: torch.device, subjects: int = 1):
-        self.sum = torch.zeros(subjects, device=device)
-        self.count = 0
-        self.first_bad = torch.full((subjects,), -1, device=device, dtype=torch.long)
-
-    def add(self, losses: Tensor, step: int) -> None:
-        self.sum += losses
-        self.count += 1
-        bad = ~torch.isfinite(losses) & (self.first_bad < 0)
-        self.first_bad = torch.where(bad, step + 1, self.first_bad)
-
-    def check(self, accelerator: Accelerator, output_dir: Path) -> dict[int, int]:
-        """The subjects whose loss was not finite, on any process, and the first such step of each.
-
-        Raises:
-            InputError: none is left; names the step and the checkpoint to continue from.
-        """
-        first = accelerator.gather(self.first_bad)
-        assert isinstance(first, Tensor)
-        steps = first.view(-1, len(self.first_bad)).amax(dim=0).tolist()
-        bad = {subject: int(step) for subject, step in enumerate(steps) if step >= 0}
-        if len(bad) == len(steps):
-            kept = checkpoints.checkpoints(output_dir)
-            remedy = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint had been saved yet"
-            raise InputError(
-                f"the loss was not finite at step {min(bad.values())}; {remedy}; lower --learning_rate or use bf16."
-            )
-        return bad
-
-    def mean_loss(self, accelerator: Accelerator, output_dir: Path) -> float:
-        """Mean since the last call, over all processes and the subjects whose loss is finite."""
-        bad = self.check(accelerator, output_dir)
-        means = accelerator.reduce(self.sum / max(self.count, 1), "mean")
-        assert isinstance(means, Tensor)
-        good = [mean for subject, mean in enumerate(means.tolist()) if subject not in bad]
-        self.sum.zero_()
-        self.count = 0
-        return sum(good) / len(good)

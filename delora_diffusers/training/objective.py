@@ -1,7 +1,13 @@
 """The denoising objective: noise a latent, predict, weigh the squared error."""
 
+import dataclasses
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from delora_diffusers.adapter.control import Control
+from delora_diffusers.pipelines.conditions import encode_tokens, text_encoders
 
 
 def snr(noise_scheduler, timesteps: Tensor) -> Tensor:
@@ -22,7 +28,7 @@ def loss_weights(noise_scheduler, timesteps: Tensor, snr_gamma: float | None) ->
     return ratio.clamp_max(snr_gamma) / divisor
 
 
-def draw_noise(latents: Tensor, noise_offset: float, generator: torch.Generator) -> Tensor:
+def sample_noise(latents: Tensor, noise_offset: float, generator: torch.Generator) -> Tensor:
     """Standard noise of the latents' shape (batch, channels, height, width), plus a random offset per channel."""
     noise = torch.randn(latents.shape, generator=generator, device=latents.device)
     if noise_offset:
@@ -31,22 +37,29 @@ def draw_noise(latents: Tensor, noise_offset: float, generator: torch.Generator)
     return noise
 
 
+@dataclasses.dataclass(frozen=True)
+class NoiseSettings:
+    """``--noise_offset`` and ``--snr_gamma``."""
+
+    noise_offset: float = 0.0
+    snr_gamma: float | None = None
+
+
 def noised(
     noise_scheduler,
     latents: Tensor,
     generator: torch.Generator,
+    settings: NoiseSettings = NoiseSettings(),
     sample_weights: Tensor | None = None,
-    noise_offset: float = 0.0,
-    snr_gamma: float | None = None,
 ) -> dict[str, Tensor]:
-    """Everything random of a micro-batch, drawn: what ``denoising_losses`` takes beside the UNet and the embeddings.
+    """Sample everything random in a micro-batch: what ``denoising_losses`` takes besides the UNet and the embeddings.
 
     Args:
         latents: (batch, channels, height, width), float32, scaled.
         generator: source of noise and timesteps, on the latents' device.
         sample_weights: (batch,), for prior preservation; None for ones.
     """
-    noise = draw_noise(latents, noise_offset, generator)
+    noise = sample_noise(latents, settings.noise_offset, generator)
     steps = noise_scheduler.config.num_train_timesteps
     timesteps = torch.randint(0, steps, (len(latents),), generator=generator, device=latents.device)
     target = noise
@@ -54,7 +67,7 @@ def noised(
         target = noise_scheduler.get_velocity(latents, noise, timesteps)
     # First, since it moves the schedule to the device, where the weights then find it.
     noisy = noise_scheduler.add_noise(latents, noise, timesteps)
-    weights = loss_weights(noise_scheduler, timesteps, snr_gamma)
+    weights = loss_weights(noise_scheduler, timesteps, settings.snr_gamma)
     if sample_weights is not None:
         weights = weights * sample_weights
     return {"noisy": noisy, "timesteps": timesteps, "target": target, "weights": weights}
@@ -89,3 +102,27 @@ def denoising_losses(
     prediction = unet(noisy.to(dtype), timesteps, hidden, added_cond_kwargs=added, return_dict=False)[0]
     errors = (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
     return (errors * weights).view(subjects, -1).mean(dim=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Losses:
+    """The losses of a micro-batch, called with its tensors by name.
+
+    Attributes:
+        unet: with its adapter. subjects: how many it is trained on at once.
+        pipeline: whose text encoders are trained, so that the batch holds tokens; None if it holds embeddings.
+        control: the control signal that follows the batch's maps.
+    """
+
+    unet: torch.nn.Module
+    subjects: int = 1
+    pipeline: Any = None
+    control: Control | None = None
+
+    def __call__(self, **batch: Tensor) -> Tensor:
+        """Loss of each subject, (subjects,), float32."""
+        if self.control is not None:
+            self.control.see(batch.pop("maps"))
+        if self.pipeline is not None:
+            batch |= encode_tokens(self.pipeline, {name: batch.pop(name) for name in text_encoders(self.pipeline)})
+        return denoising_losses(self.unet, **batch, subjects=self.subjects)  # pyright: ignore[reportArgumentType]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from diffusers.optimization import get_scheduler
 
-from delora_diffusers.adapter import Adapter
+from delora_diffusers.adapter.tensors import Adapter
 
 
 def build_optimizer(

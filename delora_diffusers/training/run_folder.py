@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from delora_diffusers.base_model import is_miniature
-from delora_diffusers.config import METHOD_TITLES, RANKED
-from delora_diffusers.files import written_whole
-from delora_diffusers.reading import WEIGHTS_NAME
+from delora_diffusers.atomic import atomic_write
+from delora_diffusers.methods.table import METHODS
+from delora_diffusers.names import CONFIG_NAME, WEIGHTS_NAME, is_miniature
 
 SECRETS = ("hub_token",)
 
@@ -40,7 +39,7 @@ def write_config(output_dir: Path, args: argparse.Namespace, reached: dict[str, 
     }
     if reached is not None:
         record["reached"] = reached
-    with written_whole(output_dir / "config.json") as temporary:
+    with atomic_write(output_dir / CONFIG_NAME) as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n")
 
 
@@ -57,8 +56,8 @@ def write_model_card(
     grids = sorted((output_dir / "validation").glob("*.png"))
     sample = f"![Samples](validation/{grids[-1].name})\n\n" if grids else ""
     base = args.pretrained_model_name_or_path
-    method = METHOD_TITLES[args.method]
-    of_rank = f" of rank {args.rank}" if args.method in RANKED else ""
+    method = METHODS[args.method].title
+    of_rank = f" of rank {args.rank}" if METHODS[args.method].has_rank else ""
     # A local folder is no id of the hub's, and its validator refuses one.
     base_line = "" if Path(base).exists() or is_miniature(base) else f"base_model: {base}\n"
     licence = "apache-2.0" if is_miniature(base) else "openrail++" if xl else "creativeml-openrail-m"
@@ -113,7 +112,7 @@ pipeline = {kind}.from_pretrained({base!r})
 {command_line()}
 ```
 """
-    with written_whole(output_dir / "README.md") as temporary:
+    with atomic_write(output_dir / "README.md") as temporary:
         temporary.write_text(card)
 
 

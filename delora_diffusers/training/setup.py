@@ -11,10 +11,10 @@ from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers import DDPMScheduler
 from torch.utils.checkpoint import checkpoint
 
-from delora_diffusers.adapter import Adapter
-from delora_diffusers.base_model import load_pipeline
-from delora_diffusers.conditions import text_encoders
-from delora_diffusers.files import save_adapter
+from delora_diffusers.adapter.tensors import Adapter
+from delora_diffusers.files.writing import save_adapter
+from delora_diffusers.pipelines.base_model import load_pipeline
+from delora_diffusers.pipelines.conditions import text_encoders
 from delora_diffusers.training import checkpoints, run_folder
 
 REMEMBERED = ("max_train_steps", "train_batch_size", "learning_rate", "resolution", "seed")

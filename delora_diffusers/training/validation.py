@@ -1,7 +1,8 @@
-"""Pictures drawn while training: a labelled grid, to disk and to the tracker."""
+"""Validation images during training: a labelled grid on disk and in the tracker."""
 
 import argparse
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,107 +12,112 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from delora_diffusers.conditions import guided
-from delora_diffusers.control import attached_control, painted
-from delora_diffusers.images import labelled_grid
-from delora_diffusers.sampling import sample_pictures
+from delora_diffusers.adapter.control import Control
+from delora_diffusers.image_grid import labelled_grid
+from delora_diffusers.maps import paint
+from delora_diffusers.pipelines.conditions import guided
+from delora_diffusers.pipelines.sampling import sample_images
+
+Rows = list[tuple[str, list[Image.Image]]]
+"""(label, images) of each row of a grid."""
+Conditions = Callable[[list[str]], dict[str, Tensor]]
+"""What the text encoders make of prompts; see ``conditions.encode_tokens``."""
 
 
-def validator(
-    accelerator: Accelerator,
-    pipeline,
-    conditions_of: Callable[[list[str]], dict[str, Tensor]],
-    args: argparse.Namespace,
-) -> Callable[[int], None]:
-    """A function that draws ``args.num_validation_images`` pictures of each validation prompt at a step.
+@dataclasses.dataclass(frozen=True)
+class SubjectValidation:
+    """Generates ``args.num_validation_images`` images of each validation prompt.
 
-    Args:
-        pipeline: with the adapted UNet; its autoencoder may be on the CPU and is moved for the while.
-        conditions_of: gives the prompts' conditions, see ``conditions.encode_tokens``.
+    Attributes:
+        pipeline: with the adapted UNet; its autoencoder may be on the CPU and is moved while it is needed.
+        conditions_of: of the prompts and of the empty prompt.
     """
 
+    accelerator: Accelerator
+    pipeline: Any
+    conditions_of: Conditions
+    args: argparse.Namespace
+
     @torch.no_grad()
-    def validate(step: int) -> None:
-        if accelerator.is_main_process:
-            device = pipeline.vae.device
-            pipeline.vae.to(accelerator.device)
-            seeds = list(range(args.seed, args.seed + args.num_validation_images))
-            negative = conditions_of([""])
-            rows = []
-            for prompt in args.validation_prompt:
-                count = len(seeds)
-                told: dict[str, Any] = guided(pipeline, conditions_of([prompt]), negative)
-                pictures = sample_pictures(
-                    pipeline,
-                    seeds,
-                    args.resolution,
-                    **{name: one.repeat(count, *[1] * (one.ndim - 1)) for name, one in told.items()},
-                    num_inference_steps=args.validation_inference_steps,
-                    guidance_scale=args.guidance_scale,
-                )
-                rows.append((prompt, pictures))
-            pipeline.vae.to(device)
-            save_grid(accelerator, rows, args.output_dir / "validation" / f"step-{step:06}.png", step)
-            save_samples(args.output_dir / "samples", rows)
-        accelerator.wait_for_everyone()
+    def __call__(self, step: int) -> None:
+        """Write the grid of this step, and the newest image of each prompt for the model card."""
+        if self.accelerator.is_main_process:
+            home = self.pipeline.vae.device
+            self.pipeline.vae.to(self.accelerator.device)
+            rows = [(prompt, self._sample(prompt)) for prompt in self.args.validation_prompt]
+            self.pipeline.vae.to(home)
+            save_grid(self.accelerator, rows, self.args.output_dir, step)
+            save_samples(self.args.output_dir / "samples", rows)
+        self.accelerator.wait_for_everyone()
 
-    return validate
-
-
-def save_samples(folder: Path, rows: list[tuple[str, list[Image.Image]]]) -> None:
-    """Write the newest picture of each prompt, which the model card shows."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, (_, pictures) in enumerate(rows):
-        pictures[0].save(folder / f"{number:02}.png")
+    def _sample(self, prompt: str) -> list[Image.Image]:
+        seeds = list(range(self.args.seed, self.args.seed + self.args.num_validation_images))
+        conditions = guided(self.pipeline, self.conditions_of([prompt]), self.conditions_of([""]))
+        arguments: dict[str, Any] = {
+            name: tensor.repeat(len(seeds), *[1] * (tensor.ndim - 1)) for name, tensor in conditions.items()
+        }
+        return sample_images(
+            self.pipeline,
+            seeds,
+            self.args.resolution,
+            **arguments,
+            num_inference_steps=self.args.validation_inference_steps,
+            guidance_scale=self.args.guidance_scale,
+        )
 
 
-def map_validator(
-    accelerator: Accelerator,
-    pipeline,
-    conditions_of: Callable[[list[str]], dict[str, Tensor]],
-    examples: list[tuple[str, np.ndarray, Image.Image]],
-    args: argparse.Namespace,
-) -> Callable[[int], None]:
-    """A function that draws a picture for each map at a step, beside the map and the real picture.
+@dataclasses.dataclass(frozen=True)
+class MapValidation:
+    """Generates an image from each example's map, shown between the map and the real image.
 
-    Args:
+    Attributes:
         pipeline: with the adapted UNet and its control signal; its autoencoder may be on the CPU.
-        conditions_of: gives the prompts' conditions, see ``conditions.encode_tokens``.
-        examples: (caption, map, picture), all of one size.
+        conditions_of: of the captions and of the empty prompt.
+        control: the control signal. examples: (caption, map, image), all of one size.
     """
-    control = attached_control(pipeline.unet)
-    assert control is not None
+
+    accelerator: Accelerator
+    pipeline: Any
+    conditions_of: Conditions
+    control: Control
+    examples: Sequence[tuple[str, np.ndarray, Image.Image]]
+    args: argparse.Namespace
 
     @torch.no_grad()
-    def validate(step: int) -> None:
-        if accelerator.is_main_process:
-            device = pipeline.vae.device
-            pipeline.vae.to(accelerator.device)
-            captions, maps, targets = (list(column) for column in zip(*examples))
-            pictures = sample_pictures(
-                pipeline,
-                [args.seed + number for number in range(len(examples))],
+    def __call__(self, step: int) -> None:
+        """Write the grid of this step."""
+        if self.accelerator.is_main_process:
+            home = self.pipeline.vae.device
+            self.pipeline.vae.to(self.accelerator.device)
+            captions, maps, targets = (list(column) for column in zip(*self.examples))
+            images = sample_images(
+                self.pipeline,
+                [self.args.seed + number for number in range(len(self.examples))],
                 None,
                 maps=maps,
-                **guided(pipeline, conditions_of(captions), conditions_of([""] * len(captions))),
-                num_inference_steps=args.validation_inference_steps,
-                guidance_scale=args.guidance_scale,
+                **guided(self.pipeline, self.conditions_of(captions), self.conditions_of([""] * len(captions))),
+                num_inference_steps=self.args.validation_inference_steps,
+                guidance_scale=self.args.guidance_scale,
             )
-            pipeline.vae.to(device)
-            shown = [Image.fromarray(painted(one, control.palette)) for one in maps]
-            rows = [
-                (f"{caption}: map, drawn, real", [semantic, picture, target])
-                for caption, semantic, picture, target in zip(captions, shown, pictures, targets)
-            ]
-            save_grid(accelerator, rows, args.output_dir / "validation" / f"step-{step:06}.png", step)
-        accelerator.wait_for_everyone()
-
-    return validate
+            self.pipeline.vae.to(home)
+            painted = [Image.fromarray(paint(values, self.control.palette)) for values in maps]
+            columns = zip(captions, painted, images, targets)
+            rows = [(f"{caption}: map, generated, real", [semantic, *pair]) for caption, semantic, *pair in columns]
+            save_grid(self.accelerator, rows, self.args.output_dir, step)
+        self.accelerator.wait_for_everyone()
 
 
-def save_grid(accelerator: Accelerator, rows: list[tuple[str, list[Image.Image]]], path: Path, step: int) -> None:
-    """Write a grid to disk and to every tracker that takes pictures."""
+def save_samples(folder: Path, rows: Rows) -> None:
+    """Write the newest image of each prompt, which the model card shows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (_, images) in enumerate(rows):
+        images[0].save(folder / f"{number:02}.png")
+
+
+def save_grid(accelerator: Accelerator, rows: Rows, output_dir: Path, step: int) -> None:
+    """Write ``validation/step-N.png``, and log it to every tracker that takes images."""
     grid = labelled_grid(rows, title=f"step {step}")
+    path = output_dir / "validation" / f"step-{step:06}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     grid.save(path)
     for tracker in accelerator.trackers:

@@ -1,0 +1,229 @@
+"""Attach an adapter to a model."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
+
+from delora_diffusers.adapter.processors import AdaptedAttnProcessor
+from delora_diffusers.adapter.projections import Projection, low_rank_product
+from delora_diffusers.adapter.tensors import Adapter
+from delora_diffusers.errors import InputError
+from delora_diffusers.methods.config import EVERYTHING, AdapterConfig
+
+FUSED = ("to_q", "to_k", "to_v")
+_ATTACHMENT = "_delora_attachment"
+
+
+@dataclasses.dataclass(frozen=True)
+class Attachment:
+    """What ``detach`` needs to undo ``attach``.
+
+    Attributes:
+        handles: of the hooks. trainable: the model's parameters that required gradients before.
+    """
+
+    adapter: Adapter
+    handles: list[RemovableHandle]
+    trainable: list[nn.Parameter]
+
+
+def attach(
+    model: nn.Module, config: AdapterConfig, generator: torch.Generator | Sequence[torch.Generator] | None = None
+) -> Adapter:
+    """Adapt the targeted linear modules of a model and freeze everything else.
+
+    Attention with diffusers' scaled dot-product processors gets an ``AdaptedAttnProcessor``. Any other target (the text
+    encoder, feed-forward layers, attention with another processor) keeps its code and gets its weight from the same
+    adapter through ``torch.nn.utils.parametrize`` (a forward hook on the split path).
+
+    Args:
+        model: a UNet, text encoder or any module with ``nn.Linear`` inside; changed in place.
+        config: what to attach.
+        generator: source of the random start, on the CPU; None is torch's global one. A sequence means several
+            subjects: ``model(...)`` then takes a batch with equally many samples of each, ordered by subject.
+
+    Returns:
+        The adapter, whose parameters are all that trains. ``model(...)`` now computes with W'.
+
+    Raises:
+        InputError: a target that matches nothing or a module that is not linear, a rank too large, an adapter attached
+            already, several subjects with an adapted module outside attention or on the split path.
+    """
+    if attached_adapter(model) is not None:
+        raise InputError("the model has an adapter attached already; call detach(model) or merge(model) first.")
+    if EVERYTHING in config.targets:
+        return _attach(model, config, [], _every_parameter(model), generator)
+    linears = find_targets(model, config.targets)
+    attentions = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, Attention) and type(module.processor) in (AttnProcessor2_0, FusedAttnProcessor2_0)
+    }
+    attended: list[tuple[str, Attention, list[Projection]]] = []
+    for prefix, attention in attentions.items():
+        members = {
+            name: linears.pop(f"{prefix}.{name}") for name in (*FUSED, "to_out.0") if f"{prefix}.{name}" in linears
+        }
+        parts = [
+            Projection(tuple(f"{prefix}.{name}" for name in names), tuple(members[name] for name in names))
+            for names in _same_input(attention, members)
+        ]
+        attended += [(prefix, attention, parts)] if parts else []
+    alone = [Projection((name,), (linear,)) for name, linear in linears.items()]
+    return _attach(model, config, attended, alone, generator)
+
+
+def _every_parameter(model: nn.Module) -> list[Projection]:
+    return [
+        Projection((prefix if name == "weight" else f"{prefix}.{name}",), (module,), name)
+        for prefix, module in model.named_modules()
+        for name, _ in module.named_parameters(recurse=False)
+    ]
+
+
+def _attach(
+    model: nn.Module,
+    config: AdapterConfig,
+    attended: list[tuple[str, Attention, list[Projection]]],
+    alone: list[Projection],
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+) -> Adapter:
+    """Build the adapter and attach it: ``attended`` by one processor per attention, ``alone`` module by module."""
+    projections = [part for _, _, parts in attended for part in parts]
+    generators = generator if isinstance(generator, Sequence) else [generator or torch.default_generator]
+    if len(generators) > 1 and (alone or config.path == "split"):
+        reason = f"{alone[0].names[0]} is not a projection of attention" if alone else "path is 'split'"
+        raise InputError(f"several subjects can share one model only in attention and on the fast path, but {reason}.")
+    adapter = Adapter(config, projections + alone, generators)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
+    for prefix, attention, parts in attended:
+        processor: Any = AdaptedAttnProcessor(adapter, attention.processor, parts, prefix)
+        attention.set_processor(processor)
+    handles = []
+    for projection in alone:
+        linear = projection.linears[0]
+        if config.path == "split":
+            handles.append(linear.register_forward_hook(_LowRankHook(adapter, projection)))
+        else:
+            adapted = _AdaptedWeight(adapter, projection)
+            parametrize.register_parametrization(linear, projection.parameter, adapted)
+
+    @torch.compiler.disable
+    def refresh_once(*_: object) -> None:
+        if not adapter.prepared:
+            adapter.refresh()
+        adapter.prepared = False
+
+    handles.append(model.register_forward_pre_hook(refresh_once))  # pyright: ignore[reportArgumentType]
+    # nn.Module's __setattr__ would register the adapter as a submodule, but neither the model's state dict nor its
+    # parameters may change.
+    model.__dict__[_ATTACHMENT] = Attachment(adapter, handles, trainable)
+    return adapter
+
+
+def attachment(model: nn.Module) -> Attachment:
+    """What was attached to a model.
+
+    Raises:
+        InputError: nothing is attached.
+    """
+    attached = model.__dict__.get(_ATTACHMENT)
+    if attached is None:
+        raise InputError(f"no adapter is attached to this {type(model).__name__}; call attach or load_adapter first.")
+    return attached
+
+
+def forget_attachment(model: nn.Module) -> None:
+    """The last step of ``detach``."""
+    del model.__dict__[_ATTACHMENT]
+
+
+def attached_adapter(model: nn.Module) -> Adapter | None:
+    """The adapter attached to a model, or None."""
+    attached = model.__dict__.get(_ATTACHMENT)
+    return None if attached is None else attached.adapter
+
+
+def find_targets(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Linear]:
+    """The linear modules whose name is a target or ends with ``.target``, in the model's order.
+
+    Raises:
+        InputError: no module's name ends with a target, or the module is not linear.
+    """
+    linears: dict[str, nn.Linear] = {}
+    unused = set(targets)
+    for name, module in model.named_modules():
+        for target in targets:
+            if name == target or name.endswith("." + target):
+                if not isinstance(module, nn.Linear):
+                    raise InputError(f"target {target} is {name}, a {type(module).__name__}; name linear modules only.")
+                linears[name] = module
+                unused.discard(target)
+    if unused:
+        endings = sorted({name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+        raise InputError(
+            f"target {sorted(unused)[0]} matches no module of {type(model).__name__}; "
+            f"its linear modules end with {', '.join(endings)}."
+        )
+    return linears
+
+
+def adapted_parameters(model: nn.Module, config: AdapterConfig) -> list[tuple[str, str]]:
+    """(module, parameter) names of everything that an adapter with this configuration adapts."""
+    if EVERYTHING in config.targets:
+        return [tuple(name.rpartition(".")[::2]) for name, _ in model.named_parameters()]  # pyright: ignore
+    return [(name, "weight") for name in find_targets(model, config.targets)]
+
+
+def parametrized_by_adapter(module: nn.Module) -> list[str]:
+    """The parameters of a module that an adapter has parametrized."""
+    if not parametrize.is_parametrized(module):
+        return []
+    chains = module.get_submodule("parametrizations").named_children()
+    return [name for name, chain in chains if isinstance(chain.get_submodule("0"), _AdaptedWeight)]
+
+
+def _same_input(attention: Attention, members: dict[str, nn.Linear]) -> list[list[str]]:
+    """The adapted modules of one attention in groups of one input and one shape, which are computed as one product."""
+    groups: list[list[str]] = []
+    for name, linear in members.items():
+        if groups and name in FUSED and not (attention.is_cross_attention and groups[-1] == ["to_q"]):
+            previous = members[groups[-1][-1]]
+            if previous.weight.shape == linear.weight.shape and (previous.bias is None) == (linear.bias is None):
+                groups[-1].append(name)
+                continue
+        groups.append([name])
+    return groups
+
+
+class _AdaptedWeight(nn.Module):
+    """Parametrization of a linear module's weight: W', or W while the adapter's strength is 0."""
+
+    def __init__(self, adapter: Adapter, projection: Projection):
+        super().__init__()
+        self.unregistered = (adapter, projection)  # in a tuple, so that neither becomes a submodule of the model
+
+    def forward(self, weight: Tensor) -> Tensor:
+        adapter, projection = self.unregistered
+        return weight if projection.weight is None or adapter.strength == 0 else projection.weight
+
+
+class _LowRankHook:
+    """Forward hook of a linear module that adds the low-rank product to its output."""
+
+    def __init__(self, adapter: Adapter, projection: Projection):
+        self.adapter = adapter
+        self.projection = projection
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if self.adapter.strength == 0:
+            return output
+        assert self.projection.a is not None and self.projection.b is not None
+        return output + low_rank_product(inputs[0], self.projection.a, self.projection.b)[0].to(output.dtype)

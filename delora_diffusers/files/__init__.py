@@ -1,0 +1,1 @@
+"""Adapter files: reading, writing, other tools' formats, low-rank algebra, merging, records of generated images."""

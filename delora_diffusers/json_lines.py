@@ -1,0 +1,113 @@
+"""Files with one JSON object per line: the one reader and writer, and the keys of every such file. Imports no torch."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from delora_diffusers.atomic import write_text
+from delora_diffusers.errors import InputError
+
+TYPES: dict[str, tuple[type, ...]] = {
+    "file_name": (str,),
+    "text": (str, type(None)),
+    "prompt": (str,),
+    "prompts": (list,),
+    "map": (str,),
+    "adapter": (str, type(None)),
+    "seed": (int,),
+    "output_dir": (str,),
+    "instance_data_dir": (str,),
+    "instance_prompt": (str,),
+    "class_prompt": (str, type(None)),
+    "source": (str,),
+}
+"""What the value of each key may be."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LineFormat:
+    """The keys of the objects in a file.
+
+    Attributes:
+        required: keys that every line has. optional: further keys that mean something.
+        example: one line, for error messages.
+        closed: whether any other key is an error; image metadata may hold anything else.
+    """
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    example: str
+    closed: bool = False
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (*self.required, *self.optional)
+
+    def problem(self, record: Any) -> str | None:
+        """What is wrong with a parsed line, or None."""
+        if not isinstance(record, dict):
+            return "it is not a JSON object"
+        missing = [key for key in self.required if key not in record]
+        if missing:
+            return f"it has no {missing[0]}"
+        unknown = [key for key in record if key not in self.keys]
+        if self.closed and unknown:
+            return f"it has an unknown key {unknown[0]!r}"
+        for key in self.keys:
+            if key in record and (not isinstance(record[key], TYPES[key]) or isinstance(record[key], bool)):
+                return f"its {key} is {json.dumps(record[key])[:60]}"
+        return None
+
+
+PHOTOS = LineFormat(("file_name", "text"), (), '{"file_name": "01.jpg", "text": "a photo of sks dog"}')
+"""``metadata.jsonl`` beside photos: captions."""
+IMAGES_WITH_MAPS = LineFormat(("file_name",), ("map", "text"), '{"file_name": "1.jpg", "map": "1.png", "text": "..."}')
+"""``metadata.jsonl`` beside pairs of an image and a map."""
+GENERATED = LineFormat(("file_name", "prompt"), (), '{"file_name": "000.png", "prompt": "a sks dog"}')
+"""``metadata.jsonl`` of generated images; it also records how each was generated."""
+GENERATED_FROM_MAPS = LineFormat(("file_name", "prompt", "map"), (), '{"file_name": "1.png", "map": "maps/1.png", ...}')
+"""``metadata.jsonl`` of images that were generated from maps."""
+OFT_PROMPTS = LineFormat(("source", "prompt"), (), '{"source": "source/1.png", "prompt": "a street"}')
+"""``prompt_*_blip.json`` of OFT's prepared ADE20K."""
+SUBJECTS = LineFormat(
+    ("instance_data_dir", "instance_prompt", "output_dir"),
+    ("seed", "class_prompt"),
+    '{"instance_data_dir": "dog", "instance_prompt": "a sks dog", "output_dir": "runs/dog"}',
+    closed=True,
+)
+"""``--subjects_file`` of the DreamBooth script: subjects that are trained at once."""
+REQUESTS = LineFormat(
+    ("prompts", "output_dir"),
+    ("adapter", "seed"),
+    '{"adapter": "runs/dog", "prompts": ["a sks dog"], "output_dir": "images/dog"}',
+    closed=True,
+)
+"""``--requests_file`` of generate: images of several adapters."""
+
+
+def read_json_lines(file: Path, line_format: LineFormat) -> list[tuple[int, dict[str, Any]]]:
+    """(line number, object) of every line that is not blank.
+
+    Raises:
+        InputError: a line is not an object of this format; names the line and what is wrong with it.
+    """
+    records = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            problem = line_format.problem(record)
+        except (ValueError, RecursionError) as error:
+            problem = f"it is not JSON: {str(error)[:100]}"
+        if problem is not None:
+            raise InputError(f"{file} line {number} is not a record like {line_format.example} ({problem}); fix it.")
+        records.append((number, record))
+    return records
+
+
+def write_json_lines(file: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write one object per line, completely or not at all."""
+    write_text(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

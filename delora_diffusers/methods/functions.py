@@ -1,0 +1,50 @@
+"""What a method's file must define, as a typed protocol, and how to get at it."""
+
+import functools
+import importlib
+from typing import Protocol, cast, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from delora_diffusers.methods.config import AdapterConfig
+from delora_diffusers.methods.table import METHODS
+
+Tensors = dict[str, Tensor]
+"""The tensors of n stacked matrices of one shape by key; n is their first dimension."""
+
+
+@runtime_checkable
+class MethodFunctions(Protocol):
+    """The functions of every method. W is (n, out, in): n stacked matrices of one shape."""
+
+    def initialize(self, weight: Tensor, config: AdapterConfig, generator: torch.Generator) -> tuple[Tensors, Tensors]:
+        """Trainable and fixed tensors of the start, float32."""
+        ...
+
+    def adapted_weight(self, weight: Tensor, tensors: Tensors, config: AdapterConfig) -> Tensor:
+        """W' (n, out, in) in the dtype of the weight."""
+        ...
+
+
+@runtime_checkable
+class LowRankFunctions(MethodFunctions, Protocol):
+    """A method whose update is a low-rank product (``has_factors`` in the table)."""
+
+    def factors(self, tensors: Tensors, config: AdapterConfig) -> tuple[Tensor, Tensor]:
+        """B~ (n, out, k) and A~ (n, k, in) with ``W' - W = B~ A~``."""
+        ...
+
+
+@functools.cache
+def method_functions(name: str) -> MethodFunctions:
+    """The functions of a method in the table."""
+    return cast(MethodFunctions, importlib.import_module(f"{__package__}.{METHODS[name].module}"))
+
+
+@functools.cache
+def low_rank_functions(name: str) -> LowRankFunctions:
+    """The functions of a method with low-rank factors."""
+    functions = method_functions(name)
+    assert METHODS[name].has_factors and isinstance(functions, LowRankFunctions), f"{name} has no low-rank factors"
+    return functions

@@ -1,0 +1,62 @@
+"""The table of methods: one row per ``--method``. Imports no torch, so that commands can check flags at once.
+
+Adding a method takes a file in this folder with its functions (see ``functions.py``) and a row here.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What the rest of the project needs to know about a method.
+
+    Attributes:
+        title: for tables and figures.
+        module: the file in this folder; one file holds a method and its variants, which ``config.method`` tells apart.
+        learning_rate: the default for subject-driven generation with Stable Diffusion.
+        key_prefix: what the last part of its tensors' names in an adapter file begins with.
+        has_rank: whether ``--rank`` means anything.
+        has_factors: whether W' - W is a low-rank product, which the split path and the LoRA exports need.
+        no_weight_decay: keys of the tensors that weight decay leaves alone; they train at ``--lambda_learning_rate``.
+        capturable: whether a training step can be recorded as a CUDA graph.
+    """
+
+    title: str
+    module: str
+    learning_rate: float
+    key_prefix: str
+    has_rank: bool
+    has_factors: bool = False
+    no_weight_decay: tuple[str, ...] = ()
+    capturable: bool = True
+
+
+METHODS = {
+    "delora": Method("DeLoRA", "delora", 2e-2, "delora_", True, has_factors=True, no_weight_decay=("lambda",)),
+    "lora": Method("LoRA", "lora", 6e-4, "lora_", True, has_factors=True),
+    "dora": Method("DoRA", "dora", 6e-4, "dora_", True),
+    "dora_fixed_magnitude": Method("DoRA with fixed magnitude", "dora", 6e-4, "dora_", True),
+    "ether": Method("ETHER", "ether", 6e-3, "ether_", False),
+    "etherplus": Method("ETHER+", "ether", 6e-3, "ether_", False),
+    "etherplus_onesided": Method("one-sided ETHER+", "ether", 6e-3, "ether_", False),
+    # Solving linear equations cannot be recorded in a CUDA graph.
+    "oft": Method("OFT", "oft", 6e-5, "oft_", False, capturable=False),
+    "delora_symmetric": Method(
+        "symmetric multiplicative DeLoRA", "relaxations", 2e-2, "relaxed_", True, no_weight_decay=("lambda",)
+    ),
+    "delora_multiplicative": Method(
+        "multiplicative DeLoRA", "relaxations", 2e-2, "relaxed_", True, no_weight_decay=("lambda",)
+    ),
+    "full": Method("full fine-tuning", "full", 5e-6, "full_", False),
+}
+"""Default learning rates: DeLoRA's, LoRA's and DoRA's from DeLoRA (Bini et al., ICLR 2025); ETHER+'s, OFT's and full
+fine-tuning's from ETHER (Bini et al., ICML 2024, appendix C.1), whose setting DeLoRA follows. ETHER, one-sided ETHER+
+and the two relaxations have no published rate and take that of the closest method."""
+
+LAMBDA_LEARNING_RATE = 1e-3
+"""DeLoRA's rate for the boundary (Bini et al., ICLR 2025)."""
+
+
+def title_of(name: str) -> str:
+    """The title of a method, and of ``none``, the base model without an adapter."""
+    return "base model" if name == "none" else METHODS[name].title

@@ -1,0 +1,50 @@
+"""Draw pictures from a pipeline, each from a seed of its own."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from delora_diffusers.adapter.control import as_signal, attached_control
+
+
+@torch.no_grad()
+def sample_images(
+    pipeline,
+    seeds: Sequence[int],
+    resolution: int | None,
+    *,
+    maps: Sequence[np.ndarray] | None = None,
+    **arguments: Any,
+) -> list[Image.Image]:
+    """One batch: a picture for each seed, whose noise is drawn on the CPU from that seed alone.
+
+    The autoencoder decodes in its own dtype, which may be wider than the UNet's.
+
+    Args:
+        pipeline: a ``StableDiffusionPipeline``.
+        seeds: one for each prompt (or embedding) given in ``arguments``.
+        resolution: side of the pictures, pixels; None for the model's own, or for that of the maps.
+        maps: one for each seed, all of one size, for a UNet with a control signal.
+        arguments: for the pipeline: ``prompt`` or ``prompt_embeds``, ``num_inference_steps``, ``guidance_scale``, ...
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    pipeline.set_progress_bar_config(disable=True)
+    height = width = resolution
+    control = attached_control(pipeline.unet)
+    if control is not None and maps is not None:
+        signal = as_signal(maps, control.palette)
+        if resolution is None:
+            height, width = signal.shape[-2:]
+        control.encoder.to(pipeline.unet.device)
+        control.see(signal.to(pipeline.unet.device, next(control.encoder.parameters()).dtype))
+    latents = pipeline(generator=generators, height=height, width=width, output_type="latent", **arguments).images
+    if control is not None:
+        control.see(None)
+    vae = pipeline.vae
+    if vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
+        vae.to(torch.float32)  # the autoencoder of Stable Diffusion XL overflows in fp16
+    decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+    return pipeline.image_processor.postprocess(decoded, output_type="pil")

@@ -1,0 +1,119 @@
+"""The micro-batches of both training scripts: everything random in a step, as a function of its number."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from delora_diffusers.adapter.control import as_signal
+from delora_diffusers.training import order
+from delora_diffusers.training.cuda_graph import Batch
+from delora_diffusers.training.disk_cache import DiskCache
+from delora_diffusers.training.encoding import LatentCache, PromptTable, device_index
+from delora_diffusers.training.objective import NoiseSettings, noised
+
+
+@dataclasses.dataclass(frozen=True)
+class SubjectData:
+    """One subject, encoded.
+
+    Attributes:
+        seed: of every random choice for this subject.
+        prompts: one per photo. latents: of the photos.
+        class_prompt, class_latents: for prior preservation, else None.
+    """
+
+    seed: int
+    prompts: Sequence[str]
+    latents: LatentCache
+    class_prompt: str | None = None
+    class_latents: LatentCache | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class SubjectBatches:
+    """Micro-batches of DreamBooth, with as many samples of each subject, ordered by subject.
+
+    Attributes:
+        noise_scheduler: of the base model. noise: how it is used.
+        subjects: one, or several that are trained at once.
+        table: what the text encoders, or their tokenizers if they are trained, make of each prompt.
+        batch_size: photos of each subject; with prior preservation as many class images are added.
+        prior_loss_weight: of the class images' loss.
+    """
+
+    noise_scheduler: Any
+    noise: NoiseSettings
+    subjects: Sequence[SubjectData]
+    table: PromptTable
+    batch_size: int
+    prior_loss_weight: float
+    device: torch.device
+
+    def __call__(self, microbatch: int) -> Batch:
+        """The tensors of a micro-batch by name."""
+        parts = [self._part(subject, microbatch) for subject in self.subjects]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if len(parts) > 1 else parts[0]
+
+    def _part(self, subject: SubjectData, microbatch: int) -> dict[str, Tensor]:
+        generator = order.generator(subject.seed, microbatch, self.device)
+        seed = order.mixed_seed(subject.seed, microbatch, 1)
+        photos = order.sample_indices(subject.seed, microbatch, self.batch_size, len(subject.latents))
+        latents, sizes = subject.latents.sample(photos, generator, seed), subject.latents.sizes_of(photos, seed)
+        prompts, weights = [subject.prompts[photo] for photo in photos], None
+        if subject.class_latents is not None:
+            images = order.sample_indices(subject.seed + 1, microbatch, self.batch_size, len(subject.class_latents))
+            latents = torch.cat((latents, subject.class_latents.sample(images, generator, seed + 1)))
+            sizes += subject.class_latents.sizes_of(images, seed + 1)
+            prompts += [subject.class_prompt or ""] * len(images)
+            # Each loss is a mean over its half of the batch, and the two are added.
+            weights = torch.tensor([2.0] * len(photos) + [2.0 * self.prior_loss_weight] * len(images))
+            weights = weights.to(self.device, non_blocking=True)
+        batch = noised(self.noise_scheduler, latents, generator, self.noise, weights)
+        if sizes:
+            batch["time_ids"] = torch.cat(sizes)
+        return batch | self.table.lookup(prompts)
+
+
+@dataclasses.dataclass(frozen=True)
+class MapBatches:
+    """Micro-batches of semantic maps and their images.
+
+    Attributes:
+        noise_scheduler: of the base model. noise: how it is used.
+        cache: the encoded pairs. scaling_factor: the autoencoder's.
+        empty_prompt: embedding (tokens, width) of no caption, which replaces a caption with probability
+            ``proportion_empty_prompts``.
+        palette: the colours that index maps are painted in, or None for maps in colour.
+    """
+
+    noise_scheduler: Any
+    noise: NoiseSettings
+    cache: DiskCache
+    scaling_factor: float
+    empty_prompt: Tensor
+    palette: np.ndarray | None
+    seed: int
+    batch_size: int
+    proportion_empty_prompts: float
+    device: torch.device
+
+    def __call__(self, microbatch: int) -> Batch:
+        """The tensors of a micro-batch by name."""
+        generator = order.generator(self.seed, microbatch, self.device)
+        seed = order.mixed_seed(self.seed, microbatch, 1)
+        pairs = order.sample_indices(self.seed, microbatch, self.batch_size, len(self.cache))
+        batch = self.cache.read(pairs, seed)
+        mean, std = batch.mean.to(self.device, non_blocking=True), batch.std.to(self.device, non_blocking=True)
+        latents = (mean + std * torch.randn(mean.shape, generator=generator, device=self.device)) * self.scaling_factor
+        embeddings = batch.embeddings.to(self.device, non_blocking=True)
+        unprompted = np.random.default_rng((seed, 2)).uniform(size=len(mean)) < self.proportion_empty_prompts
+        if unprompted.any():
+            rows = device_index(unprompted.nonzero()[0].tolist(), self.device)
+            embeddings[rows] = self.empty_prompt.to(embeddings.dtype)
+        maps = as_signal(list(batch.maps.numpy()), self.palette).to(self.device, non_blocking=True)
+        inputs = noised(self.noise_scheduler, latents, generator, self.noise)
+        return inputs | {"encoder_hidden_states": embeddings, "maps": maps}

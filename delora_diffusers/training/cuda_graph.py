@@ -1,0 +1,104 @@
+"""Forward and backward of a micro-batch, on CUDA recorded once as a graph and replayed.
+
+A step of Stable Diffusion launches some two thousand kernels, and below a batch of about 16 a fast GPU waits for the
+CPU to launch them. A CUDA graph launches all of them at once. It reads and writes fixed places in memory, so that
+batches are copied into its inputs and gradients are added up in place.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from delora_diffusers.adapter.tensors import Adapter
+from delora_diffusers.errors import InputError
+
+Batch = Mapping[str, Tensor]
+"""Tensors of a micro-batch by name, on the device, of the same shapes in every micro-batch of a run."""
+
+EAGER_FIRST = 3
+"""Micro-batches before the recording: kernels choose their workspaces, gradients get their places."""
+
+
+class MicroBatches:
+    """Adds the gradients of one micro-batch after another.
+
+    Args:
+        accelerator: scales the loss for accumulation and for fp16.
+        adapters: each makes its weights before the forward.
+        losses_of: the loss of each subject in a batch, (subjects,); nothing in it may be random or wait for the device.
+        capture: record a graph. Then gradients must be set to zero, not to None, between steps.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        adapters: Sequence[Adapter],
+        losses_of: Callable[..., Tensor],
+        capture: bool,
+    ):
+        self.accelerator = accelerator
+        self.adapters = adapters
+        self.losses_of = losses_of
+        self.capture = capture
+        self._eager_left = EAGER_FIRST
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._stream = torch.cuda.Stream() if capture else None
+        self._inputs: dict[str, Tensor] = {}
+        self._losses: Tensor | None = None
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """The batch's losses, detached; their gradients are added to the parameters'.
+
+        Raises:
+            InputError: the graph cannot be recorded.
+        """
+        if not self.capture:
+            return self._forward_and_backward(batch)
+        if self._eager_left:
+            self._eager_left -= 1
+            return self._aside(batch)
+        if self._graph is None:
+            self._record(batch)
+        for name, place in self._inputs.items():
+            place.copy_(batch[name])
+        assert self._graph is not None and self._losses is not None
+        self._graph.replay()
+        return self._losses
+
+    def _forward_and_backward(self, batch: Batch) -> Tensor:
+        for adapter in self.adapters:
+            adapter.refresh()
+        losses = self.losses_of(**batch)
+        self.accelerator.backward(losses.sum())  # each subject's gradients are those of its own loss
+        return losses.detach()
+
+    def _aside(self, batch: Batch) -> Tensor:
+        """On the stream of the recording: autograd remembers where a gradient was first added up."""
+        assert self._stream is not None
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            losses = self._forward_and_backward(batch)
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return losses
+
+    def _record(self, batch: Batch) -> None:
+        self._inputs = {name: tensor.clone() for name, tensor in batch.items()}
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Only this thread: with several processes another one watches over their exchanges meanwhile.
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                self._losses = self._forward_and_backward(self._inputs)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split("\n")[0].split())
+            raise InputError(
+                f"the training step cannot be recorded as a CUDA graph ({reason}); give --no-cuda_graph."
+            ) from error
+        self._graph = graph
+
+
+def can_capture(accelerator: Accelerator, adapters: Sequence[Adapter]) -> bool:
+    """Whether a step of these adapters can be recorded."""
+    return accelerator.device.type == "cuda" and all(adapter.method.capturable for adapter in adapters)

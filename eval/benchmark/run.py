@@ -1,0 +1,200 @@
+"""Run tasks: several at once, over the processes of ``accelerate launch``, each command only if it is not done.
+
+Without a GPU, commands are forked from one process that has already imported what takes seconds to import. CUDA does
+not survive a fork, so with a GPU each command is a new process.
+"""
+
+import datetime
+import fcntl
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from multiprocessing.reduction import DupFd
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from tqdm.auto import tqdm
+
+from eval.benchmark.tasks import ROOT, Task
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCH_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_")
+"""What accelerate launch sets for its processes, and the commands of a task must not see."""
+
+
+LONGEST_WAIT = datetime.timedelta(days=14)
+"""How long processes wait for the slowest one."""
+
+
+def start_accelerator() -> "Accelerator":
+    """The accelerator of a run whose processes may wait long for one another."""
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)])
+
+
+def exit_with_failures(failed: dict[str, str]) -> None:
+    """End with an error if something failed, after printing each failure."""
+    if failed:
+        for folder, problem in failed.items():
+            print(f"failed: {folder}: {problem}", file=sys.stderr)
+        sys.exit(f"error: {len(failed)} failed and are in no mean; run the same command again to retry them.")
+
+
+def run_tasks(
+    tasks: Sequence[Task], jobs: int, environment: dict[str, str], show: bool, fork: bool = False
+) -> dict[str, str]:
+    """Run tasks, ``jobs`` at a time; one that fails does not stop the others.
+
+    Args:
+        environment: of the commands. show: a progress bar.
+        fork: fork the commands from a warm process instead of starting each afresh.
+
+    Returns:
+        What went wrong, a sentence for each place of an item that is not done.
+    """
+    running: set[Any] = set()
+    start = _forked if fork else _fresh
+
+    def run(task: Task) -> str | None:
+        task.folder.mkdir(parents=True, exist_ok=True)
+        problem = None
+        with lock(task.folder / ".lock") as held, (task.folder / "log.txt").open("ab") as log:
+            for step in task.steps:
+                command = None if step.is_done() else step.command()
+                if command is None:
+                    continue
+                process, wait = start(command, log, environment, held)
+                running.add(process)
+                code = wait()
+                running.discard(process)
+                if problem is None and not step.is_done():
+                    problem = f"{_last_line(task.folder / 'log.txt')} (exit {code}; {task.folder}/log.txt)"
+        return problem
+
+    failed = {}
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        progress = tqdm(pool.map(run, tasks), total=len(tasks), desc="subjects", disable=None if show else True)
+        for task, problem in zip(tasks, progress):
+            if problem is not None:
+                failed |= {str(result.folder): problem for result in task.results if not result.is_done()}
+                tqdm.write(f"{task.folder}: {problem}", file=sys.stderr)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(running):
+            process.terminate()
+    return failed
+
+
+def run_on_all(accelerator: "Accelerator", tasks: Sequence[Task], jobs: int) -> dict[str, str]:
+    """Run tasks, spread over the processes of ``accelerate launch``, ``jobs`` at a time in each.
+
+    Every process gives the same tasks, and gets what went wrong in any.
+    """
+    from accelerate.utils import gather_object
+
+    accelerator.wait_for_everyone()  # every process has looked at what is there before the first one writes
+    index, count = accelerator.process_index, accelerator.num_processes
+    on_gpu = accelerator.device.type == "cuda"
+    environment = child_environment(jobs, count, accelerator.local_process_index, on_gpu)
+    show = accelerator.is_local_main_process
+    mine = run_tasks(tasks[index::count], jobs, environment, show, fork=not on_gpu)
+    failed: dict[str, str] = dict(gather_object(list(mine.items())))
+    accelerator.wait_for_everyone()
+    return failed
+
+
+def _fresh(command: Sequence[str], log: IO, environment: dict[str, str], lock: int) -> tuple[Any, Callable[[], Any]]:
+    """Start a command; the process, and what waits for its exit code.
+
+    The lock goes on with the command, should this process be killed and the command go on.
+    """
+    process = subprocess.Popen(
+        command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, pass_fds=[lock]
+    )
+    return process, process.wait
+
+
+def _forked(command: Sequence[str], log: IO, environment: dict[str, str], lock: int) -> tuple[Any, Callable[[], Any]]:
+    """The same, in a fork of a process whose imports are done."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["eval.benchmark.warm"])
+    words = (list(command[1:]), DupFd(log.fileno()), environment, DupFd(lock))
+    process = context.Process(target=_as_command, args=words)
+    process.start()
+
+    def wait() -> int | None:
+        process.join()
+        return process.exitcode
+
+    return process, wait
+
+
+def _as_command(words: list[str], log: Any, environment: dict[str, str], lock: Any) -> None:
+    """Become ``python WORDS``: its output, its environment, its arguments. The lock is held while this process is."""
+    lock.detach()
+    stream = log.detach()
+    for standard in (1, 2):
+        os.dup2(stream, standard)
+    os.environ.clear()
+    os.environ.update(environment)
+    import torch
+
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # the variable is read when torch is imported
+    sys.path.insert(0, str(ROOT))
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def child_environment(jobs: int, num_processes: int, local_index: int, on_gpu: bool) -> dict[str, str]:
+    """The environment of a subject's commands: one process, its share of the cores, the GPU of this process.
+
+    Args:
+        jobs: subjects that run at once in this process.
+        num_processes: of accelerate launch on this host. local_index: which of them this is.
+        on_gpu: whether the processes have a GPU each.
+    """
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in LAUNCH_VARIABLES and not name.startswith(LAUNCH_PREFIXES)
+    }
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // (jobs * num_processes)))
+    if on_gpu and num_processes > 1:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local_index] if visible else str(local_index)
+    return environment
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[int]:
+    """Hold a file's lock, waiting for whoever holds it: a command of a run that was killed may still be at work."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            tqdm.write(f"waiting for another command that is at work in {path.parent}", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file.fileno()
+
+
+def _last_line(log: Path) -> str:
+    text = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    refusals = [line for line in lines[-3:] if line.startswith("error: ")]
+    return (refusals or lines or ["nothing was printed"])[-1].removeprefix("error: ")[:500]

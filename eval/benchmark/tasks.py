@@ -1,0 +1,166 @@
+"""The commands for each subject of a benchmark, as a user would type them, and whether each is done."""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from PIL import Image
+
+from delora_diffusers.errors import InputError
+from delora_diffusers.image_files import UNREADABLE
+from delora_diffusers.json_lines import GENERATED, read_json_lines, write_json_lines
+from delora_diffusers.names import METADATA_NAME, WEIGHTS_NAME, list_checkpoints
+
+ROOT = Path(__file__).parents[2]
+TRAINING_SCRIPT = ROOT / "train_dreambooth_delora.py"
+
+
+class Result(Protocol):
+    """What a task leaves in a folder of its own."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    def is_done(self) -> bool: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class SubjectRun:
+    """One subject and seed: its adapter goes to ``folder/adapter``, its images to ``folder/pictures``.
+
+    Attributes:
+        training_flags: that differ from those of other subjects; None for images of the base model.
+        prompts: of the images. seed: of the images.
+    """
+
+    folder: Path
+    training_flags: Mapping[str, object] | None
+    prompts: Sequence[str]
+    seed: int
+
+    @property
+    def adapter(self) -> Path | None:
+        return None if self.training_flags is None else self.folder / "adapter"
+
+    @property
+    def images(self) -> Path:
+        return self.folder / "pictures"
+
+    def is_trained(self) -> bool:
+        return self.adapter is None or (self.adapter / WEIGHTS_NAME).is_file()
+
+    def is_done(self) -> bool:
+        return self.is_trained() and images_are_complete(self.images, self.prompts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A command, made when it is about to run (None if there is nothing to run it on), and whether it is done."""
+
+    command: Callable[[], Sequence[str] | None]
+    is_done: Callable[[], bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Commands that lead to one result, or to several at once; their output goes to ``folder/log.txt``."""
+
+    folder: Path
+    results: Sequence[Result]
+    steps: Sequence[Step]
+
+    def is_done(self) -> bool:
+        return all(result.is_done() for result in self.results)
+
+
+@dataclasses.dataclass(frozen=True)
+class SubjectCommands:
+    """The commands that train one subject, or several at once, and generate their images.
+
+    Attributes:
+        folder: of the log; with several subjects also of the checkpoints and of the files that list the subjects.
+        training, generation: the flags that all subjects share.
+        continues: the folder of a shorter training of the same subjects, whose last checkpoint is continued.
+    """
+
+    folder: Path
+    runs: Sequence[SubjectRun]
+    training: Mapping[str, object]
+    generation: Mapping[str, object]
+    continues: Path | None = None
+
+    def train(self) -> Sequence[str]:
+        name = "adapter" if len(self.runs) == 1 else "training"
+        shorter = []
+        if self.continues is not None and not list_checkpoints(self.folder / name):
+            shorter = list_checkpoints(self.continues / name)
+        start = str(shorter[-1]) if shorter else "latest"
+        defaults = {"checkpoints_total_limit": 1, "report_to": "tensorboard"}
+        command = [sys.executable, str(TRAINING_SCRIPT), *flags(defaults | dict(self.training))]
+        command += ["--resume_from_checkpoint", start]
+        if len(self.runs) == 1:
+            (run,) = self.runs
+            return [*command, *flags(run.training_flags or {}), "--output_dir", str(run.adapter)]
+        lines = [{**(run.training_flags or {}), "output_dir": run.adapter} for run in self.runs]
+        file = _write_lines(self.folder / "subjects.jsonl", lines)
+        return [*command, "--subjects_file", file, "--output_dir", str(self.folder / name)]
+
+    def generate(self) -> Sequence[str] | None:
+        command = [sys.executable, "-m", "delora_diffusers", "generate", *flags(self.generation)]
+        trained = [run for run in self.runs if run.is_trained()]
+        if not trained:
+            return None
+        if len(self.runs) == 1:
+            (run,) = self.runs
+            own = {"adapter": run.adapter, "seed": run.seed, "output_dir": run.images}
+            return [*command, *flags(own), "--prompt", *run.prompts]
+        lines = [
+            {"adapter": run.adapter, "prompts": run.prompts, "seed": run.seed, "output_dir": run.images}
+            for run in trained
+        ]
+        return [*command, "--requests_file", _write_lines(self.folder / "requests.jsonl", lines)]
+
+    def task(self) -> Task:
+        """Train, then generate."""
+        steps = [Step(self.generate, lambda: all(run.is_done() for run in self.runs))]
+        if any(run.training_flags is not None for run in self.runs):
+            steps.insert(0, Step(self.train, lambda: all(run.is_trained() for run in self.runs)))
+        return Task(self.folder, self.runs, steps)
+
+
+def in_order(tasks: Sequence[Task]) -> Task:
+    """One task that runs these one after another; their output goes to the last one's log."""
+    results = [result for task in tasks for result in task.results]
+    return Task(tasks[-1].folder, results, [step for task in tasks for step in task.steps])
+
+
+def flags(values: Mapping[str, object]) -> list[str]:
+    """``{"rank": 4, "center_crop": True}`` as command-line flags; None leaves a flag out."""
+    words: list[str] = []
+    for name, value in values.items():
+        if value is not None:
+            words += [f"--{name}", *([] if value is True else [str(value)])]
+    return words
+
+
+def _write_lines(file: Path, lines: Sequence[Mapping[str, object]]) -> str:
+    texts = [{key: str(value) if isinstance(value, Path) else value for key, value in line.items()} for line in lines]
+    write_json_lines(file, texts)
+    return str(file)
+
+
+def images_are_complete(folder: Path, prompts: Sequence[str]) -> bool:
+    """Whether the folder's ``metadata.jsonl`` has all prompts and every image it lists is there to its last byte."""
+    file = folder / METADATA_NAME
+    if not file.is_file():
+        return False
+    try:
+        records = [record for _, record in read_json_lines(file, GENERATED)]
+        for record in records:
+            with Image.open(folder / record["file_name"]) as image:
+                image.verify()
+    except (InputError, *UNREADABLE):
+        return False
+    return {record["prompt"] for record in records} >= set(prompts)

@@ -1,0 +1,45 @@
+"""Run a whole benchmark: train every subject, generate its prompts, score, and write tables and a page.
+
+Each step is skipped if its result is already complete, so the same command continues a run that was stopped. Under
+``accelerate launch`` the subjects are spread over the processes, one GPU each.
+"""
+
+import argparse
+from pathlib import Path
+
+from delora_diffusers.methods.table import METHODS
+from eval.benchmark.plan import check, make_plan, tasks, with_defaults, write_settings
+from eval.benchmark.run import exit_with_failures, run_on_all, start_accelerator
+from eval.commands.arguments import add_run_arguments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("benchmark", help="dreambooth, toybox or a YAML file of the same form")
+    parser.add_argument("--method", choices=[*METHODS, "none"], default="delora", help="none is the base model")
+    parser.add_argument("--generated_dir", type=Path, help="score existing images: SUBJECT/metadata.jsonl")
+    add_run_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    check(options)
+    options = with_defaults(options)
+    plan = make_plan(options)
+
+    from eval.benchmark import collect, report  # imports torch
+
+    accelerator = start_accelerator()
+    if accelerator.is_main_process:
+        write_settings(plan, options)
+        collect.load_models(options, "cpu")  # fails now instead of after hours of training
+    accelerator.wait_for_everyone()
+    failed: dict[str, str] = {}
+    if options.generated_dir is None:
+        failed = run_on_all(accelerator, tasks(plan, options.together), options.jobs)
+    models = collect.load_models(options, accelerator.device)
+    summary = collect.score(plan, options, accelerator, failed, models)
+    if summary is None:
+        return
+    page = report.write([plan.folder], plan.folder / "index.html", overwrite=True)
+    print(report.terminal(plan.folder))
+    print(f"wrote {page}; open it in a browser")
+    exit_with_failures(failed)

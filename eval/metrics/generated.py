@@ -1,0 +1,60 @@
+"""What generate wrote into a folder: its images with their prompts, or with the maps they were generated from."""
+
+from pathlib import Path
+from typing import Any
+
+from data.maps import MapPair, find_pairs
+from delora_diffusers.errors import InputError
+from delora_diffusers.json_lines import GENERATED, GENERATED_FROM_MAPS, LineFormat, read_json_lines
+from delora_diffusers.names import METADATA_NAME
+
+Generated = list[tuple[Path, str]]
+"""(image, prompt) of every generated image."""
+
+
+def read_generated(folder: Path) -> Generated:
+    """The images that a folder's ``metadata.jsonl`` lists, with their prompts.
+
+    Raises:
+        InputError: no folder, no metadata, a line without a prompt, an image that is missing.
+    """
+    return [(path, record["prompt"]) for path, record in _read(folder, GENERATED)]
+
+
+def by_prompt(generated: Generated) -> dict[str, list[Path]]:
+    """The images of each prompt, in order."""
+    images: dict[str, list[Path]] = {}
+    for path, prompt in generated:
+        images.setdefault(prompt, []).append(path)
+    return images
+
+
+def read_generated_from_maps(folder: Path, map_dir: Path) -> list[tuple[Path, MapPair]]:
+    """The images that a folder's ``metadata.jsonl`` lists, with the pair of ``map_dir`` whose map each follows.
+
+    Raises:
+        InputError: no metadata, images that were not generated from maps, or from maps of another folder.
+    """
+    pairs = {Path(str(pair.map)).stem: pair for pair in find_pairs(map_dir)}
+    generated = []
+    for path, record in _read(folder, GENERATED_FROM_MAPS):
+        stem = Path(record["map"]).stem
+        if stem not in pairs:
+            raise InputError(
+                f"{path} was generated from a map {stem}, which {map_dir} does not have; give the folder of its maps."
+            )
+        generated.append((path, pairs[stem]))
+    return generated
+
+
+def _read(folder: Path, line_format: LineFormat) -> list[tuple[Path, dict[str, Any]]]:
+    file = folder / METADATA_NAME
+    if not file.is_file():
+        raise InputError(f"{file} is missing; --generated_dir must be a finished output folder of generate.")
+    records = [(folder / record["file_name"], record) for _, record in read_json_lines(file, line_format)]
+    missing = next((path for path, _ in records if not path.is_file()), None)
+    if missing is not None:
+        raise InputError(f"{missing} is missing, but {file.name} lists it; run generate again.")
+    if not records:
+        raise InputError(f"{file} is empty; generate images first.")
+    return records

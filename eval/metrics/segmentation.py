@@ -1,0 +1,90 @@
+"""Segment images, and compare the result with maps: confusion matrices and the scores computed from them."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from delora_diffusers.errors import InputError
+
+
+def confusion_matrix(truth: Tensor, found: Tensor, classes: int, ignore_index: int = 255) -> Tensor:
+    """How many pixels of each true class (row) were found to be of each class (column), (classes, classes) int64.
+
+    Args:
+        truth: class indices of any shape; those equal to ``ignore_index`` do not count.
+        found: likewise, from 0 to classes - 1.
+    """
+    truth, found = truth.flatten().long(), found.flatten().long()
+    counted = truth != ignore_index
+    joint = truth[counted] * classes + found[counted]
+    return torch.bincount(joint, minlength=classes * classes).view(classes, classes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """Scores of one confusion matrix, each 0 to 1.
+
+    Attributes:
+        miou: mean intersection over union of the classes that occur in truth or in what was found.
+        mean_accuracy: mean recall of the classes that occur in truth.
+        pixel_accuracy: share of the pixels that are right.
+        iou, recall: (classes,), NaN where the class does not occur.
+    """
+
+    miou: float
+    mean_accuracy: float
+    pixel_accuracy: float
+    iou: Tensor
+    recall: Tensor
+
+
+def agreement(confusion: Tensor) -> Agreement:
+    """The scores of a confusion matrix (classes, classes), rows true."""
+    counts = confusion.double()
+    right, true, found = counts.diagonal(), counts.sum(dim=1), counts.sum(dim=0)
+    iou, recall = right / (true + found - right), right / true  # NaN where 0 / 0
+    return Agreement(
+        miou=float(iou.nanmean()),
+        mean_accuracy=float(recall.nanmean()),
+        pixel_accuracy=float(right.sum() / true.sum()),
+        iou=iou,
+        recall=recall,
+    )
+
+
+class Segmenter:
+    """A transformers semantic-segmentation model with its preprocessing.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+
+    def __init__(self, name: str, device: torch.device | str):
+        from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+
+        try:
+            self.model: Any = AutoModelForSemanticSegmentation.from_pretrained(name).float().eval().to(device)
+            self.processor: Any = AutoImageProcessor.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(
+                f"--segmenter {name} could not be loaded ({reason}); give a folder or hub id of a transformers "
+                "segmentation model."
+            ) from error
+        self.name = name
+        self.classes = int(self.model.config.num_labels)
+        self.labels: dict[int, str] = self.model.config.id2label
+        self.device = device
+
+    def __call__(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """Class indices (images, height, width) of images of one size."""
+        sizes = [(image.height, image.width) for image in images]
+        with torch.inference_mode():
+            output = self.model(**self.processor(images=list(images), return_tensors="pt").to(self.device))
+            labels = self.processor.post_process_semantic_segmentation(output, sizes)
+        return torch.stack(labels).cpu().numpy()

@@ -1,0 +1,167 @@
+"""The outputs of a study: its figure, a caption with all numbers, one image of every setting."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+
+from delora_diffusers.atomic import write_text
+from delora_diffusers.names import METADATA_NAME
+from eval.benchmark.results import bootstrap_interval, mean_and_interval, paired_differences
+from eval.benchmark.tables import markdown
+from eval.metrics.generated import read_generated
+from eval.study import figures
+from eval.study.settings import Study
+from eval.study.trials import Trial
+
+PAIRED_SCORES = (("dino", "DINO"), ("clip_t", "CLIP-T"))
+
+
+def unfinished(trials: Sequence[Trial], rows: pd.DataFrame) -> str:
+    """A sentence on the trainings that did not finish, by setting; empty if all did."""
+    rows = first_protocol(rows)
+    missing = []
+    for trial in trials:
+        setting, plan = trial.setting, trial.plan
+        wanted = len(plan.benchmark.subjects) * len(plan.seeds)
+        finished = len(rows[(rows["label"] == setting.label) & (rows["x"].eq(setting.x) | (setting.x is None))])
+        if finished < wanted:
+            where = "" if setting.x is None else f" at {setting.x:g}x"
+            missing.append(f"{setting.label}{where} ({wanted - finished} of {wanted})")
+    return f" Not finished, and in no mean: {', '.join(missing)}." if missing else ""
+
+
+def first_protocol(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the first protocol, which figures and captions show."""
+    return rows[rows["protocol"] == rows["protocol"].iloc[0]]
+
+
+def tabulate(rows: pd.DataFrame) -> pd.DataFrame:
+    """A row for each setting: means, and the bootstrap 95% intervals of DINO and CLIP-T over subjects."""
+    table = []
+    for key, group in rows.groupby(["label", "x", "method"], sort=False, dropna=False):
+        label, x, method = cast(tuple, key)
+        row: dict[str, Any] = {"label": label, "x": x, "method": method, "distance": group["distance"].mean()}
+        for name, _ in PAIRED_SCORES:
+            interval = mean_and_interval(group, name)
+            assert interval is not None
+            row |= {name: interval["mean"], f"{name}_low": interval["low"], f"{name}_high": interval["high"]}
+        means: Any = group.groupby("seed")["dino"].mean()
+        row["dino_sd"] = means.std() if len(means) > 1 else None
+        table.append(row)
+    return pd.DataFrame(table)
+
+
+def write(path: Path, study: Study, rows: pd.DataFrame, missing: str) -> Path:
+    """The figure and its caption with all numbers: ``path`` with .png, .svg and .md.
+
+    Args:
+        missing: see ``unfinished``.
+    """
+    rows = first_protocol(rows)
+    table = tabulate(rows)
+    interval = mean_and_interval(rows, "real_dino")
+    real = None if interval is None else interval["mean"]
+    if study.axis is None:
+        figures.plot_rows(table, real, path)
+    else:
+        figures.plot_curves(table, study.axis, real, path)
+    seeds, subjects = rows["seed"].nunique(), rows["subject"].nunique()
+    parts = [
+        f"![{study.shows}]({path.name}.png)\n",
+        f"{study.shows}\n",
+        f"{subjects} subjects, {seeds} seeds; in brackets the bootstrap 95% interval over subjects, ± the\n"
+        f"standard deviation between seeds.{missing}\n",
+        markdown(*means(table, study.axis)),
+    ]
+    if real is not None:
+        parts.append(f"Real images (intra-subject): DINO {real:.3f}.\n")
+    parts += against_the_last(rows) if study.axis is None else against_the_default(rows, study)
+    file = path.with_suffix(".md")
+    write_text(file, "\n".join(parts))
+    return file
+
+
+def means(table: pd.DataFrame, axis: str | None) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of a caption."""
+    rows = []
+    for record in table.to_dict("records"):
+        spread = "" if pd.isna(record["dino_sd"]) else f" ± {record['dino_sd']:.3f}"
+        dino = f"{record['dino']:.3f} [{record['dino_low']:.3f}, {record['dino_high']:.3f}]{spread}"
+        cells = [str(record["label"]), *([] if axis is None else [f"{record['x']:g}"])]
+        rows.append([*cells, dino, f"{record['clip_t']:.3f}", f"{record['distance']:.3g}"])
+    return ["", *([] if axis is None else [axis]), "DINO", "CLIP-T", "distance"], rows
+
+
+def against_the_default(rows: pd.DataFrame, study: Study) -> list[str]:
+    """Every curve against its point at the default, as parts of a caption."""
+    compared = [x for x in study.compared if (rows["x"] == x).any()]
+    if rows[rows["x"] == 1].empty or not compared:
+        return []
+    cells = []
+    for label, group in rows.groupby("label", sort=False):
+        at = {x: group[group["x"] == x] for x in (1, *compared)}
+        for score, name in PAIRED_SCORES:
+            cells.append([str(label), name, *(difference(at[x], at[1], score) for x in compared)])
+        cells.append([str(label), "distance", *(ratio(at[x], at[1]) for x in compared)])
+    what = "learning rate" if "rate" in str(study.axis) else "number of steps"
+    return [
+        f"Against the default {what}, paired by subject; for the distance, the ratio:\n",
+        markdown(["", "", *(f"{x:g}x" for x in compared)], cells),
+    ]
+
+
+def against_the_last(rows: pd.DataFrame) -> list[str]:
+    """Every row of a table against its last one, as parts of a caption."""
+    *others, last = rows["label"].unique()
+    if not others:
+        return []
+    reference = rows[rows["label"] == last]
+    cells = []
+    for label in others:
+        group = rows[rows["label"] == label]
+        cells.append([label, *(difference(group, reference, score) for score, _ in PAIRED_SCORES)])
+    return [f"Against {last}, paired by subject:\n", markdown(["", *(name for _, name in PAIRED_SCORES)], cells)]
+
+
+def difference(ours: pd.DataFrame, theirs: pd.DataFrame, score: str) -> str:
+    """The paired difference of a score and its interval, as text; empty if no subject has both."""
+    interval = paired_differences(ours, theirs).get(score)
+    return "" if interval is None else f"{interval['mean']:+.3f} [{interval['low']:+.3f}, {interval['high']:+.3f}]"
+
+
+def ratio(ours: pd.DataFrame, theirs: pd.DataFrame) -> str:
+    """The ratio of distances, geometric mean over subjects and its interval, as text."""
+    by_subject: list[Any] = [rows.groupby("subject")["distance"].mean() for rows in (ours, theirs)]
+    differences = np.log(by_subject[0] / by_subject[1]).dropna().to_numpy()
+    if not len(differences):
+        return ""
+    low, high = bootstrap_interval(np.ones(len(differences)), differences)
+    return f"{np.exp(differences.mean()):.2f} [{np.exp(low):.2f}, {np.exp(high):.2f}]"
+
+
+def write_images(path: Path, axis: str | None, trials: Sequence[Trial]) -> None:
+    """One image of every setting: the first of the benchmark's second prompt, of the first seed.
+
+    Along an axis it shows the first subject; in a table every subject.
+    """
+    first = trials[0].plan.benchmark
+    subjects = first.subjects if axis is None else first.subjects[:1]
+    rows: dict[str, dict[str, Path]] = {}
+    for trial in sorted(trials, key=lambda trial: trial.setting.x or 0):
+        for subject in subjects:
+            folder = trial.plan.subject_folder(subject, 0) / "pictures"
+            if (folder / METADATA_NAME).is_file():
+                wanted = trial.plan.benchmark.prompts_of(subject)[:2][-1]
+                images = [image for image, prompt in read_generated(folder) if prompt == wanted]
+                column = subject.name if trial.setting.x is None else figures.multiple(trial.setting.x)
+                rows.setdefault(trial.setting.label, {})[column] = images[0]
+    ordered = {trial.setting.label: rows[trial.setting.label] for trial in trials if trial.setting.label in rows}
+    columns = [subject.name for subject in subjects]
+    if axis is not None:
+        columns = [figures.multiple(x) for x in sorted({trial.setting.x for trial in trials if trial.setting.x})]
+    if ordered:
+        prompts = list(dict.fromkeys(first.prompts_of(subject)[:2][-1] for subject in subjects))
+        figures.plot_images(ordered, columns, axis, prompts[0] if len(prompts) == 1 else "", path)

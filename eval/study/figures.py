@@ -1,0 +1,143 @@
+"""The figures of studies, as PNG and SVG."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from delora_diffusers.atomic import atomic_write
+
+COLOURS = ("#00798c", "#d1495b", "#edae49", "#66a182", "#8d6a9f", "#2e4057")
+
+
+def plot_curves(table: pd.DataFrame, axis: str, real: float | None, path: Path) -> None:
+    """Three panels over a logarithmic axis: DINO and CLIP-T with their intervals, the distance from the base model.
+
+    Args:
+        table: of ``captions.tabulate``.
+        axis: what x is. real: DINO of the real images (intra-subject).
+        path: without a suffix.
+    """
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    figure, panels = plt.subplots(1, 3, figsize=(13.2, 4.1), layout="constrained")
+    for colour, (label, rows) in zip(COLOURS, table.groupby("label", sort=False)):
+        style: dict[str, Any] = {"color": colour, "label": label, "marker": "o", "markersize": 4}
+        for panel, name in zip(panels, ("dino", "clip_t")):
+            panel.plot(rows["x"], rows[name], **style)
+            panel.fill_between(
+                rows["x"], rows[f"{name}_low"], rows[f"{name}_high"], color=colour, alpha=0.12, linewidth=0
+            )
+        panels[2].plot(rows["x"], rows["distance"], **style)
+    if real is not None:
+        panels[0].axhline(real, color="#888", linewidth=1, linestyle="--")
+        panels[0].annotate("real images", (1, real), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+    ticks = sorted(table["x"].unique())
+    for panel, name in zip(panels, ("DINO", "CLIP-T", "distance |W' - W|, mean over matrices")):
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(ticks, [multiple(x) for x in ticks])
+        panel.minorticks_off()
+        panel.set_xlabel(axis)
+        panel.set_ylabel(name)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[2].set_yscale("log")
+    panels[2].yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    panels[2].yaxis.set_major_formatter("{x:g}")
+    panels[2].yaxis.set_minor_formatter(NullFormatter())
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+    _save(figure, path)
+
+
+DINO_AND_CLIP_T = (("dino", "DINO"), ("clip_t", "CLIP-T"))
+
+
+def plot_rows(
+    table: pd.DataFrame, real: float | None, path: Path, scores: Sequence[tuple[str, str]] = DINO_AND_CLIP_T
+) -> None:
+    """Two scores of each row with their intervals, the first row on top.
+
+    Args:
+        table: with columns NAME, NAME_low and NAME_high of each score, and ``label``.
+        real: the first score of real images.
+        path: without a suffix. scores: (column, title) of both.
+    """
+    import matplotlib.pyplot as plt
+
+    size = (10.4, 0.8 + 0.42 * len(table))
+    figure, panels = plt.subplots(1, 2, figsize=size, layout="constrained", sharey=True)
+    heights = range(len(table), 0, -1)
+    for panel, (name, title) in zip(panels, scores):
+        panel.hlines(heights, table[f"{name}_low"], table[f"{name}_high"], color=COLOURS[0], linewidth=3, alpha=0.35)
+        panel.plot(table[name], heights, "o", color=COLOURS[0])
+        panel.set_xlabel(title)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(heights, table["label"])
+    if real is not None:
+        panels[0].axvline(real, color="#888", linewidth=1, linestyle="--")
+        panels[0].annotate("real", (real, 1.0), xycoords=("data", "axes fraction"), ha="right", va="top")
+    _save(figure, path)
+
+
+def plot_positions(rows: pd.DataFrame, path: Path) -> None:
+    """Mean column norms along the UNet: a panel for each kind of attention, a line for each projection."""
+    import matplotlib.pyplot as plt
+
+    kinds = list(rows["kind"].unique())
+    figure, panels = plt.subplots(1, len(kinds), figsize=(9.6, 3.8), layout="constrained", sharey=True, squeeze=False)
+    starts: Any = rows.groupby("part", sort=False)["place"].min()
+    for panel, kind in zip(panels[0], kinds):
+        for colour, (projection, group) in zip(COLOURS, rows[rows["kind"] == kind].groupby("projection", sort=False)):
+            panel.plot(group["place"], group["mean_norm"], "o-", color=colour, markersize=4, label=projection)
+        for start in starts[1:]:
+            panel.axvline(start - 0.5, color="#ddd", linewidth=1, zorder=0)
+        panel.set_xticks(starts, [part.replace("_blocks", "").replace("_block", "") for part in starts.index])
+        panel.tick_params(axis="x", labelrotation=45)
+        panel.set_title(kind, fontsize=10)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_ylabel("mean column norm of W")
+    panels[0][0].legend(frameon=False)
+    _save(figure, path)
+
+
+def multiple(x: float) -> str:
+    """A tick label, ``1/8`` to ``32``."""
+    return f"1/{round(1 / x)}" if x < 1 else f"{x:g}"
+
+
+def plot_images(
+    rows: dict[str, dict[str, Path]], columns: Sequence[str], axis: str | None, title: str, path: Path
+) -> None:
+    """A grid of images: a row for each label, a column for each name; missing images leave a gap."""
+    import matplotlib.pyplot as plt
+    from PIL import Image
+
+    size = (1.0 * len(columns) + 0.4 + 0.07 * max(map(len, rows)), 1.06 * len(rows) + 0.7)
+    figure, panels = plt.subplots(len(rows), len(columns), figsize=size, layout="constrained", squeeze=False)
+    for line, (label, files) in zip(panels, rows.items()):
+        for panel, x in zip(line, columns):
+            panel.set_xticks([])
+            panel.set_yticks([])
+            panel.spines[:].set_visible(False)
+            if x in files:
+                with Image.open(files[x]) as image:
+                    panel.imshow(image.convert("RGB"))
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+    for panel, x in zip(panels[-1], columns):
+        panel.set_xlabel(x, fontsize=9)
+    figure.suptitle(title, fontsize=9)
+    if axis is not None:
+        figure.supxlabel(axis, fontsize=9)
+    with atomic_write(path.with_suffix(".png")) as temporary:
+        figure.savefig(temporary, format="png", dpi=130, bbox_inches="tight")  # long labels are not cut
+    plt.close(figure)
+
+
+def _save(figure: Any, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    for suffix in (".png", ".svg"):
+        with atomic_write(path.with_suffix(suffix)) as temporary:
+            figure.savefig(temporary, format=suffix[1:], dpi=150)
+    plt.close(figure)

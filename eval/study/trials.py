@@ -1,0 +1,189 @@
+"""Run the settings of a study: each is a benchmark run in a folder of its own, which studies share.
+
+Whatever is already complete is kept, so the same command continues a study that was stopped. Under ``accelerate
+launch`` the trainings are spread over the processes.
+"""
+
+import argparse
+import copy
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from data.benchmark import render_subjects
+from delora_diffusers.atomic import atomic_write
+from delora_diffusers.errors import InputError
+from delora_diffusers.names import CONFIG_NAME
+from eval.benchmark import collect
+from eval.benchmark.plan import (
+    Plan,
+    check,
+    check_base_model,
+    chosen_benchmark,
+    flag_values,
+    is_toybox,
+    make_plan,
+    tasks_of_all,
+    with_defaults,
+    write_settings,
+)
+from eval.benchmark.run import exit_with_failures, lock, run_on_all
+from eval.study.settings import Setting
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+DEFAULT_STEPS = {"miniature": 300, "other": 1200}
+"""What the training script does unless ``--train`` gives max_train_steps."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A setting, its benchmark run, and that run's options."""
+
+    setting: Setting
+    plan: Plan
+    options: argparse.Namespace
+
+
+def plan_trials(options: argparse.Namespace, settings: Sequence[Setting]) -> list[Trial]:
+    """The benchmark run of each setting, checked; photos of toys are rendered. A run that only trains longer than the
+    one before continues it.
+
+    Raises:
+        InputError
+    """
+    typed = check_not_varied(options, settings)
+    default = DEFAULT_STEPS["miniature" if options.pretrained_model_name_or_path is None else "other"]
+    steps = str(typed.get("max_train_steps", default))
+    if not steps.isdecimal() or int(steps) == 0:
+        raise InputError(f"--train max_train_steps={steps} is not a number of steps; give a whole number above 0.")
+    check_base_model(options.pretrained_model_name_or_path)
+    options = argparse.Namespace(**vars(options) | {"generated_dir": None, "method": "none"})
+    check(options)
+    benchmark = chosen_benchmark(options)
+    if options.photographs is None and is_toybox(benchmark):
+        options.photographs = options.output_dir / "photographs"
+        render_subjects(benchmark, options.photographs)
+    trials: list[Trial] = []
+    for setting in settings:
+        own = copy.copy(options)
+        train = dict(setting.train)
+        multiple = train.pop("steps", None)
+        words = [word for word in options.train if multiple is None or "max_train_steps" not in word]
+        if multiple is not None:
+            train["max_train_steps"] = max(1, round(int(steps) * multiple))
+        own.train = [*words, *(f"{name}={value}" for name, value in train.items())]
+        own.method = setting.method
+        own.output_dir = options.output_dir / "runs" / dataclasses.replace(setting, train=train).slug
+        own = with_defaults(own)
+        plan = make_plan(own)
+        benchmark = dataclasses.replace(plan.benchmark, drift_prompts=())
+        previous = trials[-1] if trials and multiple is not None else None
+        shorter = previous.plan if previous and continues(previous.setting, setting, options) else None
+        trials.append(Trial(setting, dataclasses.replace(plan, benchmark=benchmark, continues=shorter), own))
+    return trials
+
+
+def check_not_varied(options: argparse.Namespace, settings: Sequence[Setting]) -> dict[str, object]:
+    """The flags of ``--train``.
+
+    Raises:
+        InputError: the study itself varies one of them.
+    """
+    typed = flag_values(options.train, "--train")
+    for setting in settings:
+        clash = sorted(typed.keys() & {*setting.train, "method"})
+        if clash:
+            raise InputError(f"--train {clash[0]} is what {options.name} varies; leave it out.")
+    return typed
+
+
+def continues(shorter: Setting, setting: Setting, options: argparse.Namespace) -> bool:
+    """Whether a training is another one continued: its rate must not depend on the number of steps to come."""
+    without_steps = [dataclasses.replace(s, x=None, train=s.train | {"steps": 0}) for s in (shorter, setting)]
+    schedule = flag_values(options.train, "--train").get("lr_scheduler", "constant")
+    return without_steps[0] == without_steps[1] and schedule in ("constant", "constant_with_warmup")
+
+
+@contextmanager
+def exclusive(accelerator: "Accelerator", output_dir: Path) -> Iterator[None]:
+    """Lock the runs of an output folder, which studies share; waits for another study that is using them."""
+    if not accelerator.is_main_process:
+        yield
+        return
+    (output_dir / "runs").mkdir(parents=True, exist_ok=True)
+    with lock(output_dir / "runs" / ".lock"):
+        yield
+
+
+def run_trials(accelerator: "Accelerator", options: argparse.Namespace, trials: Sequence[Trial]) -> dict[str, str]:
+    """Train, generate and score what is missing; what failed, by folder."""
+    scoring = trials[0].options
+    by_folder = {trial.plan.folder: trial for trial in trials}.values()
+    if accelerator.is_main_process:
+        collect.load_models(scoring, "cpu")  # fails now instead of after days of training
+        for trial in by_folder:
+            write_settings(trial.plan, trial.options)
+    accelerator.wait_for_everyone()
+    tasks = tasks_of_all([trial.plan for trial in trials], options.together)
+    failed = run_on_all(accelerator, tasks, options.jobs)
+    models = collect.load_models(scoring, accelerator.device)
+    for trial in by_folder:
+        folder = trial.plan.folder
+        failed_here = {path: problem for path, problem in failed.items() if Path(path).is_relative_to(folder)}
+        try:
+            collect.score(trial.plan, trial.options, accelerator, failed_here, models)
+        except InputError as error:  # every training of this setting failed, which is a result of the study
+            failed.setdefault(str(folder), str(error))
+            (folder / "subjects.csv").unlink(missing_ok=True)
+    return failed
+
+
+def gather(trials: Sequence[Trial], failed: dict[str, str]) -> pd.DataFrame:
+    """A row for each setting, subject, seed and protocol: scores, and the distance at the end of the training.
+
+    Raises:
+        InputError: nothing was scored; gives the first problem of ``failed``.
+    """
+    tables = []
+    for trial in trials:
+        file = trial.plan.folder / "subjects.csv"
+        if not file.is_file():
+            continue
+        rows = pd.read_csv(file)
+        rows.insert(0, "label", trial.setting.label)
+        rows.insert(1, "x", trial.setting.x)
+        rows.insert(2, "method", trial.setting.method)
+        rows["distance"] = [
+            last_distance(trial.plan.folder / f"seed-{seed}" / str(subject) / "adapter")
+            for seed, subject in zip(rows["seed"], rows["subject"])
+        ]
+        tables.append(rows)
+    if not tables:
+        problem = next(iter(failed.values()), "nothing was generated")
+        raise InputError(f"no setting could be scored; the first problem: {problem}")
+    return pd.concat(tables, ignore_index=True)
+
+
+def last_distance(adapter: Path) -> float | None:
+    """The mean distance ``|W' - W|_F`` at the end of a training; None without its record."""
+    file = adapter / CONFIG_NAME
+    return json.loads(file.read_text()).get("reached", {}).get("distance") if file.is_file() else None
+
+
+def write_rows(file: Path, rows: pd.DataFrame) -> None:
+    """Write a table as Parquet."""
+    with atomic_write(file) as temporary:
+        rows.to_parquet(temporary, index=False)
+
+
+def finish(caption: Path, failed: dict[str, str]) -> None:
+    """Print the caption, and end with an error if something failed."""
+    print(f"{caption.read_text()}wrote {caption} and the files of the same name beside it")
+    exit_with_failures(failed)
