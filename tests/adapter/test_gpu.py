@@ -1,0 +1,133 @@
+"""What only a CUDA device shows: precisions, compilation, the float32 inside. Run with ``pytest -m gpu``."""
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_controlnet_map2img as map_script
+from delora_diffusers import AdapterConfig, attach, load_adapter, merge
+from delora_diffusers.names import WEIGHTS_NAME
+from tests.helpers import (
+    fixed_loss,
+    map_flags,
+    outputs_and_gradients,
+    randomize,
+    run_in_child,
+    train,
+    training_flags,
+    write_map_folders,
+)
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.fixture(autouse=True)
+def full_float32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def on_gpu(inputs):
+    return tuple(tensor.cuda() for tensor in inputs)
+
+
+@pytest.mark.parametrize("path", ["fast", "split"])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-3), (torch.bfloat16, 0.06), (torch.float16, 0.02)])
+def test_precisions_against_float32_on_the_cpu(unet, unet_inputs, path, dtype, bound):
+    exact = outputs_and_gradients(unet, unet_inputs, AdapterConfig(rank=4))
+    ours = outputs_and_gradients(unet.cuda(), on_gpu(unet_inputs), AdapterConfig(rank=4, path=path), dtype)
+    assert (ours[0].cpu() - exact[0]).norm() / exact[0].norm() < bound
+    for name, gradient in exact[1].items():
+        assert (ours[1][name].cpu() - gradient).norm() / gradient.norm() < bound, name
+
+
+def test_starts_exactly_and_at_strength_zero(unet, unet_inputs):
+    unet, inputs = unet.cuda().to(torch.bfloat16), on_gpu(unet_inputs)
+    inputs = (inputs[0].bfloat16(), inputs[1], inputs[2].bfloat16())
+    with torch.no_grad():
+        base = unet(*inputs).sample
+        adapter = attach(unet, AdapterConfig(rank=4))
+        for name in adapter.names:
+            assert torch.equal(adapter.weight(name), unet.get_submodule(name).weight)
+        assert (unet(*inputs).sample - base).norm() / base.norm() < 0.02  # the fused product sums in another order
+        randomize(adapter)
+        adapter.strength = 0
+        assert torch.equal(unet(*inputs).sample, base)
+
+
+def test_the_adapter_follows_the_model_to_the_gpu(unet, unet_inputs):
+    adapter = attach(unet, AdapterConfig(rank=4))
+    randomize(adapter)
+    with torch.no_grad():
+        expected = unet(*unet_inputs).sample
+        output = unet.cuda()(*on_gpu(unet_inputs)).sample
+        torch.testing.assert_close(output.cpu(), expected, atol=1e-3, rtol=1e-3)
+        merge(unet)
+        torch.testing.assert_close(unet(*on_gpu(unet_inputs)).sample, output, atol=1e-4, rtol=1e-3)
+
+
+def test_compiled_training_equals_eager(unet, unet_inputs):
+    inputs = on_gpu(unet_inputs)
+    results = []
+    for compiled in (False, True):
+        model = copy.deepcopy(unet).cuda()
+        adapter = attach(model, AdapterConfig(rank=4), torch.Generator().manual_seed(0))
+        optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-3, fused=True)
+        run = torch.compile(model) if compiled else model
+        for _ in range(4):
+            run(*inputs).sample.square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(run(*inputs).sample.detach())
+    torch.testing.assert_close(results[0], results[1], atol=2e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_training_in_each_precision(tiny_sd, photographs, tmp_path, precision):
+    flags = training_flags(tiny_sd, photographs, tmp_path / "out", "--resolution", 64, "--max_train_steps", 200)
+    flags += ["--mixed_precision", precision, "--validation_prompt", "a sks toy", "--validation_inference_steps", "2"]
+    run_in_child(train, [*flags, "--train_batch_size", "2", "--gradient_checkpointing"])
+    before, after = fixed_loss(tiny_sd, photographs, tmp_path / "out")
+    assert after < 0.9 * before
+
+
+@pytest.mark.parametrize("case", ["accumulated", "text encoder", "maps"])
+def test_a_recorded_step_trains_as_an_eager_one(tiny_sd, photographs, tmp_path, case):
+    """The way gone after a few steps, well beyond the micro-batches before the recording, as far as Adam tells noise.
+
+    A micro-batch lost, counted twice or replayed with another one's tensors changes the way by tenths of its length.
+    """
+    same = ["--seed", "1", "--gradient_accumulation_steps", "2"]
+    pairs = write_map_folders(tmp_path / "data", ["a", "b", "c", "d", "e"])
+    trained = []
+    for name in ("cuda_graph", "no-cuda_graph"):
+        out = tmp_path / name
+        if case == "maps":
+            run_in_child(map_script.main, map_flags(tiny_sd, pairs, out, *same, f"--{name}"))
+        else:
+            more = ["--train_text_encoder"] if case == "text encoder" else []
+            run_in_child(train, training_flags(tiny_sd, photographs, out, *same, *more, f"--{name}"))
+        trained.append(load_file(out / WEIGHTS_NAME))
+    recorded, eager = trained
+    starts = {key: eager[f"{key}0"] for key in eager if key.endswith(("delora_A", "delora_B"))}
+    way = torch.stack([(eager[key] - start).norm() for key, start in starts.items()]).norm()
+    apart = torch.stack([(eager[key] - recorded[key]).norm() for key in starts]).norm()
+    assert way > 0 and apart < 0.02 * way, f"{apart / way:.4f} of the way apart"
+
+
+def test_resumes_on_the_gpu(tiny_sd, photographs, tmp_path, unet):
+    def flags(out, *more):
+        return training_flags(tiny_sd, photographs, out, "--checkpointing_steps", 3, "--mixed_precision", "fp16", *more)
+
+    run_in_child(train, flags(tmp_path / "whole"))
+    run_in_child(train, flags(tmp_path / "parts", "--max_train_steps", 3))
+    run_in_child(train, flags(tmp_path / "parts", "--resume_from_checkpoint", "latest"))
+    whole, parts = load_adapter(unet, tmp_path / "whole"), {}
+    whole = dict(whole.named_tensors())
+    from delora_diffusers import detach
+
+    detach(unet)
+    parts = dict(load_adapter(unet, tmp_path / "parts").named_tensors())
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor, atol=1e-4, rtol=1e-3)

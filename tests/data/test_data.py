@@ -1,0 +1,80 @@
+"""Photographs of every kind."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from data.photographs import crop_boxes, find_photographs, scaled_size, variants
+from delora_diffusers.errors import InputError
+from delora_diffusers.image_files import load_rgb
+
+
+def gradient(width: int = 40, height: int = 24) -> Image.Image:
+    y, x = np.mgrid[:height, :width]
+    return Image.fromarray(np.stack([x * 6, y * 10, x * 0 + 40], -1).astype(np.uint8))
+
+
+def test_pictures_are_turned_upright(tmp_path):
+    upright = gradient()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(np.asarray(load_rgb(tmp_path / "turned.png")), np.asarray(upright))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
+def test_any_mode_becomes_rgb(tmp_path, mode):
+    path = tmp_path / ("x.tif" if mode in ("CMYK", "I;16") else "x.png")
+    if mode == "I;16":
+        Image.fromarray((np.mgrid[:24, :40][1] * 1600).astype(np.uint16)).save(path)
+    else:
+        gradient().convert(mode).save(path)
+    picture = load_rgb(path)
+    assert picture.mode == "RGB" and picture.size == (40, 24)
+    assert np.asarray(picture).std() > 10
+
+
+def test_transparency_becomes_white(tmp_path):
+    clear = Image.new("RGBA", (8, 8), (200, 0, 0, 0))
+    clear.save(tmp_path / "clear.png")
+    assert np.asarray(load_rgb(tmp_path / "clear.png")).min() == 255
+
+
+def test_captions(tmp_path):
+    for name in ("a.png", "b.png", "c.PNG"):
+        gradient().save(tmp_path / name, format="PNG")
+    (tmp_path / "b.txt").write_text("beside\n")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "listed"}) + "\n\n")
+    assert [(p.path.name, p.caption) for p in find_photographs(tmp_path)] == [
+        ("a.png", "listed"),
+        ("b.png", "beside"),
+        ("c.PNG", None),
+    ]
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "z.png", "text": "?"}\n')
+    with pytest.raises(InputError, match=r"names z.png, which is not in the folder"):
+        find_photographs(tmp_path)
+    (tmp_path / "metadata.jsonl").write_text("no json\n")
+    with pytest.raises(InputError, match="metadata.jsonl line 1"):
+        find_photographs(tmp_path)
+
+
+@given(st.integers(1, 4000), st.integers(1, 4000), st.lists(st.floats(0, 1), min_size=1, max_size=5))
+def test_crops_lie_inside_and_are_square(width, height, offsets):
+    scaled = scaled_size((width, height), 64)
+    assert min(scaled) == 64
+    for box in (*crop_boxes((width, height), 64, offsets), *crop_boxes((width, height), 64, None)):
+        left, top, right, bottom = box
+        assert right - left == bottom - top == 64
+        assert left >= 0 and top >= 0 and right <= scaled[0] and bottom <= scaled[1]
+
+
+def test_variants():
+    views = variants(gradient(), 24, [0.0, 1.0], flip=True)
+    assert len(views) == 4 and all(view.shape == (24, 24, 3) for view in views)
+    assert np.array_equal(views[2], views[0][:, ::-1])
+    assert views[0][..., 0].mean() < views[1][..., 0].mean()
+    assert len(variants(gradient(24, 24), 24, [0.1, 0.7], flip=False)) == 1

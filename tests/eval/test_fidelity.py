@@ -1,0 +1,188 @@
+"""The encoders at their true sizes against transformers' own models with the same, random, weights."""
+
+# Transformers annotates its models and configurations more narrowly than they take arguments.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from eval.metrics.embedding import embed
+from eval.metrics.encoders import ClipEncoder, DinoEncoder
+
+WORDS = ["a dog", "a red backpack on top of a mirror", "a stuffed animal with the Eiffel Tower in the background"]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Wide, tall and small pictures with structure at several scales."""
+    folder, random, paths = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0), []
+    for number, size in enumerate([(640, 427), (300, 512), (97, 130)]):
+        coarse = Image.fromarray(random.integers(0, 256, (12, 9, 3), dtype=np.uint8)).resize(
+            size, Image.Resampling.BICUBIC
+        )
+        noisy = np.asarray(coarse, dtype=int) + random.integers(-40, 41, (size[1], size[0], 3))
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"{number}.png")
+        paths.append(folder / f"{number}.png")
+    return paths
+
+
+def opened(paths):
+    return [Image.open(path).convert("RGB") for path in paths]
+
+
+def unit(features: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.normalize(features, dim=-1)
+
+
+def spread(model: torch.nn.Module) -> torch.nn.Module:
+    """Weights far enough from their start that every one of them counts."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "embed" in name or "cls_token" in name or "norm" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@dataclasses.dataclass(frozen=True)
+class Same:
+    """A tensor of ours and those of transformers that it is made of, one below the other, or turned."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    turned: bool = False
+
+
+def to_ours(pairs: list[Same], theirs: dict) -> dict:
+    found = {pair.ours: torch.cat([theirs[name] for name in pair.theirs]) for pair in pairs}
+    return found | {pair.ours: found[pair.ours].T for pair in pairs if pair.turned}
+
+
+def to_theirs(pairs: list[Same], ours: dict) -> dict:
+    found = {}
+    for pair in pairs:
+        tensor = ours[pair.ours].T if pair.turned else ours[pair.ours]
+        found |= dict(zip(pair.theirs, tensor.chunk(len(pair.theirs))))
+    return found
+
+
+def with_kinds(names: dict[str, tuple[str, ...]]) -> list[Same]:
+    """Weights and biases of modules."""
+    return [
+        Same(f"{ours}.{kind}", tuple(f"{name}.{kind}" for name in theirs))
+        for ours, theirs in names.items()
+        for kind in ("weight", "bias")
+    ]
+
+
+def shared_weights(pairs: list[Same], theirs: torch.nn.Module, ours: torch.nn.Module, direction: str) -> dict:
+    """Convert one model's random weights to the other's names, and back onto it; return ours."""
+    if direction == "from transformers":
+        state = to_ours(pairs, spread(theirs).state_dict())
+        missing, unexpected = ours.load_state_dict(state, strict=False)
+        assert not unexpected and set(missing) <= {"logit_scale", "attn_mask"}, missing
+    else:
+        state = to_ours(pairs, to_theirs(pairs, spread(ours).state_dict()))
+        missing, unexpected = theirs.load_state_dict(to_theirs(pairs, ours.state_dict()), strict=False)
+        assert not unexpected and set(missing) <= {"logit_scale"}, missing
+    return {name: tensor.contiguous().clone() for name, tensor in state.items()}
+
+
+DIRECTIONS = pytest.mark.parametrize("direction", ["from transformers", "to transformers"])
+
+
+@DIRECTIONS
+def test_dino_is_the_transformers_model(pictures, tmp_path, direction):
+    """facebook/dino-vits16's architecture and preprocessing, loaded here through timm."""
+    import timm
+    from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
+    theirs = ViTModel(ViTConfig(**sizes), add_pooling_layer=False)
+    ours = timm.create_model("vit_small_patch16_224", num_classes=0)
+    pairs = [Same("cls_token", ("embeddings.cls_token",)), Same("pos_embed", ("embeddings.position_embeddings",))]
+    names = {"patch_embed.proj": ("embeddings.patch_embeddings.projection",), "norm": ("layernorm",)}
+    for index in range(12):
+        block, layer = f"blocks.{index}", f"layers.{index}"
+        names[f"{block}.attn.qkv"] = tuple(f"{layer}.attention.{name}_proj" for name in "qkv")
+        for name, source in (
+            ("norm1", "layernorm_before"),
+            ("norm2", "layernorm_after"),
+            ("mlp.fc1", "mlp.fc1"),
+            ("mlp.fc2", "mlp.fc2"),
+            ("attn.proj", "attention.o_proj"),
+        ):
+            names[f"{block}.{name}"] = (f"{layer}.{source}",)
+    save_file(shared_weights(pairs + with_kinds(names), theirs, ours, direction), tmp_path / "model.safetensors")
+    config = {"architecture": "vit_small_patch16_224", "num_classes": 0, "global_pool": "token"}
+    config["pretrained_cfg"] = {"input_size": [3, 224, 224], "num_classes": 0, "classifier": "head"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    processor = ViTImageProcessorPil(image_mean=mean, image_std=std)
+    with torch.no_grad():
+        output = theirs.eval()(**processor(opened(pictures), return_tensors="pt"))
+    found = embed(pictures, {"dino": DinoEncoder(f"local-dir:{tmp_path}", "straight", "cpu")})["dino"]
+    torch.testing.assert_close(found, unit(output.last_hidden_state[:, 0]), atol=1e-5, rtol=0)
+
+
+@DIRECTIONS
+def test_clip_is_the_transformers_model(pictures, tmp_path, direction):
+    """openai/clip-vit-large-patch14's architecture and preprocessing, loaded here through open_clip."""
+    import open_clip
+    from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
+
+    torch.manual_seed(0)
+    text = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "eos_token_id": 49407}
+    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    theirs = CLIPModel(CLIPConfig(text_config=text, vision_config=vision | {"patch_size": 14}, projection_dim=768))
+    ours = open_clip.create_model("ViT-L-14", force_quick_gelu=True)
+    names = {
+        "visual.ln_pre": ("vision_model.pre_layrnorm",),
+        "visual.ln_post": ("vision_model.post_layernorm",),
+        "ln_final": ("text_model.final_layer_norm",),
+    }
+    pairs = [
+        Same("visual.class_embedding", ("vision_model.embeddings.class_embedding",)),
+        Same("visual.positional_embedding", ("vision_model.embeddings.position_embedding.weight",)),
+        Same("visual.conv1.weight", ("vision_model.embeddings.patch_embedding.weight",)),
+        Same("visual.proj", ("visual_projection.weight",), turned=True),
+        Same("positional_embedding", ("text_model.embeddings.position_embedding.weight",)),
+        Same("token_embedding.weight", ("text_model.embeddings.token_embedding.weight",)),
+        Same("text_projection", ("text_projection.weight",), turned=True),
+    ]
+    for tower, target, layers in (("vision_model", "visual.transformer", 24), ("text_model", "transformer", 12)):
+        for index in range(layers):
+            source, block = f"{tower}.encoder.layers.{index}", f"{target}.resblocks.{index}"
+            qkv = tuple(f"{source}.self_attn.{name}_proj" for name in "qkv")
+            pairs += [Same(f"{block}.attn.in_proj_{k}", tuple(f"{n}.{k}" for n in qkv)) for k in ("weight", "bias")]
+            for name, theirs_name in (
+                ("ln_1", "layer_norm1"),
+                ("ln_2", "layer_norm2"),
+                ("attn.out_proj", "self_attn.out_proj"),
+                ("mlp.c_fc", "mlp.fc1"),
+                ("mlp.c_proj", "mlp.fc2"),
+            ):
+                names[f"{block}.{name}"] = (f"{source}.{theirs_name}",)
+    pairs += with_kinds(names)
+    scale = {"logit_scale": theirs.logit_scale.detach()}  # features do not depend on it
+    save_file(shared_weights(pairs, theirs, ours, direction) | scale, tmp_path / "open_clip_model.safetensors")
+    settings = {"mean": list(OPENAI_DATASET_MEAN), "std": list(OPENAI_DATASET_STD)}
+    model = (open_clip.get_model_config("ViT-L-14") or {}) | {"quick_gelu": True}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": settings}))
+
+    encoder = ClipEncoder(f"local-dir:{tmp_path}", None, "cpu", "floor")
+    inputs = CLIPImageProcessorPil()(opened(pictures), return_tensors="pt")
+    tokens = encoder.tokenizer(WORDS)
+    with torch.no_grad():
+        output = theirs.eval()(**inputs, input_ids=tokens, attention_mask=torch.ones_like(tokens))
+    found = embed(pictures, {"clip": encoder})["clip"]
+    torch.testing.assert_close(found, unit(output.image_embeds), atol=1e-5, rtol=0)
+    torch.testing.assert_close(encoder.encode_texts(WORDS), unit(output.text_embeds), atol=1e-5, rtol=0)

@@ -1,0 +1,127 @@
+"""The command lines of docs/studies.md for Stable Diffusion 1.5, up to where its pretrained weights are needed."""
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import train_controlnet_map2img
+from data.benchmark import load_benchmark
+from data.palettes import read_palette
+from eval.benchmark import plan as benchmark_plan
+from eval.benchmark.plan import tasks_of_all
+from eval.commands.study import add_arguments
+from eval.study import trials as study_trials
+from eval.study.comparison import COMPARED, settings_of
+from eval.study.maps import MapCommands, MapRun
+from eval.study.settings import STUDIES, ablation
+from eval.study.trials import plan_trials
+from tests.helpers import ROOT, write_photos
+from train_dreambooth_delora import check_arguments, find_subjects, parse_arguments
+
+MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+LINES = [line.strip() for line in (ROOT / "docs" / "studies.md").read_text().splitlines() if line.startswith("    ")]
+VARIABLE = next(line for line in LINES if line.startswith("SD15="))
+COMMANDS = {
+    line.split(" study ")[1].split()[0]: line
+    for line in LINES
+    if " study " in line and ("$SD15" in line or MODEL in line)
+}
+
+
+@pytest.fixture(scope="module")
+def downloaded(tmp_path_factory):
+    """A folder in which the photographs lie as the dataset has them."""
+    folder = tmp_path_factory.mktemp("sd15")
+    for subject in load_benchmark("dreambooth").subjects:
+        write_photos(folder / "dreambooth" / "dataset" / subject.name, 4)
+    return folder
+
+
+def test_every_study_has_its_line():
+    assert set(COMMANDS) == {*STUDIES, "comparison", "norms", "ablation-maps"}
+
+
+@pytest.mark.parametrize("name", ["lr", "norms", "ablation-maps"])
+def test_as_typed_it_ends_at_the_missing_weights(name, downloaded):
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PATH": path}
+    done = subprocess.run(
+        ["bash", "-c", f"{VARIABLE}\n{COMMANDS[name]}"], cwd=downloaded, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    (refusal,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert MODEL in refusal and ("cannot be downloaded from the hub" in refusal or "could not be loaded" in refusal)
+    assert not (downloaded / "studies").exists(), "nothing is left behind"
+
+
+def parsed(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args(words)
+
+
+def test_with_the_weights_every_training_on_maps_is_one_that_the_script_takes(tmp_path):
+    options = parsed(shlex.split(COMMANDS["ablation-maps"].split(" study ")[1]))
+    palette = read_palette("ade20k")
+    for part in ("images", "maps"):
+        (tmp_path / "train" / part).mkdir(parents=True)
+        Image.fromarray(palette[np.zeros((40, 40), int)]).save(tmp_path / "train" / part / "a.png")
+    (tmp_path / "train" / "images" / "a.txt").write_text("a room")
+    settings = ablation(None, ())
+    checked = set()
+    for setting in settings:
+        run = MapRun(setting, 2, tmp_path / setting.slug)
+        train, generate, score = MapCommands(run, options, tmp_path / "train", tmp_path / "val").task().steps
+        _, script, *flags = train.command() or ()
+        assert script.endswith("train_controlnet_map2img.py")
+        args = train_controlnet_map2img.parse_arguments(flags)
+        train_controlnet_map2img.check_arguments(args)
+        (pair,), _, _ = train_controlnet_map2img.find_data(args)
+        assert pair.caption == "a room" and args.seed == 2 and args.max_train_steps == 12640
+        checked.add((args.method, args.rank, args.weight_norm, args.learning_rate))
+        for command in (generate.command(), score.command()):
+            assert command is not None and "--map_dir" in command
+        assert "ade20k" in (score.command() or ())
+    assert len(checked) == len(settings) == 7
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if "$SD15" in COMMANDS[name]])
+def test_with_the_weights_every_training_is_one_that_the_script_takes(name, downloaded, monkeypatch):
+    monkeypatch.chdir(downloaded)
+    for module in (benchmark_plan, study_trials):
+        monkeypatch.setattr(module, "check_base_model", lambda name_or_path: None)
+    typed = shlex.split(VARIABLE.removeprefix('SD15="').removesuffix('"'))
+    options = parsed([name, *typed])
+    if name == "comparison":
+        settings = [setting for method in COMPARED for setting in settings_of(method, (0.5, 1, 2))]
+    else:
+        settings = STUDIES[name].settings(options.methods, options.multipliers or STUDIES[name].multipliers)
+    trials = plan_trials(options, settings)
+    assert len(trials) == len(settings)
+    first = trials[0].plan
+    assert len(first.benchmark.subjects) == 30 and len(first.benchmark.prompts_of(first.benchmark.subjects[0])) == 25
+    waiting = tasks_of_all([trial.plan for trial in trials], together=1)
+    results = [result for task in waiting for result in task.results]
+    folders = {trial.plan.folder for trial in trials}
+    assert len(results) == 30 * 3 * len(folders)
+    checked = set()
+    for task in waiting:
+        for step in task.steps[::2]:  # of a training and a drawing each
+            _, script, *flags = step.command()
+            assert script.endswith("train_dreambooth_delora.py")
+            same = " ".join(flags[: flags.index("--instance_data_dir")])  # the flags that all subjects have in common
+            if same not in checked:
+                checked.add(same)
+                args = parse_arguments(flags)
+                check_arguments(args)
+                (subject,) = find_subjects(args)
+                assert args.pretrained_model_name_or_path == MODEL and args.max_train_steps >= 600
+                assert len(subject.photographs) == 4
+    assert len(checked) == len(folders)

@@ -1,0 +1,215 @@
+"""What several tests use: small photos and maps, flags of short trainings, functions in processes of their own."""
+
+import copy
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data.palettes import generated_palette
+from delora_diffusers import attach
+
+ROOT = Path(__file__).parent.parent
+
+
+def write_photos(folder: Path, count: int = 5) -> Path:
+    """Smooth coloured images of several sizes, with a disc that stays the same."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    for number in range(count):
+        height, width = (96, 128) if number % 2 else (112, 112)
+        y, x = np.mgrid[:height, :width] / 100
+        colours = random.uniform(0, 255, (2, 3))
+        image = colours[0] * y[..., None] + colours[1] * (1 - x[..., None])
+        image[(y - 0.5) ** 2 + (x - 0.5) ** 2 < 0.08] = (230, 60, 20)
+        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(folder / f"{number:02}.png")
+    return folder
+
+
+def randomize(adapter, scale: float = 0.1) -> None:
+    """Move an adapter away from its start."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator).to(parameter))
+
+
+def training_flags(tiny_sd: Path, photographs: Path, output_dir: Path, *more: object) -> list[str]:
+    """Flags of a short run; later ones win."""
+    flags = ["--pretrained_model_name_or_path", tiny_sd, "--instance_data_dir", photographs]
+    flags += ["--instance_prompt", "a photo of sks toy", "--output_dir", output_dir, "--resolution", 32, "--rank", 4]
+    flags += ["--max_train_steps", 6, "--report_to", "none", *more]
+    return [str(flag) for flag in flags]
+
+
+def _child(function, arguments, reports) -> None:
+    torch.set_num_threads(1)
+    try:
+        function(*arguments)
+        reports.put(None)
+    except SystemExit as stop:
+        reports.put(f"SystemExit: {stop.code}")
+    except BaseException:
+        reports.put(traceback.format_exc())
+
+
+def run_in_two_processes(*typed: object) -> None:
+    """Run a script, or ``-m MODULE``, in two processes on one host."""
+    # `accelerate launch --cpu --num_processes 2` starts one process; on CPUs torchrun starts as many as asked.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    subprocess.run([*launch, *map(str, typed)], cwd=ROOT, env=environment, check=True)
+
+
+def _eval(words: list[str], folder: Path) -> None:
+    for stream, file in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    code: object = 0
+    try:
+        from eval.__main__ import main
+
+        main(words)
+    except SystemExit as stop:
+        code = stop.code
+    if isinstance(code, str):
+        print(code, file=sys.stderr, flush=True)
+    (folder / "code").write_text("1" if isinstance(code, str) else str(code or 0))
+    sys.stdout.flush()
+
+
+def run_eval(*words: object) -> subprocess.CompletedProcess[str]:
+    """``python -m eval WORDS`` in a new process that has done its imports."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        run_in_child(_eval, [str(word) for word in words], folder)
+        out, err, code = ((folder / file).read_text() for file in ("out", "err", "code"))
+    return subprocess.CompletedProcess(words, int(code), out, err)
+
+
+def run_in_child(function, *arguments) -> int:
+    """Run a function in a new process that has done its imports; returns its exit code and raises its errors."""
+    # CUDA does not survive a fork, not even one of a process that has only asked for it.
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    multiprocessing.set_forkserver_preload(
+        ["train_dreambooth_delora", "diffusers", "torch", "accelerate", "tests.warm"]
+    )
+    reports = context.SimpleQueue()
+    process = context.Process(target=_child, args=(function, arguments, reports))
+    process.start()
+    process.join()
+    if process.exitcode == -signal.SIGKILL:
+        return process.exitcode
+    report = reports.get()
+    assert report is None, report
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def train(flags: list[str]) -> None:
+    """Run the DreamBooth script."""
+    import train_dreambooth_delora
+
+    train_dreambooth_delora.main(flags)
+
+
+def fixed_loss(model: Path, photographs: Path, adapter: Path) -> tuple[float, float]:
+    """Loss over fixed noise and timesteps of the base model and of the adapter."""
+    from diffusers import DDPMScheduler
+
+    from data.photographs import find_photographs, variants
+    from delora_diffusers import load_adapter
+    from delora_diffusers.pipelines.base_model import load_pipeline
+    from delora_diffusers.pipelines.conditions import encode_prompts
+    from delora_diffusers.training.encoding import encode_images
+    from delora_diffusers.training.objective import denoising_losses, noised
+
+    pipeline = load_pipeline(str(model))
+    attached = load_adapter(pipeline.unet, adapter)
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    photos = find_photographs(photographs)
+    views = [variants(photo.load(), 64, None, False) for photo in photos]
+    cache = encode_images(pipeline.vae, views, len(views), torch.device("cpu"))
+    losses = []
+    with torch.no_grad():
+        text = encode_prompts(pipeline, ["a photo of sks dog"] * len(photos), torch.device("cpu"))[
+            "encoder_hidden_states"
+        ]
+        for strength in (0, 1):
+            attached.strength = strength
+            total = 0.0
+            for seed in range(12):
+                generator = torch.Generator().manual_seed(seed)
+                latents = cache.sample(range(len(photos)), generator, seed)
+                batch = noised(scheduler, latents, generator)
+                total += denoising_losses(pipeline.unet, **batch, encoder_hidden_states=text).item()
+            losses.append(total / 12)
+    return losses[0], losses[1]
+
+
+def write_subjects(folder: Path, photographs, **more) -> str:
+    """A subjects file with one line for each folder of photos; returns its path."""
+    lines = [
+        {"instance_data_dir": str(photos), "instance_prompt": f"a sks {photos.name}", "seed": seed, **more}
+        | {"output_dir": str(folder / photos.name)}
+        for seed, photos in enumerate(photographs)
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "subjects.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(folder / "subjects.jsonl")
+
+
+def together_flags(tiny_sd: Path, folder: Path, photographs, *more: object) -> list[str]:
+    """Flags that train several subjects at once."""
+    flags = training_flags(tiny_sd, folder, folder / "run", "--train_batch_size", 2, *more)
+    at = flags.index("--instance_data_dir")
+    return [*flags[:at], *flags[at + 4 :], "--subjects_file", write_subjects(folder, photographs)]
+
+
+def outputs_and_gradients(unet, inputs, config, dtype=torch.float32):
+    """The output of a copy of the UNet with a randomized adapter, and the gradients of the adapter."""
+    unet = copy.deepcopy(unet).to(dtype)
+    adapter = attach(unet, config, torch.Generator().manual_seed(0))
+    randomize(adapter)
+    sample, timestep, text = inputs
+    output = unet(sample.to(dtype), timestep, text.to(dtype)).sample
+    output.float().square().sum().backward()
+    return output.detach().float(), {name: p.grad for name, p in adapter.named_parameters()}
+
+
+PALETTE = generated_palette(6)
+
+
+def painted_map(seed: int, size: tuple[int, int] = (40, 30)) -> tuple[Image.Image, Image.Image]:
+    """An image painted in the colours of its map, and the map."""
+    blocks = np.random.default_rng(seed).integers(0, 6, (3, 4), dtype=np.uint8)
+    indices = np.asarray(Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST))
+    return Image.fromarray(PALETTE[indices]), Image.fromarray(indices)
+
+
+def write_map_folders(folder: Path, names=("a", "b", "c")) -> Path:
+    """``images/`` with captions and ``maps/``."""
+    for part in ("images", "maps"):
+        (folder / part).mkdir(parents=True)
+    for seed, name in enumerate(names):
+        image, indices = painted_map(seed)
+        image.save(folder / "images" / f"{name}.png")
+        indices.save(folder / "maps" / f"{name}.png")
+        (folder / "images" / f"{name}.txt").write_text(f"scene {name}")
+    return folder
+
+
+def map_flags(tiny_sd: Path, pairs: Path, out: Path, *more: object) -> list[str]:
+    """Flags of a short training on maps; later ones win."""
+    typed = ["--pretrained_model_name_or_path", tiny_sd, "--train_data_dir", pairs, "--output_dir", out]
+    typed += ["--resolution", 32, "--rank", 4, "--max_train_steps", 6, "--report_to", "none", "--random_flip"]
+    typed += ["--train_batch_size", 2, "--validation_inference_steps", 2, "--num_validation_images", 2]
+    return [str(word) for word in [*typed, "--proportion_empty_prompts", 0.3, *more]]
