@@ -17,6 +17,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from delora_diffusers.methods.table import METHODS
 from eval.commands.study import add_arguments
 from eval.study.settings import STUDIES
 from eval.study.trials import plan_trials
@@ -92,7 +93,7 @@ def test_a_study_killed_and_continued_and_what_it_shares(typed):
     rates = json.loads((out / "runs" / "delora-learning_rate-0.08" / "settings.json").read_text())["made"]["train"][
         "learning_rate"
     ]
-    assert float(rates) == pytest.approx(4 * LEARNING_RATES["delora"])
+    assert float(rates) == pytest.approx(4 * METHODS["delora"].learning_rate)
 
     assert len(list(out.glob("runs/delora*"))) == 3, "the frozen copy is lr's DeLoRA"
     both = pd.read_parquet(out / "start.parquet")
@@ -158,7 +159,9 @@ def test_comparison_tunes_on_some_and_scores_the_others(typed):
     for name in ("comparison.png", "comparison.svg", "comparison-pictures.png"):
         assert (out / name).stat().st_size > 5_000
     trained = sum(t.numel() for name, t in adapter.items() if name.endswith(("delora_A", "delora_B", "delora_lambda")))
-    assert f"| DeLoRA | {trained:,} | {LEARNING_RATES['delora'] * best:g} |" in (out / "comparison.md").read_text()
+    assert (
+        f"| DeLoRA | {trained:,} | {METHODS['delora'].learning_rate * best:g} |" in (out / "comparison.md").read_text()
+    )
 
 
 def test_norms_are_those_of_the_weights(tmp_path):
