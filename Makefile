@@ -6,7 +6,7 @@ SUBJECT := a photo of sks mug
 PROMPTS := "$(SUBJECT) on the beach" "$(SUBJECT) in the snow" "$(SUBJECT) in the jungle" \
   "$(SUBJECT) at night" "$(SUBJECT) in a meadow" "$(SUBJECT) on a cobblestone street"
 
-.PHONY: demo test setup check
+.PHONY: demo test unit setup check
 
 setup: $(UV)
 	$(UV) sync --frozen --quiet
@@ -15,7 +15,7 @@ setup: $(UV)
 	python3 -m venv .uv
 	.uv/bin/python -m pip install --quiet uv
 
-# mini-sd, the base model that ships here, learns a toy that it never saw; with no photographs named, they are rendered.
+# mini-sd, the base model that ships here, learns a toy it has never seen; its photos are rendered, since none are given.
 demo: setup
 	rm -rf $(DEMO)
 	$(RUN) accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
@@ -33,5 +33,9 @@ check: setup
 	$(RUN) basedpyright --level error
 	$(RUN) lint-imports
 
-test: check
-	$(RUN) pytest -q -n 2
+# The quick tier: every test that starts no process.
+unit: setup
+	$(RUN) pytest -q -n 2 -m "not process and not gpu and not slow"
+
+test: check unit
+	$(RUN) pytest -q -n 2 -m "process and not gpu and not slow"
