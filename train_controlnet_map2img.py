@@ -1,6 +1,6 @@
-"""Semantic map to image with DeLoRA: Stable Diffusion learns to generate images that follow a map.
+"""Semantic maps to images with DeLoRA: train Stable Diffusion to generate images that follow a map.
 
-    accelerate launch train_controlnet_map2img.py                     # the shipped miniature, on maps of its world
+    accelerate launch train_controlnet_map2img.py                     # the included miniature, on rendered maps
 
     accelerate launch train_controlnet_map2img.py --pretrained_model_name_or_path MODEL \\
         --train_data_dir DATA --output_dir OUT
@@ -34,45 +34,56 @@ if TYPE_CHECKING:
 MINIATURE = {"max_train_steps": 1000, "validation_steps": 500, "proportion_empty_prompts": 0.5}
 MINIATURE_PAIRS = 512
 MAX_CONTROL_RATE = 1e-4
-"""The paper's: the encoder must not learn faster than the adapters."""
+"""The paper's maximum: the control encoder must not learn faster than the adapters."""
 
 
-def parse_arguments(typed: list[str] | None = None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_model_arguments(parser)
     group = parser.add_argument_group("images and maps")
-    group.add_argument("--train_data_dir", type=Path, help="a folder laid out as in docs/maps.md")
+    group.add_argument("--train_data_dir", type=Path, help="folder of images and maps; docs/maps.md shows the layout")
     group.add_argument(
         "--dataset_name", help="instead: a dataset on the hub, or a folder that the datasets library can load"
     )
-    group.add_argument("--dataset_config_name")
-    group.add_argument("--dataset_split", default="train")
-    group.add_argument("--image_column", default="image")
-    group.add_argument("--map_column", default="map")
-    group.add_argument("--caption_column", default="text", help="'' if there is none")
-    group.add_argument("--default_caption", help="for images without one")
+    group.add_argument("--dataset_config_name", help="configuration of the dataset")
+    group.add_argument("--dataset_split", default="train", help="default: train")
+    group.add_argument("--image_column", default="image", help="default: image")
+    group.add_argument("--map_column", default="map", help="default: map")
+    group.add_argument("--caption_column", default="text", help="default: text; '' if the dataset has no captions")
+    group.add_argument("--default_caption", help="caption for images that have none")
     group.add_argument("--palette", help="ade20k, generated or a file; default for index maps: generated")
     group.add_argument(
-        "--reduce_labels", action="store_true", help="index 0 means no class, index i class i - 1 (ADE20K)"
+        "--reduce_labels", action="store_true", help="index 0 means no class, index i means class i - 1 (ADE20K)"
     )
-    group.add_argument("--center_crop", action="store_true", help="instead of random crops along the long side")
-    group.add_argument("--num_crops", type=arguments.positive_int, default=4, help="random crops of each image")
-    group.add_argument("--random_flip", action="store_true")
-    group.add_argument("--proportion_empty_prompts", type=float, default=0.0)
-    group.add_argument("--max_train_samples", type=arguments.positive_int)
-    group.add_argument("--cache_dir", type=Path, help="default: cache in the output folder")
     group.add_argument(
-        "--validation_data_dir", type=Path, help="pairs for validation images; default: those of the training set"
+        "--center_crop", action="store_true", help="crop the centre instead of random positions along the long side"
+    )
+    group.add_argument("--num_crops", type=arguments.positive_int, default=4, help="random crops per image; default: 4")
+    group.add_argument("--random_flip", action="store_true", help="also train on mirrored pairs")
+    group.add_argument(
+        "--proportion_empty_prompts", type=float, default=0.0, help="probability of dropping a caption, 0 to 1"
+    )
+    group.add_argument("--max_train_samples", type=arguments.positive_int, help="train on the first N pairs only")
+    group.add_argument(
+        "--cache_dir", type=Path, help="where to keep encoded pairs; default: cache in the output folder"
+    )
+    group.add_argument(
+        "--validation_data_dir", type=Path, help="pairs for validation images; default: the training pairs"
     )
     group = parser.add_argument_group("control signal")
     group.add_argument(
         "--controlnet_model_name_or_path", help="start from this ControlNet's encoder instead of a new one"
     )
-    group.add_argument("--control_learning_rate", type=float, default=MAX_CONTROL_RATE, help="0 freezes it")
+    group.add_argument(
+        "--control_learning_rate",
+        type=float,
+        default=MAX_CONTROL_RATE,
+        help=f"learning rate of the control encoder; default: {MAX_CONTROL_RATE}; 0 freezes it",
+    )
     arguments.add_adapter_arguments(parser)
     arguments.add_training_arguments(parser)
     parser.set_defaults(targets=list(MAP_TARGETS))
-    return arguments.with_defaults(arguments.parse_with_config(parser, typed, MINIATURE))
+    return arguments.with_defaults(arguments.parse_with_config(parser, argv, MINIATURE))
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -89,23 +100,23 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
     if not 0 <= args.control_learning_rate <= MAX_CONTROL_RATE:
         raise InputError(
-            f"--control_learning_rate {args.control_learning_rate} is not between 0 and {MAX_CONTROL_RATE}; the paper "
-            "trains the encoder at 1e-4 at most, and 0 freezes it."
+            f"--control_learning_rate {args.control_learning_rate} is not between 0 and {MAX_CONTROL_RATE}; use at "
+            "most 1e-4, the paper's maximum, or 0 to freeze the encoder."
         )
     if args.control_learning_rate == 0 and args.controlnet_model_name_or_path is None:
         raise InputError(
-            "--control_learning_rate 0 freezes a new encoder, which outputs zeros; give one to start from with "
-            "--controlnet_model_name_or_path."
+            "--control_learning_rate 0 freezes a new encoder, which outputs only zeros; give a pretrained encoder "
+            "with --controlnet_model_name_or_path."
         )
     if args.train_data_dir is not None and args.dataset_name is not None:
         raise InputError("--train_data_dir and --dataset_name are both given; choose one.")
-    given = args.train_data_dir is not None or args.dataset_name is not None
-    if not given and not is_miniature(args.pretrained_model_name_or_path):
-        raise InputError("no data was given; give a folder with --train_data_dir, or a --dataset_name.")
+    has_data = args.train_data_dir is not None or args.dataset_name is not None
+    if not has_data and not is_miniature(args.pretrained_model_name_or_path):
+        raise InputError("no data was given; specify a folder with --train_data_dir, or a --dataset_name.")
 
 
 def with_rendered_pairs(args: argparse.Namespace) -> argparse.Namespace:
-    """The arguments, with pairs of the miniature's world rendered if no data was given."""
+    """Render pairs from the miniature's world if no data was given; returns the updated arguments."""
     if args.train_data_dir is not None or args.dataset_name is not None:
         return args
     from data.toybox.write import write_map_pairs  # imports torch
@@ -116,7 +127,7 @@ def with_rendered_pairs(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def find_data(args: argparse.Namespace) -> tuple[list[MapPair], list[MapPair], np.ndarray | None]:
-    """The pairs to train on, those for validation, and the palette; every map is checked.
+    """The training pairs, the validation pairs and the palette. Every map is checked.
 
     Raises:
         InputError
@@ -133,14 +144,14 @@ def find_data(args: argparse.Namespace) -> tuple[list[MapPair], list[MapPair], n
     if palette is None and pairs[0].load_map().ndim == 2:
         palette = read_palette("generated")
     for checked in (pairs, examples) if args.validation_data_dir else (pairs,):
-        # Maps in colour are only checked against a palette that was given.
+        # Maps in colour are checked against a palette only if --palette is given.
         check_pairs(checked, palette, args.reduce_labels, need_captions=args.default_caption is None)
     return pairs, examples, palette
 
 
 @dataclasses.dataclass(frozen=True)
 class Views:
-    """The views of each pair to train on, the same number for every pair."""
+    """The views of each pair to train on, equally many per pair."""
 
     pairs: Sequence[MapPair]
     args: argparse.Namespace
@@ -159,7 +170,7 @@ class Views:
 
 
 def offsets_of(number: int, args: argparse.Namespace) -> list[float] | None:
-    """Where the crops of a pair lie along its long side."""
+    """Positions of a pair's crops along its long side; None for the centre crop."""
     from delora_diffusers.training.encoding import crop_offsets
 
     return crop_offsets(args.seed, number, not args.center_crop, args.num_crops)
@@ -168,7 +179,7 @@ def offsets_of(number: int, args: argparse.Namespace) -> list[float] | None:
 def encode_data(
     accelerator: "Accelerator", pipeline: Any, pairs: list[MapPair], args: argparse.Namespace
 ) -> "DiskCache":
-    """Posteriors of the latents, maps and caption embeddings, computed once and kept on disk."""
+    """Encode latent posteriors, maps and caption embeddings once and keep them on disk."""
     from delora_diffusers.pipelines.conditions import encode_prompts
     from delora_diffusers.training.disk_cache import build_cache, file_stamp, fingerprint
 
@@ -196,8 +207,8 @@ def encode_data(
     )
 
 
-def main(typed: list[str] | None = None) -> None:
-    args = parse_arguments(typed)
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
     check_arguments(args)
     args = with_rendered_pairs(args)
     pairs, validation_pairs, palette = find_data(args)
@@ -220,9 +231,13 @@ def main(typed: list[str] | None = None) -> None:
     pipeline, noise_scheduler = load_frozen(accelerator, args)
     unet, vae, kind = pipeline.unet, pipeline.vae, type(pipeline).__name__
     if is_xl(kind):
-        raise InputError(f"maps need Stable Diffusion 1.x or 2.x, not {args.pretrained_model_name_or_path}; give one.")
+        raise InputError(
+            f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} is a Stable Diffusion XL model; "
+            "training on maps needs Stable Diffusion 1.x or 2.x."
+        )
 
-    # The adapter and the control signal. Settings that they reject end here, before anything is written.
+    # Invalid adapter or control settings are rejected here, before anything is written.
+
     generator = torch.Generator().manual_seed(args.seed)
     adapters = {"unet": attach(unet, arguments.adapter_config(args), generator)}
     if args.controlnet_model_name_or_path:

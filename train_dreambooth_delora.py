@@ -1,11 +1,11 @@
 """DreamBooth with DeLoRA: teach Stable Diffusion a subject from a few photos.
 
-    accelerate launch train_dreambooth_delora.py                      # the shipped miniature, on a rendered toy
+    accelerate launch train_dreambooth_delora.py                      # the included miniature, on a rendered toy
 
     accelerate launch train_dreambooth_delora.py --pretrained_model_name_or_path MODEL \\
         --instance_data_dir PHOTOS --instance_prompt "a photo of sks dog" --output_dir OUT
 
-With --subjects_file many subjects are trained at once on one frozen model; each gets the adapter it would get alone.
+--subjects_file trains several subjects at once on one frozen model. Each gets the adapter that it would get alone.
 """
 
 import argparse
@@ -33,29 +33,39 @@ if TYPE_CHECKING:
     from delora_diffusers.training.encoding import LatentCache
 
 
-def parse_arguments(typed: list[str] | None = None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_model_arguments(parser)
     group = parser.add_argument_group("subject")
     group.add_argument("--instance_data_dir", type=Path, help="folder of photos, with or without captions")
-    group.add_argument("--instance_prompt", help="prompt of every photo without a caption: a photo of sks dog")
     group.add_argument(
-        "--subjects_file", type=Path, help="many subjects at once, one JSON object per line: see docs/training.md"
+        "--instance_prompt", help="prompt for photos without a caption, for example 'a photo of sks dog'"
     )
-    group.add_argument("--center_crop", action="store_true", help="instead of random crops along the long side")
-    group.add_argument("--random_flip", action="store_true")
+    group.add_argument(
+        "--subjects_file", type=Path, help="train several subjects at once, one JSON object per line: docs/training.md"
+    )
+    group.add_argument(
+        "--center_crop", action="store_true", help="crop the centre instead of random positions along the long side"
+    )
+    group.add_argument("--random_flip", action="store_true", help="also train on mirror images")
     group.add_argument("--train_text_encoder", action="store_true", help="also adapt the text encoder's attention")
-    group.add_argument("--validation_prompt", nargs="+", default=[], help="one or more prompts")
+    group.add_argument("--validation_prompt", nargs="+", default=[], help="prompts for validation images")
     group = parser.add_argument_group("prior preservation")
-    group.add_argument("--with_prior_preservation", action="store_true")
-    group.add_argument("--class_data_dir", type=Path, help="default: class_images in the output folder")
-    group.add_argument("--class_prompt", help="a photo of a dog")
-    group.add_argument("--num_class_images", type=arguments.positive_int, default=100)
-    group.add_argument("--prior_loss_weight", type=float, default=1.0)
-    group.add_argument("--sample_batch_size", type=arguments.positive_int, default=4, help="for class images")
+    group.add_argument("--with_prior_preservation", action="store_true", help="also train on images of the class")
+    group.add_argument(
+        "--class_data_dir", type=Path, help="folder of class images; default: class_images in the output folder"
+    )
+    group.add_argument("--class_prompt", help="prompt for class images, for example 'a photo of a dog'")
+    group.add_argument(
+        "--num_class_images", type=arguments.positive_int, default=100, help="missing ones are generated; default: 100"
+    )
+    group.add_argument("--prior_loss_weight", type=float, default=1.0, help="weight of the class images' loss")
+    group.add_argument(
+        "--sample_batch_size", type=arguments.positive_int, default=4, help="batch size for generating class images"
+    )
     arguments.add_adapter_arguments(parser)
     arguments.add_training_arguments(parser)
-    args = arguments.parse_with_config(parser, typed)
+    args = arguments.parse_with_config(parser, argv)
     miniature = is_miniature(args.pretrained_model_name_or_path)
     return arguments.with_defaults(args, arguments.MINIATURE_SUBJECT_RATES if miniature else None)
 
@@ -70,18 +80,18 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_model_folder(args.pretrained_model_name_or_path)
     if args.subjects_file is None:
         if args.instance_data_dir is None and not is_miniature(args.pretrained_model_name_or_path):
-            raise InputError("no photos were given; give their folder with --instance_data_dir.")
+            raise InputError("no photos were given; specify their folder with --instance_data_dir.")
         return
     single = ("instance_data_dir", "instance_prompt", "class_data_dir", "hub_model_id", "train_text_encoder")
     for flag in (*single, "validation_prompt"):
         if getattr(args, flag):
-            raise InputError(f"--{flag} applies to one subject only; leave out either it or --subjects_file.")
+            raise InputError(f"--{flag} applies to a single subject; leave out either it or --subjects_file.")
     if args.mixed_precision == "fp16":
-        raise InputError("fp16 scales the losses of all subjects together; use --mixed_precision bf16 or no.")
+        raise InputError("--mixed_precision fp16 scales the losses of all subjects together; use bf16 or no.")
 
 
 def with_rendered_photos(args: argparse.Namespace) -> argparse.Namespace:
-    """The arguments, with photos of a toy of the miniature's world rendered if no photos were given."""
+    """Render photos of a toy from the miniature's world if no photos were given; returns the updated arguments."""
     if args.subjects_file is not None or args.instance_data_dir is not None:
         return args
     from data.toybox.write import write_unseen_subject  # imports torch
@@ -99,34 +109,37 @@ def find_subjects(args: argparse.Namespace) -> list[Subject]:
         InputError: photos or prompts are missing or unreadable, or an output folder contains another run.
     """
     if args.subjects_file is None:
-        settings = (args.instance_data_dir, args.instance_prompt, args.output_dir, args.seed, args.class_prompt)
-        subjects = [Subject(find_photographs(args.instance_data_dir), *settings)]
+        fields = (args.instance_data_dir, args.instance_prompt, args.output_dir, args.seed, args.class_prompt)
+        subjects = [Subject(find_photographs(args.instance_data_dir), *fields)]
     else:
         subjects = read_subjects(args.subjects_file, args.seed, args.class_prompt)
         for subject in subjects:
             if subject.output_dir.resolve() == args.output_dir.resolve():
                 raise InputError(
-                    f"--output_dir {args.output_dir} is also a subject's; the checkpoints need a separate folder."
+                    f"--output_dir {args.output_dir} is also a subject's output_dir; give a separate folder for the "
+                    "checkpoints."
                 )
             arguments.check_output_dir(subject.output_dir, args.resume_from_checkpoint)
     for subject in subjects:
-        bare = [photo.path for photo in subject.photographs if photo.caption is None]
-        if bare and not subject.instance_prompt:
-            raise InputError(f"{bare[0]} has no caption; give --instance_prompt, for example 'a photo of sks dog'.")
+        uncaptioned = [photo.path for photo in subject.photographs if photo.caption is None]
+        if uncaptioned and not subject.instance_prompt:
+            raise InputError(
+                f"{uncaptioned[0]} has no caption; give --instance_prompt, for example 'a photo of sks dog'."
+            )
         if args.with_prior_preservation and not subject.class_prompt:
             raise InputError("--with_prior_preservation needs --class_prompt, for example 'a photo of a dog'.")
     return subjects
 
 
 def attach_adapters(pipeline: Any, subjects: Sequence[Subject], args: argparse.Namespace) -> dict[str, "Adapter"]:
-    """The adapters of the UNet and, if they are trained, of the text encoders, by component."""
+    """Attach adapters to the UNet and, if they are trained, to the text encoders; returns them by component."""
     import torch
 
     from delora_diffusers import attach
     from delora_diffusers.pipelines.conditions import text_encoders
 
-    starts = [torch.Generator().manual_seed(subject.seed) for subject in subjects]
-    adapters = {"unet": attach(pipeline.unet, arguments.adapter_config(args), starts)}
+    generators = [torch.Generator().manual_seed(subject.seed) for subject in subjects]
+    adapters = {"unet": attach(pipeline.unet, arguments.adapter_config(args), generators)}
     if args.train_text_encoder:
         config = arguments.adapter_config(args, targets=TEXT_ENCODER_TARGETS)
         for number, (name, text_encoder) in enumerate(text_encoders(pipeline).items(), 1):
@@ -140,7 +153,7 @@ def attach_adapters(pipeline: Any, subjects: Sequence[Subject], args: argparse.N
 def generate_class_images(
     accelerator: "Accelerator", pipeline: Any, subject: Subject, args: argparse.Namespace
 ) -> list[Photo]:
-    """The subject's class images; those that are missing are generated, spread over the processes."""
+    """The subject's class images. Missing images are generated, split across processes."""
     from tqdm.auto import tqdm
 
     from delora_diffusers.pipelines.sampling import sample_images
@@ -150,7 +163,7 @@ def generate_class_images(
     paths = [folder / f"class-{subject.seed}-{number:05}.png" for number in range(args.num_class_images)]
     missing = [(number, path) for number, path in enumerate(paths) if not path.exists()]
     missing = missing[: max(0, args.num_class_images - len(list_images(folder)))]
-    accelerator.wait_for_everyone()  # every process has looked before the first one writes
+    accelerator.wait_for_everyone()  # all processes list the missing images before any process writes one
     share = missing[accelerator.process_index :: accelerator.num_processes]
     batches = [share[i : i + args.sample_batch_size] for i in range(0, len(share), args.sample_batch_size)]
     for batch in tqdm(batches, desc="class images", disable=not accelerator.is_local_main_process or not batches):
@@ -171,7 +184,7 @@ def generate_class_images(
 def encode_photos(
     pipeline: Any, photos: Sequence[Photo], seed: int, args: argparse.Namespace, device: "torch.device"
 ) -> "LatentCache":
-    """The autoencoder's posteriors of all views of the photos."""
+    """Encode all views of the photos with the autoencoder."""
     from delora_diffusers.training.encoding import crop_offsets, encode_images
 
     offsets = [crop_offsets(seed, number, not args.center_crop) for number in range(len(photos))]
@@ -183,8 +196,8 @@ def encode_photos(
     return encode_images(pipeline.vae, views, len(photos), device, sizes=sizes)
 
 
-def main(typed: list[str] | None = None) -> None:
-    args = parse_arguments(typed)
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
     check_arguments(args)
     args = with_rendered_photos(args)
     subjects = find_subjects(args)
@@ -204,15 +217,15 @@ def main(typed: list[str] | None = None) -> None:
     device = accelerator.device
     pipeline, noise_scheduler = load_frozen(accelerator, args)
     adapters = attach_adapters(pipeline, subjects, args)
-    begin_run(accelerator, args, "dreambooth-delora")  # everything is checked by now; nothing was written before
+    begin_run(accelerator, args, "dreambooth-delora")  # all checks have passed, and nothing was written before this
 
-    # Whatever stays the same is computed once: class images, the latents' posteriors, prompt embeddings.
+    # What stays constant during training is computed once: class images, latent posteriors, prompt embeddings.
     pipeline.vae.to(device)
     latents = [encode_photos(pipeline, s.photographs, s.seed, args, device) for s in subjects]
     class_latents: list[LatentCache | None] = [None] * len(subjects)
     if args.with_prior_preservation:
         for adapter in adapters.values():
-            adapter.strength = 0  # class images come from the base model
+            adapter.strength = 0  # class images are generated by the base model
         class_images = [generate_class_images(accelerator, pipeline, subject, args) for subject in subjects]
         for adapter in adapters.values():
             adapter.strength = 1
@@ -236,8 +249,8 @@ def main(typed: list[str] | None = None) -> None:
         pipeline.vae = None
 
     encoded = [
-        SubjectData(s.seed, s.prompts, own, s.class_prompt, prior)
-        for s, own, prior in zip(subjects, latents, class_latents)
+        SubjectData(s.seed, s.prompts, photo_latents, s.class_prompt, prior_latents)
+        for s, photo_latents, prior_latents in zip(subjects, latents, class_latents)
     ]
     noise = NoiseSettings(args.noise_offset, args.snr_gamma)
     batches = SubjectBatches(
@@ -247,13 +260,13 @@ def main(typed: list[str] | None = None) -> None:
     failed = train(accelerator, adapters, batches, losses, args, validate)
     for number, subject in enumerate(subjects):
         if number not in failed:
-            settings = argparse.Namespace(**vars(args) | subject.own_flags())
+            settings = argparse.Namespace(**vars(args) | subject.flag_overrides())
             trained_on, kind = f"{len(subject.photographs)} photos", type(pipeline).__name__
             save_run(accelerator, settings, adapters, trained_on, subject.prompts[0], subject=number, pipeline=kind)
     accelerator.end_training()
     if failed:
         steps = ", ".join(f"{subjects[number].output_dir} at step {step}" for number, step in failed.items())
-        raise InputError(f"the loss was not finite for {steps}; lower --learning_rate; the other adapters are saved.")
+        raise InputError(f"the loss was not finite for {steps}; lower --learning_rate (the other adapters are saved).")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What the training scripts share: arguments, objective, loop, checkpoints, validation, model card."""
+"""What both training scripts share: arguments, objective, loop, checkpoints, validation, model card."""

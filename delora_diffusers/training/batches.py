@@ -1,4 +1,4 @@
-"""The micro-batches of both training scripts: everything random in a step, as a function of its number."""
+"""The micro-batches of both training scripts: everything random in a step, as a function of its index."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ from delora_diffusers.training.objective import NoiseSettings, noised
 
 @dataclasses.dataclass(frozen=True)
 class SubjectData:
-    """One subject, encoded.
+    """The encoded data of a subject.
 
     Attributes:
-        seed: of every random choice for this subject.
+        seed: for every random choice of this subject.
         prompts: one per photo. latents: of the photos.
         class_prompt, class_latents: for prior preservation, else None.
     """
@@ -35,14 +35,14 @@ class SubjectData:
 
 @dataclasses.dataclass(frozen=True)
 class SubjectBatches:
-    """Micro-batches of DreamBooth, with as many samples of each subject, ordered by subject.
+    """Micro-batches for DreamBooth with the same number of samples per subject, ordered by subject.
 
     Attributes:
         noise_scheduler: of the base model. noise: how it is used.
         subjects: one, or several that are trained at once.
-        table: what the text encoders, or their tokenizers if they are trained, make of each prompt.
-        batch_size: photos of each subject; with prior preservation as many class images are added.
-        prior_loss_weight: of the class images' loss.
+        table: text embeddings of each prompt, or its tokens if the text encoders are trained.
+        batch_size: photos per subject; with prior preservation, as many class images are added.
+        prior_loss_weight: weight of the class images' loss.
     """
 
     noise_scheduler: Any
@@ -54,7 +54,7 @@ class SubjectBatches:
     device: torch.device
 
     def __call__(self, microbatch: int) -> Batch:
-        """The tensors of a micro-batch by name."""
+        """The tensors of a micro-batch, by name."""
         parts = [self._part(subject, microbatch) for subject in self.subjects]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if len(parts) > 1 else parts[0]
 
@@ -69,7 +69,7 @@ class SubjectBatches:
             latents = torch.cat((latents, subject.class_latents.sample(images, generator, seed + 1)))
             sizes += subject.class_latents.sizes_of(images, seed + 1)
             prompts += [subject.class_prompt or ""] * len(images)
-            # Each loss is a mean over its half of the batch, and the two are added.
+            # Each half of the batch contributes its mean loss, and the two means are added.
             weights = torch.tensor([2.0] * len(photos) + [2.0 * self.prior_loss_weight] * len(images))
             weights = weights.to(self.device, non_blocking=True)
         batch = noised(self.noise_scheduler, latents, generator, self.noise, weights)
@@ -85,9 +85,9 @@ class MapBatches:
     Attributes:
         noise_scheduler: of the base model. noise: how it is used.
         cache: the encoded pairs. scaling_factor: the autoencoder's.
-        empty_prompt: embedding (tokens, width) of no caption, which replaces a caption with probability
+        empty_prompt: embedding (tokens, width) of the empty prompt, which replaces a caption with probability
             ``proportion_empty_prompts``.
-        palette: the colours that index maps are painted in, or None for maps in colour.
+        palette: colours for index maps, or None for maps in colour.
     """
 
     noise_scheduler: Any
@@ -102,7 +102,7 @@ class MapBatches:
     device: torch.device
 
     def __call__(self, microbatch: int) -> Batch:
-        """The tensors of a micro-batch by name."""
+        """The tensors of a micro-batch, by name."""
         generator = order.generator(self.seed, microbatch, self.device)
         seed = order.mixed_seed(self.seed, microbatch, 1)
         pairs = order.sample_indices(self.seed, microbatch, self.batch_size, len(self.cache))

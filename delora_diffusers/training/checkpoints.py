@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there at all, and what a resumed run must have in common with its start."""
+"""Checkpoints that are written completely or not at all, and the flags that a resumed run must not change."""
 
 import json
 import os
@@ -32,11 +32,11 @@ MAY_CHANGE = {
     "cuda_graph",
     "gradient_checkpointing",
 }
-"""Flags that a resumed run may set anew; every other one must be what it was."""
+"""Flags that may change when a run is resumed; all others must stay the same."""
 
 
 def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, total_limit: int | None) -> None:
-    """Save the state of a run under a temporary name, then rename; then drop the oldest beyond ``total_limit``."""
+    """Save a run under a temporary name, rename it, and delete the oldest checkpoints beyond ``total_limit``."""
     final = output_dir / f"{CHECKPOINT_PREFIX}{step}"
     temporary = output_dir / f".{final.name}.part"
     if accelerator.is_main_process:
@@ -44,7 +44,7 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, total
     accelerator.wait_for_everyone()
     try:
         accelerator.save_state(str(temporary))
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save says RuntimeError of a full disk
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError on a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         raise InputError(
             f"{final} could not be written ({' '.join(str(error).split())}); free some space, then use "
@@ -59,28 +59,28 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, total
 
 
 def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Path | None:
-    """The checkpoint that ``--resume_from_checkpoint`` means; None to start from the beginning.
+    """The checkpoint for ``--resume_from_checkpoint``; None to start from the beginning.
 
     Raises:
-        InputError: the named checkpoint does not exist.
+        InputError: the given checkpoint does not exist.
     """
     if resume_from_checkpoint is None:
         return None
     if resume_from_checkpoint == "latest":
         return (list_checkpoints(output_dir) or [None])[-1]
-    named = Path(resume_from_checkpoint)
-    candidates = [p for p in (named, output_dir / named) if p.is_dir() and is_checkpoint(p)]
+    path = Path(resume_from_checkpoint)
+    candidates = [p for p in (path, output_dir / path) if p.is_dir() and is_checkpoint(p)]
     if not candidates:
-        there = ", ".join(p.name for p in list_checkpoints(output_dir)) or "none"
-        raise InputError(f"there is no checkpoint {named}; {output_dir} has {there}.")
+        available = ", ".join(p.name for p in list_checkpoints(output_dir)) or "no checkpoint"
+        raise InputError(f"--resume_from_checkpoint {path} does not exist; {output_dir} has {available}.")
     return candidates[0]
 
 
 def check_same_run(output_dir: Path, settings: dict[str, Any]) -> None:
-    """Refuse to continue a run with settings that would make it another run.
+    """Refuse to resume a run whose settings have changed.
 
     Raises:
-        InputError: naming the first flag that differs.
+        InputError: a flag differs; the message names the first.
     """
     file = output_dir / CONFIG_NAME
     if not file.is_file():
@@ -89,6 +89,6 @@ def check_same_run(output_dir: Path, settings: dict[str, Any]) -> None:
     for key in sorted(before.keys() & settings.keys() - MAY_CHANGE):
         if before[key] != settings[key]:
             raise InputError(
-                f"{output_dir} was trained with --{key} {before[key]}, now it is {settings[key]}; give the same value, "
-                "or a new --output_dir."
+                f"{output_dir} was trained with --{key} {before[key]}, but --{key} is now {settings[key]}; give the "
+                "same value, or a new --output_dir."
             )

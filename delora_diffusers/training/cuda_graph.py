@@ -1,8 +1,8 @@
-"""Forward and backward of a micro-batch, on CUDA recorded once as a graph and replayed.
+"""Forward and backward of a micro-batch; on CUDA, recorded once as a graph and replayed.
 
-A step of Stable Diffusion launches some two thousand kernels, and below a batch of about 16 a fast GPU waits for the
-CPU to launch them. A CUDA graph launches all of them at once. It reads and writes fixed places in memory, so that
-batches are copied into its inputs and gradients are added up in place.
+A step of Stable Diffusion launches some two thousand kernels, and below a batch size of about 16 a fast GPU waits for
+the CPU to launch them. A CUDA graph launches all of them at once. It reads and writes fixed memory addresses, so
+batches are copied into its inputs and gradients are accumulated in place.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,20 +15,20 @@ from delora_diffusers.adapter.tensors import Adapter
 from delora_diffusers.errors import InputError
 
 Batch = Mapping[str, Tensor]
-"""Tensors of a micro-batch by name, on the device, of the same shapes in every micro-batch of a run."""
+"""Tensors of a micro-batch by name, on the device, with the same shapes in every micro-batch of a run."""
 
 EAGER_FIRST = 3
-"""Micro-batches before the recording: kernels choose their workspaces, gradients get their places."""
+"""Micro-batches that run before recording, so that kernels choose their workspaces and gradients are allocated."""
 
 
 class MicroBatches:
-    """Adds the gradients of one micro-batch after another.
+    """Accumulates the gradients of micro-batches.
 
     Args:
         accelerator: scales the loss for accumulation and for fp16.
-        adapters: each makes its weights before the forward.
-        losses_of: the loss of each subject in a batch, (subjects,); nothing in it may be random or wait for the device.
-        capture: record a graph. Then gradients must be set to zero, not to None, between steps.
+        adapters: their adapted weights are computed before each forward.
+        losses_of: returns each subject's loss in a batch, (subjects,); it must not be random or wait for the device.
+        capture: whether to record a graph. If so, gradients must be set to zero, not to None, between steps.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class MicroBatches:
         self._losses: Tensor | None = None
 
     def __call__(self, batch: Batch) -> Tensor:
-        """The batch's losses, detached; their gradients are added to the parameters'.
+        """Add a batch's gradients to the parameters' and return its losses, detached.
 
         Raises:
             InputError: the graph cannot be recorded.
@@ -58,11 +58,11 @@ class MicroBatches:
             return self._forward_and_backward(batch)
         if self._eager_left:
             self._eager_left -= 1
-            return self._aside(batch)
+            return self._run_on_side_stream(batch)
         if self._graph is None:
             self._record(batch)
-        for name, place in self._inputs.items():
-            place.copy_(batch[name])
+        for name, static_input in self._inputs.items():
+            static_input.copy_(batch[name])
         assert self._graph is not None and self._losses is not None
         self._graph.replay()
         return self._losses
@@ -71,11 +71,11 @@ class MicroBatches:
         for adapter in self.adapters:
             adapter.refresh()
         losses = self.losses_of(**batch)
-        self.accelerator.backward(losses.sum())  # each subject's gradients are those of its own loss
+        self.accelerator.backward(losses.sum())  # a subject's gradients depend on its loss alone
         return losses.detach()
 
-    def _aside(self, batch: Batch) -> Tensor:
-        """On the stream of the recording: autograd remembers where a gradient was first added up."""
+    def _run_on_side_stream(self, batch: Batch) -> Tensor:
+        """Run eagerly on the recording's stream: autograd remembers the stream of a gradient's first accumulation."""
         assert self._stream is not None
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
@@ -88,7 +88,7 @@ class MicroBatches:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         try:
-            # Only this thread: with several processes another one watches over their exchanges meanwhile.
+            # Capture only this thread: with several processes, another thread monitors their communication.
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._losses = self._forward_and_backward(self._inputs)
         except RuntimeError as error:
@@ -100,5 +100,6 @@ class MicroBatches:
 
 
 def can_capture(accelerator: Accelerator, adapters: Sequence[Adapter]) -> bool:
-    """Whether a step of these adapters can be recorded."""
+    """Whether a training step with these adapters can be recorded."""
+
     return accelerator.device.type == "cuda" and all(adapter.method.capturable for adapter in adapters)

@@ -1,4 +1,4 @@
-"""What is computed once before training: the latents' posteriors and the prompts' embeddings."""
+"""What DreamBooth training computes once: latent posteriors and prompt embeddings."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,14 +13,14 @@ from delora_diffusers.training import order
 
 @dataclasses.dataclass
 class LatentCache:
-    """Posteriors of every view of every picture, on the training device.
+    """Latent posteriors of every view of every image, on the training device.
 
     Attributes:
         mean, std: (views, channels, height, width), float32.
-        first: index of each picture's first view; ``first[i + 1] - first[i]`` is how many views picture i has.
+        first: index of each image's first view; image i has ``first[i + 1] - first[i]`` views.
         scaling_factor: the autoencoder's.
-        sizes: (views, 6), what SDXL is told of each view: height and width of its photograph, top and left of the crop,
-            height and width of the view.
+        sizes: (views, 6), SDXL's size conditions (``time_ids``) of each view: height and width of the photo, top and
+            left of the crop, height and width of the view; None for other models.
     """
 
     mean: Tensor
@@ -32,41 +32,39 @@ class LatentCache:
     def __len__(self) -> int:
         return len(self.first) - 1
 
-    def sample(self, pictures: Sequence[int], generator: torch.Generator, seed: int) -> Tensor:
-        """A fresh scaled latent of a random view of each picture, (batch, channels, height, width).
+    def sample(self, images: Sequence[int], generator: torch.Generator, seed: int) -> Tensor:
+        """Sample a scaled latent of a random view of each image, (batch, channels, height, width).
 
         Args:
-            pictures: indices.
-            generator: source of the latents' noise, on the cache's device.
+            images: indices.
+            generator: samples the latents, on the cache's device.
             seed: chooses the views.
         """
-        chosen = self._views(pictures, seed)
-        mean, std = self.mean[chosen], self.std[chosen]
+        views = self._views(images, seed)
+        mean, std = self.mean[views], self.std[views]
         noise = torch.randn(mean.shape, generator=generator, device=mean.device)
         return (mean + std * noise) * self.scaling_factor
 
-    def sizes_of(self, pictures: Sequence[int], seed: int) -> list[Tensor]:
-        """What the model is told of the views that ``sample`` draws, (batch, 6); nothing where it is not told."""
-        return [] if self.sizes is None else [self.sizes[self._views(pictures, seed)]]
+    def sizes_of(self, images: Sequence[int], seed: int) -> list[Tensor]:
+        """Size conditions of the views that ``sample`` chooses, (batch, 6); empty if the model takes none."""
+        return [] if self.sizes is None else [self.sizes[self._views(images, seed)]]
 
-    def _views(self, pictures: Sequence[int], seed: int) -> Tensor:
-        """The indices of the views that ``sample`` draws, (batch,)."""
-        choice = np.random.default_rng(seed)
-        return device_index(
-            [int(choice.integers(self.first[i], self.first[i + 1])) for i in pictures], self.mean.device
-        )
+    def _views(self, images: Sequence[int], seed: int) -> Tensor:
+        """Indices of the views that ``sample`` chooses, (batch,)."""
+        random = np.random.default_rng(seed)
+        return device_index([int(random.integers(self.first[i], self.first[i + 1])) for i in images], self.mean.device)
 
 
 def device_index(rows: Sequence[int], device: torch.device) -> Tensor:
-    """An index on the device, (rows,). Indexing with a list instead would wait for the device."""
+    """An index tensor on the device, (rows,). Indexing with a list instead would wait for the device."""
     return torch.tensor(rows).to(device, non_blocking=True)
 
 
 class PromptTable:
-    """What the text encoders, or the tokenizers where the encoders are trained, make of a fixed list of prompts.
+    """Text embeddings of a fixed list of prompts, or their tokens if the text encoders are trained.
 
     Args:
-        prompts: all different.
+        prompts: without duplicates.
         tensors: by name, (prompts, ...) each, on the training device.
     """
 
@@ -75,7 +73,7 @@ class PromptTable:
         self._rows = {prompt: row for row, prompt in enumerate(prompts)}
 
     def lookup(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """The tensors of these prompts, (prompts, ...) each."""
+        """The tensors of these prompts by name, (prompts, ...) each."""
         first = next(iter(self.tensors.values()))
         rows = device_index([self._rows[prompt] for prompt in prompts], first.device)
         return {name: tensor[rows] for name, tensor in self.tensors.items()}
@@ -84,22 +82,23 @@ class PromptTable:
 @torch.no_grad()
 def encode_images(
     vae,
-    pictures: Iterable[list[np.ndarray]],
+    images: Iterable[list[np.ndarray]],
     count: int,
     device: torch.device,
     batch_size: int = 8,
     sizes: Sequence[tuple[int, ...]] | None = None,
 ) -> LatentCache:
-    """Encode the views of each picture with the autoencoder, in batches of views.
+    """Encode the views of each image with the autoencoder, in batches of views.
 
     Args:
         vae: an ``AutoencoderKL`` on ``device``.
-        pictures: for each picture its views, (resolution, resolution, 3) uint8; read one after the other.
-        count: how many pictures there are, for the progress bar.
-        device: where the cache is to be.
-        sizes: of all views, see ``LatentCache``; None where the model is not told them.
+        images: the views of each image, (resolution, resolution, 3) uint8 each; consumed one image at a time.
+        count: number of images, for the progress bar.
+        device: where the cache is stored.
+        batch_size: views per batch.
+        sizes: of all views, see ``LatentCache``; None if the model takes none.
     """
-    means, stds, first, waiting = [], [], [0], []
+    means, stds, first, pending = [], [], [0], []
 
     def encode(views: list[np.ndarray]) -> None:
         pixels = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).to(device, vae.dtype) / 127.5 - 1
@@ -107,20 +106,20 @@ def encode_images(
         means.append(posterior.mean.float())
         stds.append(posterior.std.float())
 
-    for views in tqdm(pictures, total=count, desc="encoding pictures", leave=False):
+    for views in tqdm(images, total=count, desc="encoding images", leave=False):
         first.append(first[-1] + len(views))
-        waiting += views
-        while len(waiting) >= batch_size:
-            encode(waiting[:batch_size])
-            waiting = waiting[batch_size:]
-    if waiting:
-        encode(waiting)
-    told = None if sizes is None else torch.tensor(sizes, device=device)
-    return LatentCache(torch.cat(means), torch.cat(stds), first, vae.config.scaling_factor, told)
+        pending += views
+        while len(pending) >= batch_size:
+            encode(pending[:batch_size])
+            pending = pending[batch_size:]
+    if pending:
+        encode(pending)
+    size_conditions = None if sizes is None else torch.tensor(sizes, device=device)
+    return LatentCache(torch.cat(means), torch.cat(stds), first, vae.config.scaling_factor, size_conditions)
 
 
-def crop_offsets(seed: int, picture: int, random_crop: bool, count: int = 16) -> list[float] | None:
-    """Where the random crops of a picture lie, 0 to 1 along its long side; None for the centre crop."""
+def crop_offsets(seed: int, image: int, random_crop: bool, count: int = 16) -> list[float] | None:
+    """Positions of an image's random crops along its long side, 0 to 1; None for the centre crop."""
     if not random_crop:
         return None
-    return np.random.default_rng(order.mixed_seed(seed, picture)).uniform(size=count).tolist()
+    return np.random.default_rng(order.mixed_seed(seed, image)).uniform(size=count).tolist()

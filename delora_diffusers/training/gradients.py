@@ -1,4 +1,4 @@
-"""Gradients between the backward and the optimizer: averaged over processes, clipped."""
+"""Gradients between the backward and the optimizer step: averaged over processes and clipped."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,22 +8,22 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 BUCKET = 16 * 2**20
-"""Numbers averaged in one exchange, 64 MiB; adapters of Stable Diffusion 1.5 have 3 million, so one is enough."""
+"""Elements averaged per all-reduce, 64 MiB. An adapter of Stable Diffusion 1.5 has 3 million, so one is enough."""
 
 
 @torch.no_grad()
 def broadcast_parameters(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
-    """Give every process the first one's parameters."""
+    """Copy the first process's parameters to all processes."""
     if accelerator.num_processes > 1:
         broadcast([parameter.data for parameter in parameters])
 
 
 @torch.no_grad()
 def average_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
-    """Replace gradients by their means over the processes, in as few exchanges as ``BUCKET`` allows.
+    """Average gradients over the processes, with as few all-reduces as ``BUCKET`` allows.
 
-    After the backward and not within it, as DistributedDataParallel would: a recorded backward cannot wait for other
-    processes, and an adapter's gradients are too few for the overlap to be worth anything.
+    This happens after the backward, not during it as in DistributedDataParallel: a recorded backward cannot wait for
+    other processes, and an adapter has too few gradients for the overlap to save time.
     """
     if accelerator.num_processes == 1:
         return
@@ -36,25 +36,26 @@ def average_gradients(accelerator: Accelerator, parameters: Sequence[nn.Paramete
 
 
 def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    waiting: list[Tensor] = []
+    bucket: list[Tensor] = []
     for gradient in gradients:
-        if waiting and sum(g.numel() for g in waiting) + gradient.numel() > BUCKET:
-            yield waiting
-            waiting = []
-        waiting.append(gradient)
-    if waiting:
-        yield waiting
+        if bucket and sum(g.numel() for g in bucket) + gradient.numel() > BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(gradient)
+    if bucket:
+        yield bucket
 
 
 @torch.no_grad()
 def clip_gradients(
     accelerator: Accelerator, parameters: Sequence[nn.Parameter], max_norm: float, subjects: int
 ) -> None:
-    """Scale the gradients down to a norm of ``max_norm``, each subject's by itself.
+    """Clip the gradients to a norm of at most ``max_norm``, separately for each subject.
 
     Args:
-        parameters: with several subjects stacked, (subjects * n, ...), a subject's tensors one after the other.
+        parameters: those of several subjects are stacked, (subjects * n, ...), ordered by subject.
     """
+
     if subjects == 1:
         accelerator.clip_grad_norm_(list(parameters), max_norm)
         return

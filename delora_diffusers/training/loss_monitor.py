@@ -1,4 +1,4 @@
-"""The running loss of every subject, and the first step at which it was not finite."""
+"""The running loss of each subject, and the first step at which it was not finite."""
 
 from pathlib import Path
 
@@ -26,10 +26,10 @@ class LossMonitor:
         self.first_bad_step = torch.where(newly_bad, step + 1, self.first_bad_step)
 
     def check(self, accelerator: Accelerator, output_dir: Path) -> dict[int, int]:
-        """The subjects whose loss was not finite on any process, and the first such step of each.
+        """The subjects whose loss was not finite on some process, each with the first such step.
 
         Raises:
-            InputError: no subject is left; gives the step and the checkpoint to continue from.
+            InputError: no subject's loss is finite; the message gives the step and the last good checkpoint.
         """
         gathered = accelerator.gather(self.first_bad_step)
         assert isinstance(gathered, Tensor)
@@ -44,7 +44,8 @@ class LossMonitor:
         return bad
 
     def mean_loss(self, accelerator: Accelerator, output_dir: Path) -> float:
-        """Mean since the last call, over all processes and the subjects whose loss is finite."""
+        """Mean loss since the last call, over all processes and all subjects whose loss is finite."""
+
         bad = self.check(accelerator, output_dir)
         means = accelerator.reduce(self.sum / max(self.count, 1), "mean")
         assert isinstance(means, Tensor)

@@ -1,4 +1,4 @@
-"""The denoising objective: noise a latent, predict, weigh the squared error."""
+"""The denoising objective: add noise to latents, predict it, weight the squared error."""
 
 import dataclasses
 from typing import Any
@@ -17,9 +17,9 @@ def snr(noise_scheduler, timesteps: Tensor) -> Tensor:
 
 
 def loss_weights(noise_scheduler, timesteps: Tensor, snr_gamma: float | None) -> Tensor:
-    """Weight of each sample's squared error, (batch,): one, or min-SNR-gamma (Hang et al., ICCV 2023, section 3.4).
+    """Weight of each sample's squared error, (batch,): 1, or min-SNR-gamma (Hang et al., ICCV 2023, section 3.4).
 
-    ``min(SNR, gamma) / SNR`` for epsilon prediction, ``min(SNR, gamma) / (SNR + 1)`` for v-prediction.
+    Min-SNR is ``min(SNR, gamma) / SNR`` for epsilon prediction and ``min(SNR, gamma) / (SNR + 1)`` for v-prediction.
     """
     if snr_gamma is None:
         return torch.ones(timesteps.shape, device=timesteps.device)
@@ -29,7 +29,7 @@ def loss_weights(noise_scheduler, timesteps: Tensor, snr_gamma: float | None) ->
 
 
 def sample_noise(latents: Tensor, noise_offset: float, generator: torch.Generator) -> Tensor:
-    """Standard noise of the latents' shape (batch, channels, height, width), plus a random offset per channel."""
+    """Gaussian noise like the latents, (batch, channels, height, width), plus a random offset per channel."""
     noise = torch.randn(latents.shape, generator=generator, device=latents.device)
     if noise_offset:
         offset = torch.randn((*latents.shape[:2], 1, 1), generator=generator, device=latents.device)
@@ -52,12 +52,12 @@ def noised(
     settings: NoiseSettings = NoiseSettings(),
     sample_weights: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Sample everything random in a micro-batch: what ``denoising_losses`` takes besides the UNet and the embeddings.
+    """Sample the noise and timesteps of a micro-batch; returns those arguments of ``denoising_losses`` by name.
 
     Args:
         latents: (batch, channels, height, width), float32, scaled.
-        generator: source of noise and timesteps, on the latents' device.
-        sample_weights: (batch,), for prior preservation; None for ones.
+        generator: samples noise and timesteps, on the latents' device.
+        sample_weights: (batch,), for prior preservation; None for equal weights.
     """
     noise = sample_noise(latents, settings.noise_offset, generator)
     steps = noise_scheduler.config.num_train_timesteps
@@ -65,7 +65,7 @@ def noised(
     target = noise
     if noise_scheduler.config.prediction_type == "v_prediction":
         target = noise_scheduler.get_velocity(latents, noise, timesteps)
-    # First, since it moves the schedule to the device, where the weights then find it.
+    # Before the weights are computed, because add_noise moves the schedule to the device.
     noisy = noise_scheduler.add_noise(latents, noise, timesteps)
     weights = loss_weights(noise_scheduler, timesteps, settings.snr_gamma)
     if sample_weights is not None:
@@ -84,15 +84,15 @@ def denoising_losses(
     time_ids: Tensor | None = None,
     subjects: int = 1,
 ) -> Tensor:
-    """Weighted squared error of the UNet's prediction, (subjects,), float32; nothing in it is random.
+    """Weighted squared error of the UNet's prediction, (subjects,), float32; deterministic.
 
     Args:
-        unet: predicts epsilon or v, as ``noise_scheduler.config.prediction_type`` says.
+        unet: predicts epsilon or v, according to ``noise_scheduler.config.prediction_type``.
         noisy, target: (batch, channels, height, width), float32.
         timesteps, weights: (batch,).
         encoder_hidden_states: (batch, tokens, width).
         text_embeds, time_ids: (batch, pooled) and (batch, 6), for Stable Diffusion XL.
-        subjects: how many the batch holds, of equally many samples each, one subject after the other.
+        subjects: number of subjects in the batch, with equally many samples each, ordered by subject.
     """
     dtype = next(unet.parameters()).dtype
     added = None
@@ -106,12 +106,12 @@ def denoising_losses(
 
 @dataclasses.dataclass(frozen=True)
 class Losses:
-    """The losses of a micro-batch, called with its tensors by name.
+    """Computes the losses of a micro-batch from its tensors, given by name.
 
     Attributes:
-        unet: with its adapter. subjects: how many it is trained on at once.
-        pipeline: whose text encoders are trained, so that the batch holds tokens; None if it holds embeddings.
-        control: the control signal that follows the batch's maps.
+        unet: with its adapter. subjects: number of subjects trained at once.
+        pipeline: has the text encoders if they are trained; the batch then contains tokens instead of embeddings.
+        control: the control signal, which receives the batch's maps.
     """
 
     unet: torch.nn.Module
@@ -120,7 +120,8 @@ class Losses:
     control: Control | None = None
 
     def __call__(self, **batch: Tensor) -> Tensor:
-        """Loss of each subject, (subjects,), float32."""
+        """The loss of each subject, (subjects,), float32."""
+
         if self.control is not None:
             self.control.see(batch.pop("maps"))
         if self.pipeline is not None:

@@ -12,7 +12,7 @@ from delora_diffusers.adapter.tensors import Adapter
 def build_optimizer(
     adapters: Sequence[Adapter], args: argparse.Namespace, control: torch.nn.Module | None = None
 ) -> torch.optim.Optimizer:
-    """AdamW over the adapters' groups, A and B at one rate, lambda at its own, and over the control encoder's."""
+    """AdamW over the adapters' parameters and the control encoder's, with separate rates for A and B and for lambda."""
     groups = []
     for adapter in adapters:
         groups += adapter.parameter_groups(args.learning_rate, args.lambda_learning_rate, args.adam_weight_decay)
@@ -27,7 +27,8 @@ def build_optimizer(
 
 
 def build_lr_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace):
-    """The schedule, in optimizer steps."""
+    """The learning-rate schedule, in optimizer steps."""
+
     return get_scheduler(
         args.lr_scheduler,
         optimizer,

@@ -1,4 +1,4 @@
-"""What a finished run leaves beside its adapter: its configuration and a model card."""
+"""What a finished run writes beside its adapter: its configuration and a model card."""
 
 import argparse
 import importlib.metadata
@@ -17,12 +17,12 @@ SECRETS = ("hub_token",)
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags as JSON can hold them, without secrets."""
+    """The flags as JSON values, without secrets."""
     return {k: str(v) if isinstance(v, Path) else v for k, v in sorted(vars(args).items()) if k not in SECRETS}
 
 
 def command_line() -> str:
-    """The command that this process was started with, ready to paste, without secrets."""
+    """The command that started this process, ready to paste, without secrets."""
     words = list(sys.argv)
     for flag in SECRETS:
         words = [w for i, w in enumerate(words) if not w.startswith(f"--{flag}") and words[i - 1] != f"--{flag}"]
@@ -30,7 +30,7 @@ def command_line() -> str:
 
 
 def write_config(output_dir: Path, args: argparse.Namespace, reached: dict[str, float] | None = None) -> None:
-    """Write ``config.json``: every flag, the versions, the command, and where the training came to."""
+    """Write ``config.json``: every flag, the versions, the command, and the final readings of the training."""
     packages = ("torch", "diffusers", "transformers", "accelerate")
     record: dict[str, Any] = {
         "arguments": settings(args),
@@ -52,30 +52,30 @@ def write_model_card(
     components: Sequence[str] = ("unet",),
     xl: bool = False,
 ) -> None:
-    """Write ``README.md``: metadata for the hub, sample pictures, how to use the adapter, the exact command."""
+    """Write ``README.md``: metadata for the hub, sample images, how to use the adapter, the exact command."""
     grids = sorted((output_dir / "validation").glob("*.png"))
-    sample = f"![Samples](validation/{grids[-1].name})\n\n" if grids else ""
+    grid = f"![Samples](validation/{grids[-1].name})\n\n" if grids else ""
     base = args.pretrained_model_name_or_path
     method = METHODS[args.method].title
     of_rank = f" of rank {args.rank}" if METHODS[args.method].has_rank else ""
-    # A local folder is no id of the hub's, and its validator refuses one.
+    # The hub's validator rejects a local folder as base_model.
     base_line = "" if Path(base).exists() or is_miniature(base) else f"base_model: {base}\n"
     licence = "apache-2.0" if is_miniature(base) else "openrail++" if xl else "creativeml-openrail-m"
-    shown = zip(getattr(args, "validation_prompt", []), sorted((output_dir / "samples").glob("*.png")))
+    samples = zip(getattr(args, "validation_prompt", []), sorted((output_dir / "samples").glob("*.png")))
     widget = "".join(
-        f"- text: {json.dumps(text)}\n  output:\n    url: samples/{picture.name}\n" for text, picture in shown
+        f"- text: {json.dumps(text)}\n  output:\n    url: samples/{image.name}\n" for text, image in samples
     )
     widget = f"widget:\n{widget}" if widget else ""
     kind = "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"
     loading = "\n".join(
         f'load_adapter(pipeline.{name}, "{WEIGHTS_NAME}", "{name}")\nmerge(pipeline.{name})' for name in components
     )
-    asked, drawn = f"--prompt {shlex.quote(prompt)}", f"image = pipeline({prompt!r}).images[0]"
+    flags, sampling = f"--prompt {shlex.quote(prompt)}", f"image = pipeline({prompt!r}).images[0]"
     imports = "load_adapter, merge"
     if follows_maps:
-        asked, imports = "--map_dir maps", "load_adapter, load_control, merge"
+        flags, imports = "--map_dir maps", "load_adapter, load_control, merge"
         loading += f'\ncontrol = load_control(pipeline.unet, "{WEIGHTS_NAME}")'
-        drawn = f"control.see(maps)  # (1, 3, height, width), 0 to 1\n{drawn}"
+        sampling = f"control.see(maps)  # a tensor (1, 3, height, width), values 0 to 1\n{sampling}"
     card = f"""---
 {base_line}library_name: diffusers
 license: {licence}
@@ -91,10 +91,10 @@ tags:
 
 A {method} adapter{of_rank} for `{base}`, trained on {trained_on} for {args.max_train_steps} steps.
 
-{sample}## Use
+{grid}## Use
 
 ```
-python -m delora_diffusers generate --adapter . {asked} --output_dir pictures
+python -m delora_diffusers generate --adapter . {flags} --output_dir images
 ```
 
 ```python
@@ -103,7 +103,7 @@ from delora_diffusers import {imports}
 
 pipeline = {kind}.from_pretrained({base!r})
 {loading}
-{drawn}
+{sampling}
 ```
 
 ## Training
@@ -117,7 +117,8 @@ pipeline = {kind}.from_pretrained({base!r})
 
 
 def push_to_hub(output_dir: Path, args: argparse.Namespace) -> str:
-    """Upload the run, without its checkpoints and logs, and return the repository's id."""
+    """Upload the run without its checkpoints, logs and class images; returns the repository's id."""
+
     from huggingface_hub import create_repo, upload_folder
 
     repo_id = create_repo(args.hub_model_id or output_dir.resolve().name, exist_ok=True, token=args.hub_token).repo_id

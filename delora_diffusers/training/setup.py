@@ -1,4 +1,4 @@
-"""What both training scripts do before and after they train."""
+"""What both training scripts do before and after training."""
 
 import argparse
 import os
@@ -17,18 +17,18 @@ from delora_diffusers.pipelines.base_model import load_pipeline
 from delora_diffusers.pipelines.conditions import text_encoders
 from delora_diffusers.training import checkpoints, run_folder
 
-REMEMBERED = ("max_train_steps", "train_batch_size", "learning_rate", "resolution", "seed")
-"""Flags that an adapter file tells."""
+RECORDED_FLAGS = ("max_train_steps", "train_batch_size", "learning_rate", "resolution", "seed")
+"""Flags that are recorded in the adapter file."""
 
 
 def start_accelerator(args: argparse.Namespace) -> Accelerator:
-    """The accelerator that the flags ask for.
+    """Create the accelerator for these flags.
 
     Raises:
-        InputError: the run to resume is another one, or its checkpoint is not there.
+        InputError: the run to resume has other settings, or its checkpoint does not exist.
     """
     if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it on start-up
         torch.use_deterministic_algorithms(True, warn_only=True)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -44,9 +44,10 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
 
 
 def load_frozen(accelerator: Accelerator, args: argparse.Namespace) -> tuple[Any, DDPMScheduler]:
-    """The base model's pipeline, frozen, and its noise schedule.
+    """Load the base model's pipeline, frozen, and its noise schedule.
 
-    UNet and text encoders are on the device in the training precision; the autoencoder stays where it was, in float32.
+    The UNet and the text encoders are on the device in the training precision; the autoencoder is on the CPU in
+    float32.
 
     Raises:
         InputError: the model cannot be loaded.
@@ -59,19 +60,19 @@ def load_frozen(accelerator: Accelerator, args: argparse.Namespace) -> tuple[Any
         model.requires_grad_(False)
         model.to(accelerator.device, dtype)
     if args.gradient_checkpointing:
-        pipeline.unet.enable_gradient_checkpointing(checkpointed)
+        pipeline.unet.enable_gradient_checkpointing(run_checkpointed)
         pipeline.unet.train()
     scheduler: Any = DDPMScheduler.from_config(pipeline.scheduler.config)
     return pipeline, scheduler
 
 
-def checkpointed(module: torch.nn.Module, *inputs: Any) -> Any:
-    """A module's output, its activations computed anew in the backward; no random state is kept, nothing draws."""
+def run_checkpointed(module: torch.nn.Module, *inputs: Any) -> Any:
+    """Run a module and recompute its activations in the backward; it uses no random numbers, so no state is saved."""
     return checkpoint(module.__call__, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def begin_run(accelerator: Accelerator, args: argparse.Namespace, name: str) -> None:
-    """Write the run's settings, start the trackers and seed everything. Nothing is written before this."""
+    """Write the run's settings, start the trackers and set the global seed. Nothing is written before this."""
     if accelerator.is_main_process:
         args.output_dir.mkdir(parents=True, exist_ok=True)
         run_folder.write_config(args.output_dir, args)
@@ -93,14 +94,14 @@ def save_run(
     subject: int = 0,
     **parts: Any,
 ) -> None:
-    """Save the adapter and what a run leaves beside it, and upload them if asked.
+    """Save the adapter, the configuration and the model card, and upload them with ``--push_to_hub``.
 
     Args:
-        adapters: by component, as they were trained.
-        trained_on: for the model card: ``5 photographs``.
-        prompt: an example for the model card.
-        subject: which one, of adapters that hold several.
-        parts: more for ``save_adapter``.
+        adapters: the trained adapters by component.
+        trained_on: the data, for the model card, for example ``5 photos``.
+        prompt: an example prompt for the model card.
+        subject: the subject to save, if several were trained at once.
+        parts: further arguments of ``save_adapter``.
     """
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -119,13 +120,13 @@ def save_run(
             components=list(adapters),
             xl="XL" in (parts.get("pipeline") or ""),
         )
-        # Last, since the file says that the run is whole.
+        # The adapter is written last: its file marks the run as finished.
         file = save_adapter(
             adapters["unet"],
             args.output_dir,
             text_encoders={name: adapter for name, adapter in adapters.items() if name != "unet"},
             base_model=args.pretrained_model_name_or_path,
-            training={name: getattr(args, name) for name in REMEMBERED} | {"prompt": prompt},
+            training={name: getattr(args, name) for name in RECORDED_FLAGS} | {"prompt": prompt},
             subject=subject,
             **parts,
         )

@@ -19,18 +19,18 @@ from delora_diffusers.pipelines.conditions import guided
 from delora_diffusers.pipelines.sampling import sample_images
 
 Rows = list[tuple[str, list[Image.Image]]]
-"""(label, images) of each row of a grid."""
+"""(label, images) per row of a grid."""
 Conditions = Callable[[list[str]], dict[str, Tensor]]
-"""What the text encoders make of prompts; see ``conditions.encode_tokens``."""
+"""Encodes prompts; see ``conditions.encode_tokens`` for the result."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SubjectValidation:
-    """Generates ``args.num_validation_images`` images of each validation prompt.
+    """Generates ``args.num_validation_images`` images per validation prompt.
 
     Attributes:
-        pipeline: with the adapted UNet; its autoencoder may be on the CPU and is moved while it is needed.
-        conditions_of: of the prompts and of the empty prompt.
+        pipeline: with the adapted UNet; its autoencoder may be on the CPU and is moved to the device while needed.
+        conditions_of: encodes the prompts and the empty prompt.
     """
 
     accelerator: Accelerator
@@ -40,12 +40,12 @@ class SubjectValidation:
 
     @torch.no_grad()
     def __call__(self, step: int) -> None:
-        """Write the grid of this step, and the newest image of each prompt for the model card."""
+        """Write the grid for this step, and one image per prompt for the model card."""
         if self.accelerator.is_main_process:
-            home = self.pipeline.vae.device
+            vae_device = self.pipeline.vae.device
             self.pipeline.vae.to(self.accelerator.device)
             rows = [(prompt, self._sample(prompt)) for prompt in self.args.validation_prompt]
-            self.pipeline.vae.to(home)
+            self.pipeline.vae.to(vae_device)
             save_grid(self.accelerator, rows, self.args.output_dir, step)
             save_samples(self.args.output_dir / "samples", rows)
         self.accelerator.wait_for_everyone()
@@ -68,12 +68,12 @@ class SubjectValidation:
 
 @dataclasses.dataclass(frozen=True)
 class MapValidation:
-    """Generates an image from each example's map, shown between the map and the real image.
+    """Generates an image from each example's map; each row of the grid shows the map, this image and the real image.
 
     Attributes:
         pipeline: with the adapted UNet and its control signal; its autoencoder may be on the CPU.
-        conditions_of: of the captions and of the empty prompt.
-        control: the control signal. examples: (caption, map, image), all of one size.
+        conditions_of: encodes the captions and the empty prompt.
+        control: the control signal. examples: (caption, map, image), all of the same size.
     """
 
     accelerator: Accelerator
@@ -85,9 +85,9 @@ class MapValidation:
 
     @torch.no_grad()
     def __call__(self, step: int) -> None:
-        """Write the grid of this step."""
+        """Write the grid for this step."""
         if self.accelerator.is_main_process:
-            home = self.pipeline.vae.device
+            vae_device = self.pipeline.vae.device
             self.pipeline.vae.to(self.accelerator.device)
             captions, maps, targets = (list(column) for column in zip(*self.examples))
             images = sample_images(
@@ -99,7 +99,7 @@ class MapValidation:
                 num_inference_steps=self.args.validation_inference_steps,
                 guidance_scale=self.args.guidance_scale,
             )
-            self.pipeline.vae.to(home)
+            self.pipeline.vae.to(vae_device)
             painted = [Image.fromarray(paint(values, self.control.palette)) for values in maps]
             columns = zip(captions, painted, images, targets)
             rows = [(f"{caption}: map, generated, real", [semantic, *pair]) for caption, semantic, *pair in columns]
@@ -108,14 +108,15 @@ class MapValidation:
 
 
 def save_samples(folder: Path, rows: Rows) -> None:
-    """Write the newest image of each prompt, which the model card shows."""
+    """Write the first image of each prompt, for the model card."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, (_, images) in enumerate(rows):
         images[0].save(folder / f"{number:02}.png")
 
 
 def save_grid(accelerator: Accelerator, rows: Rows, output_dir: Path, step: int) -> None:
-    """Write ``validation/step-N.png``, and log it to every tracker that takes images."""
+    """Write ``validation/step-N.png`` and log it to every tracker that accepts images."""
+
     grid = labelled_grid(rows, title=f"step {step}")
     path = output_dir / "validation" / f"step-{step:06}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
