@@ -1,1 +1,1 @@
-"""Scores and protocols for generated images, whole benchmarks, studies. Of the library it imports the leaves only."""
+"""Scores and protocols for generated images, benchmarks, studies. Imports only the leaves of the library."""

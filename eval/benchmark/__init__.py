@@ -1,1 +1,1 @@
-"""Whole benchmarks: plan, run, collect, report. Imports no study."""
+"""Benchmarks: plan, run, collect, report. Imports no study."""

@@ -15,7 +15,7 @@ from data.benchmark import Benchmark, Subject
 from delora_diffusers.atomic import atomic_write, write_text
 from delora_diffusers.errors import InputError
 from eval.benchmark.plan import Plan
-from eval.benchmark.results import SubjectImages, score_subject, summarize
+from eval.benchmark.results import LpipsScores, SubjectImages, score_subject, summarize
 from eval.metrics.embedding import embed
 from eval.metrics.encoders import Encoders, load_encoders
 from eval.metrics.generated import Generated, by_prompt, read_generated
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def collect(plan: Plan, options: argparse.Namespace, failed: dict[str, str]) -> list[SubjectImages]:
-    """The images to score. A subject whose images are not complete is added to ``failed``."""
+    """The images to score. Subjects whose images are incomplete are added to ``failed``."""
     words = [*IDENTIFIERS, plan.benchmark.identifier]
     given: Path | None = options.generated_dir
     collected = []
@@ -62,18 +62,18 @@ def collect(plan: Plan, options: argparse.Namespace, failed: dict[str, str]) -> 
 def _images_of(
     benchmark: Benchmark, subject: Subject, images: dict[str, list[Path]], words: Sequence[str]
 ) -> Generated:
-    """(image, prompt without identifier) of the subject's prompts in order.
+    """(image, prompt without identifier), in the order of the subject's prompts.
 
     Raises:
-        InputError: a prompt has fewer or more images than the benchmark asks for.
+        InputError: the number of images of a prompt differs from the benchmark's.
     """
-    wanted, generated = benchmark.images_per_prompt, []
+    expected, generated = benchmark.images_per_prompt, []
     for prompt in benchmark.prompts_of(subject):
         bare = without_identifier(prompt, words)
         paths = images.get(bare, [])
-        if len(paths) != wanted:
+        if len(paths) != expected:
             raise InputError(
-                f"{subject.name} has {len(paths)} images of {bare!r} instead of {wanted}; generate them again."
+                f"{subject.name} has {len(paths)} images of {bare!r} instead of {expected}; generate them again."
             )
         generated += [(path, bare) for path in paths]
     return generated
@@ -81,7 +81,7 @@ def _images_of(
 
 @dataclasses.dataclass(frozen=True)
 class Models:
-    """Everything that scores: the encoders by protocol, and the LPIPS network if it is asked for."""
+    """The models that score: the encoders by protocol, and the LPIPS network unless it is disabled."""
 
     encoders: dict[str, Encoders]
     perceptual: Perceptual | None
@@ -91,7 +91,7 @@ def load_models(options: argparse.Namespace, device: torch.device | str) -> Mode
     """The models that the options ask for.
 
     Raises:
-        InputError: one cannot be loaded.
+        InputError: a model cannot be loaded.
     """
     encoders = {
         name: load_encoders(PROTOCOLS[name], options.dino, options.clip, device, options.precision)
@@ -100,7 +100,7 @@ def load_models(options: argparse.Namespace, device: torch.device | str) -> Mode
     return Models(encoders, None if options.lpips == "none" else Perceptual(options.lpips, device))
 
 
-def described(encoders: Encoders) -> dict[str, str]:
+def describe_encoders(encoders: Encoders) -> dict[str, str]:
     """Names, preprocessing and identity of the encoders, for the summary."""
     names = {"dino": encoders.dino_name, "clip": encoders.clip_name}
     transforms = {f"{key}_transform": str(encoder.transform) for key, encoder in encoders.by_key().items()}
@@ -132,7 +132,7 @@ def score(
     if not scored:
         problem = next(iter(failed.values()), "nothing was generated")
         raise InputError(f"no subject could be scored; the first problem: {problem}")
-    perceived = [_perceived(images, models.perceptual) for images in scored]
+    lpips_scores = [_lpips_scores(images, models.perceptual) for images in scored]
     summary: dict[str, Any] = {"benchmark": plan.benchmark.name, "method": plan.settings["method"], "failed": failed}
     summary["references"] = {name: [_within(plan.folder, p) for p in paths] for name, paths in plan.photographs.items()}
     summary["protocols"], image_tables, subject_tables = {}, [], []
@@ -141,9 +141,9 @@ def score(
         prompts = list(dict.fromkeys(prompt for images in scored for prompt in images.prompts))
         texts = dict(zip(prompts, encoders.clip.encode_texts(prompts).cpu()))
         tables, rows = [], []
-        for images, by_protocol, perceived_of in zip(scored, features, perceived):
+        for images, by_protocol, lpips in zip(scored, features, lpips_scores):
             dino, clip = (dict(zip(images.files(), by_protocol[name][key])) for key in ("dino", "clip"))
-            table, row = score_subject(images, dino, clip, texts, perceived_of)
+            table, row = score_subject(images, dino, clip, texts, lpips)
             tables.append(table)
             rows.append(row)
         image_table = pd.concat(tables, ignore_index=True)
@@ -153,7 +153,7 @@ def score(
         subject_table.insert(0, "protocol", name)
         summary["protocols"][name] = summarize(subject_table, image_table) | {
             "source": PROTOCOLS[name].source,
-            "models": described(encoders) | {"lpips": options.lpips, "precision": options.precision},
+            "models": describe_encoders(encoders) | {"lpips": options.lpips, "precision": options.precision},
         }
         image_tables.append(image_table)
         subject_tables.append(subject_table)
@@ -161,7 +161,7 @@ def score(
     return summary
 
 
-def _perceived(images: SubjectImages, perceptual: Perceptual | None) -> Any:
+def _lpips_scores(images: SubjectImages, perceptual: Perceptual | None) -> LpipsScores | None:
     if perceptual is None:
         return None
     groups = [[images.images[i] for i in group] for group in images.groups()]
@@ -181,7 +181,7 @@ def _templates(benchmark: Benchmark) -> dict[tuple[str, str], str]:
 
 
 def _within(folder: Path, path: Path) -> str:
-    """A file's path relative to the results folder if it lies in it, else its absolute path."""
+    """A file's path relative to the results folder if it is inside it, else its absolute path."""
     root, path = folder.resolve(), path.resolve()
     return str(path.relative_to(root) if path.is_relative_to(root) else path)
 

@@ -1,4 +1,4 @@
-"""What a benchmark run has to produce: checked before anything is made, recorded, and divided into tasks."""
+"""Plan a benchmark run: check the request before any work starts, record it, and divide it into tasks."""
 
 import argparse
 import dataclasses
@@ -24,28 +24,28 @@ from eval.benchmark.tasks import ROOT, TRAINING_SCRIPT, SubjectCommands, Subject
 PACKAGES = ("accelerate", "diffusers", "open_clip_torch", "pillow", "timm", "torch", "torchvision", "transformers")
 
 
-def flag_values(typed: Sequence[str], flag: str) -> dict[str, object]:
+def flag_values(words: Sequence[str], flag: str) -> dict[str, object]:
     """``rank=16 center_crop`` as flags and values.
 
     Raises:
-        InputError: a word that is not FLAG=VALUE.
+        InputError: a word is not FLAG=VALUE.
     """
     values: dict[str, object] = {}
-    for word in typed:
+    for word in words:
         name, equals, value = word.lstrip("-").partition("=")
         if not name.isidentifier():
-            raise InputError(f"{flag} {word} is not FLAG=VALUE; write for example {flag} seed=1.")
+            raise InputError(f"{flag} {word} is not FLAG=VALUE; give for example {flag} seed=1.")
         values[name] = value if equals else True
     return values
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A checked request: which subjects, with which photos, trained how, in which folders.
+    """A checked request: which subjects, with which photos and settings, in which folders.
 
     Attributes:
         photographs: by subject. settings: everything that the images depend on.
-        continues: the same run with fewer training steps, whose trainings this one continues.
+        continues: the same run with fewer training steps, from whose checkpoints this one continues.
     """
 
     benchmark: Benchmark
@@ -65,7 +65,7 @@ class Plan:
         return self.folder / f"seed-{seed}" / ".base"
 
     def measures_drift(self) -> bool:
-        """Whether images without the subject are generated and compared with the base model's."""
+        """Whether the run also generates images without the subject and compares them with the base model's."""
         return self.settings["method"] != "none" and bool(self.benchmark.drift_prompts)
 
 
@@ -98,7 +98,7 @@ def chosen_benchmark(options: argparse.Namespace) -> Benchmark:
     """The benchmark with the subjects that ``--subjects`` asks for.
 
     Raises:
-        InputError: an unknown subject.
+        InputError: a subject is unknown.
     """
     benchmark = load_benchmark(options.benchmark)
     if not options.subjects:
@@ -127,13 +127,13 @@ def with_defaults(options: argparse.Namespace) -> argparse.Namespace:
 
 
 def make_plan(options: argparse.Namespace) -> Plan:
-    """Find the photos, rendering those of toys, and decide what is made from them.
+    """Find the photos (those of toys are rendered) and set up the run.
 
     Args:
         options: checked, and completed by ``with_defaults``.
 
     Raises:
-        InputError: photos that are missing or unreadable.
+        InputError: photos are missing or unreadable.
     """
     benchmark = chosen_benchmark(options)
     if options.photographs == options.output_dir / "photographs" and is_toybox(benchmark):
@@ -141,7 +141,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
     missing = find_subjects(benchmark, options.photographs).missing
     if missing:
         raise InputError(
-            f"{options.photographs} has no photos of {', '.join(missing)}; add them, or choose the other subjects with "
+            f"{options.photographs} has no photos of {', '.join(missing)}; add them, or choose other subjects with "
             "--subjects."
         )
     photographs = {}
@@ -150,7 +150,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
         photographs[subject.name] = [photo.path for photo in find_photographs(folder)]
         if len(photographs[subject.name]) < 2:
             raise InputError(f"{folder} has only one photo; real images are scored in pairs, so add another.")
-    made = {
+    settings = {
         "benchmark": dataclasses.asdict(dataclasses.replace(benchmark, subjects=())),
         "photographs": {name: _content(paths) for name, paths in photographs.items()},
         "pretrained_model_name_or_path": options.pretrained_model_name_or_path,
@@ -160,13 +160,13 @@ def make_plan(options: argparse.Namespace) -> Plan:
         "seeds": options.seeds,
     }
     if options.generated_dir is not None:
-        made |= {"generated_dir": str(options.generated_dir), "method": "none"}
-    return Plan(benchmark, options.output_dir, photographs, made)
+        settings |= {"generated_dir": str(options.generated_dir), "method": "none"}
+    return Plan(benchmark, options.output_dir, photographs, settings)
 
 
 @functools.cache
 def check_base_model(name_or_path: str | None) -> None:
-    """Reject a model that every training would fail to load; of a model on the hub the index is downloaded.
+    """Reject a model that no training could load. For a model on the hub only the index is downloaded.
 
     Raises:
         InputError
@@ -194,13 +194,14 @@ def check_generated(options: argparse.Namespace, benchmark: Benchmark) -> None:
     """Reject images that cannot belong to the benchmark.
 
     Raises:
-        InputError: no such folder, a folder that is not a subject's, flags for training or generating.
+        InputError: the folder does not exist or contains a folder that is not a subject's, or flags for training or
+            generating are given.
     """
     given: Path = options.generated_dir
     if options.train or options.generate or options.seeds != 1:
         raise InputError("--generated_dir scores existing images; leave out --train, --generate and --seeds.")
     if not given.is_dir():
-        raise InputError(f"--generated_dir {given} is not a folder; give one with a folder for each subject.")
+        raise InputError(f"--generated_dir {given} is not a folder; give a folder with one folder per subject.")
     names = {subject.name for subject in benchmark.subjects}
     extra = sorted(path.name for path in given.iterdir() if path.is_dir() and path.name not in names)
     if extra:
@@ -215,39 +216,39 @@ def _content(paths: Sequence[Path]) -> str:
 
 
 def write_settings(plan: Plan, options: argparse.Namespace) -> None:
-    """Record the settings, and the versions and commit of this start of the run.
+    """Record the settings, and the package versions and the commit of this start of the run.
 
-    The same settings with more subjects or more seeds continue a run.
+    With the same settings, or with more subjects or seeds, the run continues.
 
     Raises:
         InputError: the folder contains a run with other settings, or something else.
     """
     file = plan.folder / "settings.json"
-    made = json.loads(json.dumps(plan.settings))
+    settings = json.loads(json.dumps(plan.settings))
     starts: list[Any] = []
     if file.is_file():
-        before = json.loads(file.read_text())
-        starts = before["starts"]
-        for name, value in made.items():
-            old = before["made"].get(name)
+        recorded = json.loads(file.read_text())
+        starts = recorded["starts"]
+        for name, value in settings.items():
+            old = recorded["made"].get(name)
             if name == "photographs":
-                other = [n for n in value if old.get(n, value[n]) != value[n]]
-                if other:
+                changed = [subject for subject in value if old.get(subject, value[subject]) != value[subject]]
+                if changed:
                     raise InputError(
-                        f"{plan.folder} was made with other photos of {other[0]}; give another --output_dir."
+                        f"{plan.folder} was created with other photos of {changed[0]}; give another --output_dir."
                     )
-                made[name] = old | value
+                settings[name] = old | value
             elif name != "seeds" and old != value:
                 raise InputError(
-                    f"{plan.folder} was made with {name} {json.dumps(old)}, not {json.dumps(value)}; give another "
+                    f"{plan.folder} was created with {name} {json.dumps(old)}, not {json.dumps(value)}; give another "
                     "--output_dir."
                 )
     elif plan.folder.is_dir() and any(path.name != "photographs" for path in plan.folder.iterdir()):
         raise InputError(f"--output_dir {plan.folder} already contains something else; give a new folder.")
-    scored = {name: getattr(options, name) for name in ("protocol", "dino", "clip", "lpips", "precision")}
+    scoring = {name: getattr(options, name) for name in ("protocol", "dino", "clip", "lpips", "precision")}
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     starts.append({"started": now, "git_commit": git_commit(), "versions": versions(), "command": sys.argv[1:]})
-    write_text(file, json.dumps({"made": made, "scored": scored, "starts": starts}, indent=2) + "\n")
+    write_text(file, json.dumps({"made": settings, "scored": scoring, "starts": starts}, indent=2) + "\n")
 
 
 def versions() -> dict[str, str]:
@@ -255,7 +256,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The current commit, with ``-dirty`` if files differ from it; None outside a repository."""
+    """The current commit, with ``-dirty`` if files were changed; None outside a repository."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -264,18 +265,18 @@ def git_commit() -> str | None:
 
 
 def tasks(plan: Plan, together: int = 1) -> list[Task]:
-    """Everything that remains to be trained and generated.
+    """The tasks that train and generate everything that is missing.
 
     Args:
-        together: how many subjects and seeds one command trains on one model; full fine-tuning has one model for each.
+        together: how many subjects and seeds one command trains on one model; full fine-tuning needs a model for each.
     """
     settings, benchmark = plan.settings, plan.benchmark
     base_model = {"pretrained_model_name_or_path": settings["pretrained_model_name_or_path"]}
     generation = base_model | {"num_images": benchmark.images_per_prompt, **settings["generate"]}
-    seed_given = generation.pop("seed", None)
+    seed_flag = generation.pop("seed", None)
     base_runs, subject_runs = [], []
     for seed in plan.seeds:
-        image_seed = int(seed_given) if seed_given is not None else 1000 * seed
+        image_seed = int(seed_flag) if seed_flag is not None else 1000 * seed
         if plan.measures_drift():
             prompts = dict.fromkeys(p for s in benchmark.subjects for p in benchmark.drift_prompts_of(s))
             base_runs.append(SubjectRun(plan.base_folder(seed), None, list(prompts), image_seed))
@@ -291,22 +292,22 @@ def tasks(plan: Plan, together: int = 1) -> list[Task]:
             }
             subject_runs.append(SubjectRun(folder, flags, prompts + benchmark.drift_prompts_of(subject), image_seed))
     training = base_model | {"method": settings["method"], **settings["train"]}
-    todo = [SubjectCommands(run.folder, [run], {}, generation).task() for run in base_runs if not run.is_done()]
+    tasks_left = [SubjectCommands(run.folder, [run], {}, generation).task() for run in base_runs if not run.is_done()]
     # An adapter records its base model, so generate needs no flag for it.
     generation = {name: value for name, value in generation.items() if name not in base_model}
-    waiting = [run for run in subject_runs if not run.is_done()]
+    remaining = [run for run in subject_runs if not run.is_done()]
     size = 1 if settings["method"] == "full" else together
-    for runs in [waiting[i : i + size] for i in range(0, len(waiting), size)]:
+    for runs in [remaining[i : i + size] for i in range(0, len(remaining), size)]:
         names = " ".join(str(run.folder.relative_to(plan.folder)) for run in runs)
         digest = hashlib.sha256(names.encode()).hexdigest()[:12]
         folder = plan.folder / "together" / digest if len(runs) > 1 else runs[0].folder
         shorter = None if plan.continues is None else plan.continues.folder / folder.relative_to(plan.folder)
-        todo.append(SubjectCommands(folder, runs, training, generation, shorter).task())
-    return todo
+        tasks_left.append(SubjectCommands(folder, runs, training, generation, shorter).task())
+    return tasks_left
 
 
 def tasks_of_all(plans: Sequence[Plan], together: int) -> list[Task]:
-    """The tasks of several runs; a run that continues another comes after it, and each folder comes once."""
+    """The tasks of several runs, each folder once; a run that continues another follows it in the same task."""
     by_folder: dict[Path, list[Task]] = {}
     for plan in {plan.folder: plan for plan in plans}.values():
         first = plan
@@ -314,4 +315,4 @@ def tasks_of_all(plans: Sequence[Plan], together: int) -> list[Task]:
             first = first.continues
         for task in tasks(plan, together):
             by_folder.setdefault(first.folder / task.folder.relative_to(plan.folder), []).append(task)
-    return [in_order(in_folder) for in_folder in by_folder.values()]
+    return [in_order(chain) for chain in by_folder.values()]

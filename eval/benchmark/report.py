@@ -15,7 +15,7 @@ def write(folders: Sequence[Path], output: Path, labels: Sequence[str] | None = 
     """Write the page, and its tables as Markdown and LaTeX beside it.
 
     Raises:
-        InputError: a folder is not a finished run, the runs are of different benchmarks, a file already exists.
+        InputError: a folder is not a finished run, the runs are of different benchmarks, an output file already exists.
     """
     if len(folders) > 2:
         raise InputError(f"{len(folders)} runs were given; a report shows one run, or two side by side.")

@@ -1,4 +1,4 @@
-"""The HTML page of a report: what each part of it shows. Its markup is in ``eval/templates/report.html.j2``."""
+"""The contents of the HTML page of a report. Its markup is in ``eval/templates/report.html.j2``."""
 
 import dataclasses
 import io
@@ -38,7 +38,7 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Thumbnail:
-    """A cell of a sheet of thumbnails: its CSS class, column and row, and what a screen reader says."""
+    """A cell of a sheet of thumbnails: its CSS class, column and row, and its label for screen readers."""
 
     css_class: str
     column: int
@@ -47,7 +47,7 @@ class Thumbnail:
 
 
 class Sheets:
-    """The thumbnails of a run: one sheet for each subject, with a row for each prompt."""
+    """The thumbnails of a run: one sheet per subject, with a row per prompt."""
 
     def __init__(self, run: Run, index: int, protocol: str):
         self.rows = run.of(run.images, protocol)
@@ -96,7 +96,7 @@ class Sheets:
 
 
 def render(runs: Sequence[Run], protocols: Sequence[str]) -> str:
-    """The whole page. Details are shown for the first protocol."""
+    """The complete page. Details are shown for the first protocol."""
     first, protocol = runs[0], protocols[0]
     sheets = [Sheets(run, index, protocol) for index, run in enumerate(runs)]
     return render_template(
@@ -117,13 +117,14 @@ def render(runs: Sequence[Run], protocols: Sequence[str]) -> str:
 
 
 def describe(run: Run) -> str:
-    """One line on what a run is."""
-    made, start = run.settings["made"], run.settings["starts"][-1]
-    model = made["pretrained_model_name_or_path"] or "the shipped miniature"
-    settings = ", ".join(f"{k} {v}" for k, v in (made["train"] | made["generate"]).items()) or "default settings"
+    """One line that describes a run."""
+    recorded, start = run.settings["made"], run.settings["starts"][-1]
+    model = recorded["pretrained_model_name_or_path"] or "the included miniature"
+    flags = recorded["train"] | recorded["generate"]
+    settings = ", ".join(f"{name} {value}" for name, value in flags.items()) or "default settings"
     commit = f", commit {start['git_commit'][:12]}" if start["git_commit"] else ""
-    if "generated_dir" in made:
-        model, settings = f"images of {made['generated_dir']}", "generated elsewhere"
+    if "generated_dir" in recorded:
+        model, settings = f"images in {recorded['generated_dir']}", "existing images"
     return f"{run.label}: {model}, {settings}; {start['started'][:10]}, torch {start['versions']['torch']}{commit}."
 
 
@@ -163,7 +164,7 @@ def difference_rows(runs: Sequence[Run], protocol: str) -> tuple[list[str], list
         [SCORES[name], tables.interval(row), f"{row['higher']} of {row['subjects']}"]
         for name, row in differences.items()
     ]
-    return ["", f"{runs[0].label} minus {runs[1].label}", "subjects where it is higher"], rows
+    return ["", f"{runs[0].label} minus {runs[1].label}", "subjects with a higher score"], rows
 
 
 def short_name(model: str) -> str:

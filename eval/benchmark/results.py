@@ -1,4 +1,4 @@
-"""From features to the numbers of a benchmark: a row for each picture, a row for each subject, means and intervals."""
+"""From features to the results of a benchmark: a row per image, a row per subject, means and intervals."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,21 +16,22 @@ SCORES = {
     "dino": "DINO",
     "clip_i": "CLIP-I",
     "clip_t": "CLIP-T",
-    "lpips": "LPIPS to photographs",
+    "lpips": "LPIPS to photos",
     "lpips_diversity": "LPIPS diversity",
     "dino_diversity": "DINO diversity",
     "drift": "drift",
 }
-"""What a benchmark reports, by the name of its column."""
+"""Titles of the scores, by column of the tables."""
 
 EXPLAINED = {
-    "dino": "mean cosine of all (photograph, picture) pairs; likeness to the subject",
-    "clip_i": "the same by CLIP",
-    "clip_t": "cosine of a picture and its prompt without the identifier",
-    "lpips": "mean LPIPS distance of all (photograph, picture) pairs, as OFT and ETHER report it",
-    "lpips_diversity": "mean LPIPS distance of the pictures of one prompt to one another, as DreamBooth reports it",
-    "dino_diversity": "1 - mean DINO cosine of the pictures of one prompt with one another",
-    "drift": "1 - mean DINO cosine with the base model's picture of the same seed, for prompts without the subject",
+    "dino": "subject fidelity, the mean cosine over all (reference, generated) pairs",
+    "clip_i": "the same with CLIP features",
+    "clip_t": "prompt fidelity, the mean cosine of an image and its prompt without the identifier",
+    "lpips": "mean LPIPS distance over all (reference, generated) pairs, as reported by OFT and ETHER",
+    "lpips_diversity": "mean LPIPS distance between the images of one prompt, as reported by DreamBooth",
+    "dino_diversity": "1 - mean DINO cosine between the images of one prompt",
+    "drift": "1 - mean DINO cosine of an image and the base model's image for the same prompt and seed, for prompts "
+    "without the subject",
 }
 
 REAL = {"real_dino": "dino", "real_clip_i": "clip_i"}
@@ -42,8 +43,8 @@ class SubjectImages:
     """The generated images of one subject and one seed.
 
     Attributes:
-        prompts: of each image, without the identifier; those of one prompt are together.
-        drift: (image, the base model's image) of prompts without the subject.
+        prompts: of each image, without the identifier; images of one prompt are adjacent.
+        drift: (image, the base model's image) for prompts without the subject.
     """
 
     subject: str
@@ -58,33 +59,34 @@ class SubjectImages:
         return [*self.images, *self.references, *(path for pair in self.drift for path in pair)]
 
     def groups(self) -> list[list[int]]:
-        """Indices of the pictures of each prompt."""
-        found: dict[str, list[int]] = {}
+        """Indices of the images of each prompt."""
+        indices: dict[str, list[int]] = {}
         for index, prompt in enumerate(self.prompts):
-            found.setdefault(prompt, []).append(index)
-        return list(found.values())
+            indices.setdefault(prompt, []).append(index)
+        return list(indices.values())
 
 
 Features = dict[Path, Tensor]
-Perceived = tuple[list[Tensor], list[float | None]]
+LpipsScores = tuple[list[Tensor], list[float | None]]
+"""Of ``perceptual_scores``."""
 
 
 def score_subject(
-    images: SubjectImages, dino: Features, clip: Features, texts: dict[str, Tensor], perceived: Perceived | None
+    images: SubjectImages, dino: Features, clip: Features, texts: dict[str, Tensor], lpips: LpipsScores | None
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """A row for each picture, and the subject's own row.
+    """A row per image, and the row of the subject.
 
     Args:
-        images: what is scored.
-        dino: unit features of every file. clip: the same by CLIP. texts: unit features of every prompt.
-        perceived: see ``perceptual_scores``.
+        images: the images to score.
+        dino, clip: unit features of every file. texts: unit features of every prompt.
+        lpips: the LPIPS scores of the groups, if they are measured.
     """
 
     def stacked(features: Features, paths: Sequence[Path]) -> Tensor:
         return torch.stack([features[path] for path in paths])
 
     groups, references = images.groups(), images.references
-    of_dino, of_clip = stacked(dino, images.images), stacked(clip, images.images)
+    dino_features, clip_features = stacked(dino, images.images), stacked(clip, images.images)
     columns: dict[str, Any] = {
         "subject": images.subject,
         "class": images.class_name,
@@ -92,9 +94,9 @@ def score_subject(
         "prompt": list(images.prompts),
         "image": 0,
         "file": [path.as_posix() for path in images.images],
-        "dino": pair_scores(of_dino, stacked(dino, references)).numpy(),
-        "clip_i": pair_scores(of_clip, stacked(clip, references)).numpy(),
-        "clip_t": text_scores(of_clip, torch.stack([texts[prompt] for prompt in images.prompts])).numpy(),
+        "dino": pair_scores(dino_features, stacked(dino, references)).numpy(),
+        "clip_i": pair_scores(clip_features, stacked(clip, references)).numpy(),
+        "clip_t": text_scores(clip_features, torch.stack([texts[prompt] for prompt in images.prompts])).numpy(),
     }
     rows = pd.DataFrame(columns)
     for group in groups:
@@ -109,23 +111,23 @@ def score_subject(
         "real_dino": real_score(stacked(dino, references)),
         "real_clip_i": real_score(stacked(clip, references)),
     }
-    among = [1 - value for group in groups if (value := real_score(of_dino[group])) is not None]
-    summary["dino_diversity"] = float(np.mean(among)) if among else None
-    if perceived is not None:
-        likeness, diversity = perceived
-        for group, values in zip(groups, likeness):
+    dino_diversity = [1 - cosine for group in groups if (cosine := real_score(dino_features[group])) is not None]
+    summary["dino_diversity"] = float(np.mean(dino_diversity)) if dino_diversity else None
+    if lpips is not None:
+        to_photos, diversity = lpips
+        for group, values in zip(groups, to_photos):
             rows.loc[group, "lpips"] = values.numpy().astype(float)
         summary["lpips"] = float(rows["lpips"].mean())
-        apart = [value for value in diversity if value is not None]
-        summary["lpips_diversity"] = float(np.mean(apart)) if apart else None
+        defined = [value for value in diversity if value is not None]
+        summary["lpips_diversity"] = float(np.mean(defined)) if defined else None
     if images.drift:
-        ours, base = (stacked(dino, paths).double() for paths in zip(*images.drift))
-        summary["drift"] = 1 - float((ours * base).sum(dim=1).mean())
+        adapted, base = (stacked(dino, paths).double() for paths in zip(*images.drift))
+        summary["drift"] = 1 - float((adapted * base).sum(dim=1).mean())
     return rows, summary
 
 
 def _weights(subjects: pd.DataFrame, name: str) -> pd.Series:
-    """How much each subject counts: the pairs or the pictures that its number is a mean of."""
+    """The weight of each row: the number of pairs or images that its score is a mean over."""
     if name in REAL:
         return subjects["references"] * (subjects["references"] - 1)
     if name in ("dino", "clip_i", "lpips"):
@@ -134,11 +136,11 @@ def _weights(subjects: pd.DataFrame, name: str) -> pd.Series:
 
 
 def mean_and_interval(subjects: pd.DataFrame, name: str) -> dict[str, Any] | None:
-    """Mean over all pairs (or pictures) of all subjects, and its bootstrap 95% interval over subjects.
+    """Mean over all pairs (or images) of all subjects, and its 95% bootstrap interval over subjects.
 
     Args:
-        subjects: rows of ``score``; the rows of one subject, one for each seed, stay together.
-        name: a column of scores.
+        subjects: the rows of ``score_subject``; the rows of a subject, one per seed, are resampled together.
+        name: column of the score.
     """
     if name not in subjects or subjects[name].isna().all():
         return None
@@ -150,22 +152,22 @@ def mean_and_interval(subjects: pd.DataFrame, name: str) -> dict[str, Any] | Non
 
 
 def bootstrap_interval(weights: np.ndarray, weighted: np.ndarray) -> tuple[float, float]:
-    """Percentile bootstrap 95% interval of ``sum(weighted) / sum(weights)`` over the entries."""
+    """95% percentile bootstrap interval of ``sum(weighted) / sum(weights)`` over the entries."""
     count = len(weights)
-    chosen = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
-    low, high = np.quantile(chosen @ weighted / (chosen @ weights), [0.025, 0.975])
+    draws = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+    low, high = np.quantile(draws @ weighted / (draws @ weights), [0.025, 0.975])
     return float(low), float(high)
 
 
-def summarize(subjects: pd.DataFrame, pictures: pd.DataFrame) -> dict[str, Any]:
-    """What one protocol says of a whole run."""
-    scores = {name: found for name in SCORES if (found := mean_and_interval(subjects, name)) is not None}
-    real = {REAL[name]: found for name in REAL if (found := mean_and_interval(subjects, name)) is not None}
+def summarize(subjects: pd.DataFrame, images: pd.DataFrame) -> dict[str, Any]:
+    """The results of a run under one protocol."""
+    scores = {name: score for name in SCORES if (score := mean_and_interval(subjects, name)) is not None}
+    real = {REAL[name]: score for name in REAL if (score := mean_and_interval(subjects, name)) is not None}
     by_seed = {
-        str(seed): {name: found["mean"] for name in scores if (found := mean_and_interval(rows, name)) is not None}
+        str(seed): {name: score["mean"] for name in scores if (score := mean_and_interval(rows, name)) is not None}
         for seed, rows in subjects.groupby("seed")
     }
-    by_prompt = pictures.groupby("template", sort=False)[["dino", "clip_i", "clip_t"]].mean()
+    by_prompt = images.groupby("template", sort=False)[["dino", "clip_i", "clip_t"]].mean()
     return {
         "scores": scores,
         "real": real,
@@ -174,28 +176,28 @@ def summarize(subjects: pd.DataFrame, pictures: pd.DataFrame) -> dict[str, Any]:
         "counts": {
             "subjects": int(subjects["subject"].nunique()),
             "seeds": int(subjects["seed"].nunique()),
-            "pictures": len(pictures),
+            "pictures": len(images),
             "references": int(subjects.drop_duplicates("subject")["references"].sum()),
             "pairs": int((subjects["pictures"] * subjects["references"]).sum()),
         },
     }
 
 
-def paired_differences(ours: pd.DataFrame, theirs: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """By score, the mean difference (ours - theirs) over the subjects that both have, its 95% interval, and counts."""
-    found = {}
+def paired_differences(first: pd.DataFrame, second: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """By score, the mean difference (first - second) over the subjects in both, its 95% interval, and counts."""
+    differences = {}
     for name in SCORES:
-        if name not in ours or name not in theirs:
+        if name not in first or name not in second:
             continue
-        means: list[Any] = [rows.groupby("subject")[name].mean() for rows in (ours, theirs)]
+        means: list[Any] = [rows.groupby("subject")[name].mean() for rows in (first, second)]
         difference = (means[0] - means[1]).dropna()
         if len(difference):
             low, high = bootstrap_interval(np.ones(len(difference)), difference.to_numpy())
-            found[name] = {
+            differences[name] = {
                 "mean": float(difference.mean()),
                 "low": low,
                 "high": high,
                 "higher": int((difference > 0).sum()),
                 "subjects": len(difference),
             }
-    return found
+    return differences

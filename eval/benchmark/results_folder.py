@@ -31,7 +31,7 @@ def read_run(folder: Path, label: str | None = None) -> Run:
     """Read a results folder.
 
     Raises:
-        InputError: it is not one, or it has no scores yet.
+        InputError: it is not a results folder, or it has no scores yet.
     """
     for name in ("settings.json", "summary.json", "scores.parquet", "subjects.csv"):
         if not (folder / name).is_file():

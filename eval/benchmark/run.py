@@ -1,7 +1,7 @@
-"""Run tasks: several at once, over the processes of ``accelerate launch``, each command only if it is not done.
+"""Run tasks, several at once, spread over the processes of ``accelerate launch``, and skip commands that are done.
 
-Without a GPU, commands are forked from one process that has already imported what takes seconds to import. CUDA does
-not survive a fork, so with a GPU each command is a new process.
+Without a GPU, commands are forked from one process that has already done the slow imports. CUDA does not survive a
+fork, so with a GPU each command is a new process.
 """
 
 import datetime
@@ -14,9 +14,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import DupFd
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Protocol
 
 from tqdm.auto import tqdm
 
@@ -27,15 +28,24 @@ if TYPE_CHECKING:
 
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LAUNCH_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_")
-"""What accelerate launch sets for its processes, and the commands of a task must not see."""
-
+"""Environment variables of accelerate launch, which the commands of a task must not inherit."""
 
 LONGEST_WAIT = datetime.timedelta(days=14)
 """How long processes wait for the slowest one."""
 
+Process = subprocess.Popen[bytes] | BaseProcess
+Started = tuple[Process, Callable[[], int | None]]
+"""A process, and the function that waits for it and returns its exit code."""
+
+
+class Descriptor(Protocol):
+    """A file descriptor that was sent to another process."""
+
+    def detach(self) -> int: ...
+
 
 def start_accelerator() -> "Accelerator":
-    """The accelerator of a run whose processes may wait long for one another."""
+    """An accelerator whose processes may wait for one another for a long time."""
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
@@ -43,7 +53,7 @@ def start_accelerator() -> "Accelerator":
 
 
 def exit_with_failures(failed: dict[str, str]) -> None:
-    """End with an error if something failed, after printing each failure."""
+    """Print each failure, and exit with an error if there are any."""
     if failed:
         for folder, problem in failed.items():
             print(f"failed: {folder}: {problem}", file=sys.stderr)
@@ -53,27 +63,27 @@ def exit_with_failures(failed: dict[str, str]) -> None:
 def run_tasks(
     tasks: Sequence[Task], jobs: int, environment: dict[str, str], show: bool, fork: bool = False
 ) -> dict[str, str]:
-    """Run tasks, ``jobs`` at a time; one that fails does not stop the others.
+    """Run tasks, ``jobs`` at a time; a task that fails does not stop the others.
 
     Args:
-        environment: of the commands. show: a progress bar.
-        fork: fork the commands from a warm process instead of starting each afresh.
+        environment: of the commands. show: whether to show a progress bar.
+        fork: fork the commands from a process that has done the imports, instead of starting new processes.
 
     Returns:
-        What went wrong, a sentence for each place of an item that is not done.
+        The error, by the folder of each result that is missing.
     """
-    running: set[Any] = set()
-    start = _forked if fork else _fresh
+    running: set[Process] = set()
+    start = _start_fork if fork else _start_process
 
     def run(task: Task) -> str | None:
         task.folder.mkdir(parents=True, exist_ok=True)
         problem = None
-        with lock(task.folder / ".lock") as held, (task.folder / "log.txt").open("ab") as log:
+        with lock(task.folder / ".lock") as lock_file, (task.folder / "log.txt").open("ab") as log:
             for step in task.steps:
                 command = None if step.is_done() else step.command()
                 if command is None:
                     continue
-                process, wait = start(command, log, environment, held)
+                process, wait = start(command, log, environment, lock_file)
                 running.add(process)
                 code = wait()
                 running.discard(process)
@@ -99,25 +109,25 @@ def run_tasks(
 def run_on_all(accelerator: "Accelerator", tasks: Sequence[Task], jobs: int) -> dict[str, str]:
     """Run tasks, spread over the processes of ``accelerate launch``, ``jobs`` at a time in each.
 
-    Every process gives the same tasks, and gets what went wrong in any.
+    Every process passes the same tasks and receives the errors of all of them.
     """
     from accelerate.utils import gather_object
 
-    accelerator.wait_for_everyone()  # every process has looked at what is there before the first one writes
+    accelerator.wait_for_everyone()  # all processes must have checked what is done before the first one writes
     index, count = accelerator.process_index, accelerator.num_processes
     on_gpu = accelerator.device.type == "cuda"
     environment = child_environment(jobs, count, accelerator.local_process_index, on_gpu)
     show = accelerator.is_local_main_process
-    mine = run_tasks(tasks[index::count], jobs, environment, show, fork=not on_gpu)
-    failed: dict[str, str] = dict(gather_object(list(mine.items())))
+    failed_here = run_tasks(tasks[index::count], jobs, environment, show, fork=not on_gpu)
+    failed: dict[str, str] = dict(gather_object(list(failed_here.items())))
     accelerator.wait_for_everyone()
     return failed
 
 
-def _fresh(command: Sequence[str], log: IO, environment: dict[str, str], lock: int) -> tuple[Any, Callable[[], Any]]:
-    """Start a command; the process, and what waits for its exit code.
+def _start_process(command: Sequence[str], log: IO[bytes], environment: dict[str, str], lock: int) -> Started:
+    """Start a command in a new process.
 
-    The lock goes on with the command, should this process be killed and the command go on.
+    The command inherits the lock, so the folder stays locked if this process is killed and the command lives on.
     """
     process = subprocess.Popen(
         command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, pass_fds=[lock]
@@ -125,12 +135,12 @@ def _fresh(command: Sequence[str], log: IO, environment: dict[str, str], lock: i
     return process, process.wait
 
 
-def _forked(command: Sequence[str], log: IO, environment: dict[str, str], lock: int) -> tuple[Any, Callable[[], Any]]:
-    """The same, in a fork of a process whose imports are done."""
+def _start_fork(command: Sequence[str], log: IO[bytes], environment: dict[str, str], lock: int) -> Started:
+    """Start a command in a fork of a process that has done the imports."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["eval.benchmark.warm"])
-    words = (list(command[1:]), DupFd(log.fileno()), environment, DupFd(lock))
-    process = context.Process(target=_as_command, args=words)
+    arguments = (list(command[1:]), DupFd(log.fileno()), environment, DupFd(lock))
+    process = context.Process(target=_become_command, args=arguments)
     process.start()
 
     def wait() -> int | None:
@@ -140,17 +150,17 @@ def _forked(command: Sequence[str], log: IO, environment: dict[str, str], lock: 
     return process, wait
 
 
-def _as_command(words: list[str], log: Any, environment: dict[str, str], lock: Any) -> None:
-    """Become ``python WORDS``: its output, its environment, its arguments. The lock is held while this process is."""
+def _become_command(words: list[str], log: Descriptor, environment: dict[str, str], lock: Descriptor) -> None:
+    """Become ``python WORDS`` with its output, environment and arguments. Holds the lock until the process ends."""
     lock.detach()
-    stream = log.detach()
-    for standard in (1, 2):
-        os.dup2(stream, standard)
+    log_descriptor = log.detach()
+    for stream in (1, 2):
+        os.dup2(log_descriptor, stream)
     os.environ.clear()
     os.environ.update(environment)
     import torch
 
-    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # the variable is read when torch is imported
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # torch read the variable when it was imported
     sys.path.insert(0, str(ROOT))
     if words[0] == "-m":
         sys.argv = words[1:]
@@ -161,12 +171,12 @@ def _as_command(words: list[str], log: Any, environment: dict[str, str], lock: A
 
 
 def child_environment(jobs: int, num_processes: int, local_index: int, on_gpu: bool) -> dict[str, str]:
-    """The environment of a subject's commands: one process, its share of the cores, the GPU of this process.
+    """The environment of a task's commands: a single process with its share of the cores and this process's GPU.
 
     Args:
-        jobs: subjects that run at once in this process.
-        num_processes: of accelerate launch on this host. local_index: which of them this is.
-        on_gpu: whether the processes have a GPU each.
+        jobs: tasks that run at once in this process.
+        num_processes: number of processes on this host. local_index: index of this process on the host.
+        on_gpu: whether each process has a GPU.
     """
     environment = {
         name: value
@@ -183,12 +193,12 @@ def child_environment(jobs: int, num_processes: int, local_index: int, on_gpu: b
 
 @contextmanager
 def lock(path: Path) -> Iterator[int]:
-    """Hold a file's lock, waiting for whoever holds it: a command of a run that was killed may still be at work."""
+    """Lock a file, and wait if it is locked: a command of a run that was killed may still be running."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            tqdm.write(f"waiting for another command that is at work in {path.parent}", file=sys.stderr)
+            tqdm.write(f"waiting for another command that is running in {path.parent}", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield file.fileno()
 
@@ -196,5 +206,5 @@ def lock(path: Path) -> Iterator[int]:
 def _last_line(log: Path) -> str:
     text = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    refusals = [line for line in lines[-3:] if line.startswith("error: ")]
-    return (refusals or lines or ["nothing was printed"])[-1].removeprefix("error: ")[:500]
+    errors = [line for line in lines[-3:] if line.startswith("error: ")]
+    return (errors or lines or ["nothing was printed"])[-1].removeprefix("error: ")[:500]

@@ -18,32 +18,33 @@ PUBLISHED = {
     ],
     "dreambooth": [("real images", {"dino": 0.774, "clip_i": 0.885})],
 }
-"""Published rows of each protocol, made on DreamBooth's 30 subjects with Stable Diffusion 1.5 (DeLoRA, arXiv
-2503.18225; Ruiz et al., CVPR 2023)."""
+"""Published results by protocol, on DreamBooth's 30 subjects with Stable Diffusion 1.5 (DeLoRA, arXiv 2503.18225; Ruiz
+et al., CVPR 2023)."""
 
 
 def number(value: float | None, digits: int = 3) -> str:
     return "-" if value is None or value != value else f"{value:.{digits}f}"
 
 
-def interval(found: dict[str, Any] | None) -> str:
+def interval(score: dict[str, Any] | None) -> str:
     """``0.686 [0.660, 0.710]``"""
-    return "-" if found is None else f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+    return "-" if score is None else f"{score['mean']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
 
 
 def summary_rows(
     runs: Sequence[tuple[str, dict[str, Any]]], protocol: str, benchmark: str
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: each run, real images, and what was published under the protocol.
+    """Header and rows: each run, real images, and the published results of the protocol.
+
+    Published results are shown only if the runs are comparable: the benchmark is dreambooth and the encoders are those
+    of the protocol.
 
     Args:
-        runs: (label, summary of the protocol) of each.
-        protocol: whose rows. benchmark: its name.
-
-    Published rows are shown beside scores of the same benchmark, dreambooth, by the protocol's own models.
+        runs: (label, summary under the protocol) of each run.
+        protocol, benchmark: their names.
     """
-    models, own = runs[0][1]["models"], PROTOCOLS[protocol]
-    comparable = benchmark == "dreambooth" and (models["dino"], models["clip"]) == (own.dino, own.clip)
+    models, standard = runs[0][1]["models"], PROTOCOLS[protocol]
+    comparable = benchmark == "dreambooth" and (models["dino"], models["clip"]) == (standard.dino, standard.clip)
     names = [name for name in SCORES if any(name in summary["scores"] for _, summary in runs)]
     rows = [[label, *(interval(summary["scores"].get(name)) for name in names)] for label, summary in runs]
     real = runs[0][1]["real"]
@@ -54,7 +55,7 @@ def summary_rows(
 
 
 def subject_rows(subjects: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: each subject's scores, the mean over its seeds."""
+    """Header and rows: the scores of each subject, means over its seeds."""
     names = [name for name in SCORES if name in subjects and subjects[name].notna().any()]
     means = subjects.groupby("subject", sort=False)[[*names, "real_dino", "real_clip_i"]].mean()
     header = ["subject", *(SCORES[name] for name in names), "real DINO", "real CLIP-I"]
@@ -70,14 +71,14 @@ def seed_rows(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def prompt_rows(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: each prompt's scores, the mean over all its pictures."""
+    """Header and rows: the scores of each prompt, means over all its images."""
     header = ["prompt", *(SCORES[name] for name in ("dino", "clip_i", "clip_t"))]
     rows = [[prompt, *(number(value) for value in row.values())] for prompt, row in summary["by_prompt"].items()]
     return header, rows
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table whose columns are aligned to the right, except for the first ``left``."""
+    """A Markdown table. The first ``left`` columns are aligned to the left, the others to the right."""
     lines = [header, ["---"] * left + ["---:"] * (len(header) - left), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
 

@@ -1,4 +1,4 @@
-"""The commands for each subject of a benchmark, as a user would type them, and whether each is done."""
+"""The commands for each subject of a benchmark, as a user would type them, and the checks whether they are done."""
 
 import dataclasses
 import sys
@@ -18,7 +18,7 @@ TRAINING_SCRIPT = ROOT / "train_dreambooth_delora.py"
 
 
 class Result(Protocol):
-    """What a task leaves in a folder of its own."""
+    """What a task produces in its folder."""
 
     @property
     def folder(self) -> Path: ...
@@ -31,8 +31,8 @@ class SubjectRun:
     """One subject and seed: its adapter goes to ``folder/adapter``, its images to ``folder/pictures``.
 
     Attributes:
-        training_flags: that differ from those of other subjects; None for images of the base model.
-        prompts: of the images. seed: of the images.
+        training_flags: the flags that only this subject has; None for images of the base model.
+        prompts, seed: of the images.
     """
 
     folder: Path
@@ -57,7 +57,7 @@ class SubjectRun:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A command, made when it is about to run (None if there is nothing to run it on), and whether it is done."""
+    """A command, built just before it runs (None if it has nothing to do), and the check whether it is done."""
 
     command: Callable[[], Sequence[str] | None]
     is_done: Callable[[], bool]
@@ -80,7 +80,7 @@ class SubjectCommands:
     """The commands that train one subject, or several at once, and generate their images.
 
     Attributes:
-        folder: of the log; with several subjects also of the checkpoints and of the files that list the subjects.
+        folder: contains the log; with several subjects also the checkpoints and the files that list the subjects.
         training, generation: the flags that all subjects share.
         continues: the folder of a shorter training of the same subjects, whose last checkpoint is continued.
     """
@@ -114,8 +114,8 @@ class SubjectCommands:
             return None
         if len(self.runs) == 1:
             (run,) = self.runs
-            own = {"adapter": run.adapter, "seed": run.seed, "output_dir": run.images}
-            return [*command, *flags(own), "--prompt", *run.prompts]
+            arguments = {"adapter": run.adapter, "seed": run.seed, "output_dir": run.images}
+            return [*command, *flags(arguments), "--prompt", *run.prompts]
         lines = [
             {"adapter": run.adapter, "prompts": run.prompts, "seed": run.seed, "output_dir": run.images}
             for run in trained
@@ -131,7 +131,7 @@ class SubjectCommands:
 
 
 def in_order(tasks: Sequence[Task]) -> Task:
-    """One task that runs these one after another; their output goes to the last one's log."""
+    """One task that runs several in order; their output goes to the log of the last."""
     results = [result for task in tasks for result in task.results]
     return Task(tasks[-1].folder, results, [step for task in tasks for step in task.steps])
 
@@ -152,7 +152,7 @@ def _write_lines(file: Path, lines: Sequence[Mapping[str, object]]) -> str:
 
 
 def images_are_complete(folder: Path, prompts: Sequence[str]) -> bool:
-    """Whether the folder's ``metadata.jsonl`` has all prompts and every image it lists is there to its last byte."""
+    """Whether the folder's ``metadata.jsonl`` has all prompts and every image that it lists is complete."""
     file = folder / METADATA_NAME
     if not file.is_file():
         return False

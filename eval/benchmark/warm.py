@@ -1,4 +1,4 @@
-"""Imported once by the process that the commands of a benchmark are forked from: what takes them seconds each."""
+"""Slow imports, done once by the process that the commands of a benchmark are forked from."""
 
 import accelerate
 import torch

@@ -1,1 +1,1 @@
-"""The scores as functions of images, their prompts and maps: encoders, protocols, distances. Imports no runner."""
+"""The scores as functions of images, their prompts and maps: encoders, protocols, distances. Runs no commands."""

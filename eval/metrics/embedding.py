@@ -1,4 +1,4 @@
-"""Features of many pictures: each decoded once, in worker processes, and encoded once; kept by content where asked."""
+"""Features of many images: each image is decoded once, in a worker process, and encoded once; optionally cached."""
 
 import functools
 import hashlib
@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -21,20 +20,20 @@ from delora_diffusers.errors import InputError
 from delora_diffusers.image_files import load_rgb
 from eval.metrics.encoders import ClipEncoder, DinoEncoder, view
 
-PICTURES_AT_A_TIME = 8
-"""That a worker decodes before it hands them over; few, so that large files at the end keep all workers busy."""
+IMAGES_PER_CHUNK = 8
+"""A worker decodes this many before it hands them over; few, so that large files at the end keep all workers busy."""
 
-PICTURES_PER_WORKER = 64
-"""Starting a worker process does not pay for fewer."""
+IMAGES_PER_WORKER = 64
+"""With fewer images, starting another worker process takes longer than it saves."""
 
-PICTURES_PER_FILE = 2048
-"""Of the cache, so that a stopped run loses little."""
+IMAGES_PER_FILE = 2048
+"""Images per file of the cache, so that a stopped run loses little."""
 
 Encoder = DinoEncoder | ClipEncoder
 
 
 class _Views(Dataset):
-    """What each encoder wants to see of each picture; an unreadable one is its error instead."""
+    """Each image preprocessed for each encoder; for an unreadable image the error message instead."""
 
     def __init__(self, paths: Sequence[Path], views: Sequence[Callable[[Image.Image], Tensor]]):
         self.paths, self.views = paths, views
@@ -44,10 +43,10 @@ class _Views(Dataset):
 
     def __getitem__(self, index: int) -> list[Tensor] | str:
         try:
-            picture = load_rgb(self.paths[index])
+            image = load_rgb(self.paths[index])
         except InputError as error:
             return str(error)
-        return [view(picture) for view in self.views]
+        return [view(image) for view in self.views]
 
 
 def _collate(samples: list[list[Tensor] | str]) -> list[Tensor] | list[str]:
@@ -58,11 +57,11 @@ def _collate(samples: list[list[Tensor] | str]) -> list[Tensor] | list[str]:
 def content_hashes(paths: Sequence[Path]) -> list[str]:
     """SHA-256 of each file."""
 
-    def of(path: Path) -> str:
+    def content_hash(path: Path) -> str:
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(of, paths))
+        return list(pool.map(content_hash, paths))
 
 
 def embed(
@@ -74,41 +73,41 @@ def embed(
     cache_dir: Path | None = None,
     label: str = "encoding",
 ) -> dict[str, Tensor]:
-    """Unit features (pictures, width) on the CPU by each encoder, by the encoder's key.
+    """Unit features (images, width) on the CPU, by the encoder's key.
 
     Args:
-        paths: pictures; equal files are encoded once.
-        encoders: all of them see one decoding of a picture.
-        batch_size: pictures at a time.
-        workers: processes that decode, by default as many as there are cores and work for.
-        cache_dir: where features are kept by the content of the picture and the encoder's identity.
+        paths: image files; files with the same content are encoded once.
+        encoders: by key; an image is decoded once for all of them.
+        batch_size: images per batch.
+        workers: number of processes that decode; by default one per core, fewer if there are few images.
+        cache_dir: folder that caches features by the content of the image and the identity of the encoder.
         label: of the progress bar.
 
     Raises:
-        InputError: pictures that cannot be read; they are counted and the first is named.
+        InputError: images cannot be read; gives their number and the first error.
     """
     hashes = content_hashes(paths)
     known: dict[str, dict[str, Tensor]] = {key: {} for key in encoders}
     if cache_dir is not None:
         known = {key: _load(cache_dir, encoder.identity) for key, encoder in encoders.items()}
     missing = {h: path for h, path in zip(hashes, paths) if any(h not in features for features in known.values())}
-    fresh: list[str] = []
+    unsaved: list[str] = []
 
-    def keep() -> None:
+    def save_new() -> None:
         for key, encoder in encoders.items():
-            if cache_dir is not None and fresh:
-                _save(cache_dir, encoder.identity, {h: known[key][h] for h in fresh})
-        fresh.clear()
+            if cache_dir is not None and unsaved:
+                _save(cache_dir, encoder.identity, {h: known[key][h] for h in unsaved})
+        unsaved.clear()
 
-    waiting = iter(missing)
-    for found in _encode(list(missing.values()), encoders, batch_size, workers, label):
-        some = [next(waiting) for _ in range(len(next(iter(found.values()))))]
-        for key, features in found.items():
-            known[key].update(zip(some, features))
-        fresh += some
-        if len(fresh) >= PICTURES_PER_FILE:
-            keep()
-    keep()
+    remaining = iter(missing)
+    for batch in _encode(list(missing.values()), encoders, batch_size, workers, label):
+        encoded = [next(remaining) for _ in range(len(next(iter(batch.values()))))]
+        for key, features in batch.items():
+            known[key].update(zip(encoded, features))
+        unsaved += encoded
+        if len(unsaved) >= IMAGES_PER_FILE:
+            save_new()
+    save_new()
     if not paths:
         return {key: torch.empty(0, 0) for key in encoders}
     return {key: torch.stack([features[h].cpu() for h in hashes]) for key, features in known.items()}
@@ -117,35 +116,35 @@ def embed(
 def _encode(
     paths: list[Path], encoders: Mapping[str, Encoder], batch_size: int, workers: int | None, label: str
 ) -> Iterator[dict[str, Tensor]]:
-    """Features of each batch in order, on the encoders' device so that nothing waits for it."""
+    """Features of each batch in order, left on the encoders' device so that nothing waits for the GPU."""
     if workers is None:
-        workers = min(os.cpu_count() or 1, len(paths) // PICTURES_PER_WORKER)
+        workers = min(os.cpu_count() or 1, len(paths) // IMAGES_PER_WORKER)
     loader = DataLoader(
         _Views(paths, [functools.partial(view, encoder.transform) for encoder in encoders.values()]),
-        PICTURES_AT_A_TIME,
+        IMAGES_PER_CHUNK,
         num_workers=workers,
         collate_fn=_collate,
         prefetch_factor=16 if workers else None,
     )
-    errors: list[Any] = []
-    waiting: list[list[Tensor]] = []
+    errors: list[str] = []
+    chunks: list[list[Tensor]] = []
     progress = tqdm(total=len(paths), desc=label, leave=False, disable=None)
-    for number, views in enumerate(loader, 1):
-        if isinstance(views[0], str):
-            errors += views
+    for number, chunk in enumerate(loader, 1):
+        if isinstance(chunk[0], str):
+            errors += chunk
         else:
-            waiting.append(views)
-        if errors or not (len(waiting) * PICTURES_AT_A_TIME >= batch_size or number == len(loader)):
+            chunks.append(chunk)
+        if errors or not (len(chunks) * IMAGES_PER_CHUNK >= batch_size or number == len(loader)):
             continue
-        batches = [torch.cat(some) for some in zip(*waiting)]
+        batches = [torch.cat(views) for views in zip(*chunks)]
         if torch.cuda.is_available():
             batches = [batch.pin_memory() for batch in batches]  # so that the copy need not wait for the encoders
-        waiting.clear()
+        chunks.clear()
         yield {key: encoder.encode(batch) for (key, encoder), batch in zip(encoders.items(), batches)}
         progress.update(len(batches[0]))
     progress.close()
     if errors:
-        raise InputError(f"{len(errors)} of {len(paths)} pictures cannot be scored: {errors[0]}")
+        raise InputError(f"{len(errors)} of {len(paths)} images cannot be scored: {errors[0]}")
 
 
 def _load(cache_dir: Path, identity: str) -> dict[str, Tensor]:
@@ -154,7 +153,7 @@ def _load(cache_dir: Path, identity: str) -> dict[str, Tensor]:
         try:
             known |= load_file(file)
         except SafetensorError as error:
-            raise InputError(f"{file} is damaged ({error}); remove it, its pictures are encoded anew.") from error
+            raise InputError(f"{file} is damaged ({error}); remove it, its images are then encoded again.") from error
     return known
 
 

@@ -1,4 +1,4 @@
-"""The encoders of the protocols: unit features of pictures and prompts, each computed once."""
+"""The encoders of the protocols: unit features of images and prompts."""
 
 import dataclasses
 import functools
@@ -30,20 +30,20 @@ def dino_transform(kind: str, size: int = 224) -> transforms.Compose:
     return transforms.Compose([*scaling, transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
 
 
-def view(transform: transforms.Compose, picture: Image.Image) -> Tensor:
-    """What of a picture a model sees: scaled and cut, (height, width, 3) uint8.
+def view(transform: transforms.Compose, image: Image.Image) -> Tensor:
+    """The image resized and cropped for a model, (height, width, 3) uint8.
 
-    The last two steps of the transform, to floats and normalized, are left to ``encode`` and its device.
+    ``encode`` does the last two steps of the transform, conversion to float and normalization, on its device.
     """
     for step in transform.transforms[:-2]:
-        picture = step(picture)
-    return torch.from_numpy(np.array(picture))
+        image = step(image)
+    return torch.from_numpy(np.array(image))
 
 
 class FloorCenterCrop(transforms.CenterCrop):
-    """The centre crop of transformers' processors: of an odd leftover, the far side loses the larger half.
+    """The centre crop of transformers' processors: an odd margin loses its extra pixel on the right or bottom.
 
-    Torchvision's rounds to the even half instead, so the two can lie one pixel apart.
+    Torchvision rounds half to even instead, so the two crops can differ by one pixel.
     """
 
     def forward(self, img: Image.Image) -> Image.Image:
@@ -52,7 +52,7 @@ class FloorCenterCrop(transforms.CenterCrop):
 
 
 class _Encoder:
-    """A model on its device in its precision, and the preprocessing that it wants."""
+    """A model on its device and in its precision, with its preprocessing."""
 
     model: Any
     transform: Any
@@ -66,24 +66,24 @@ class _Encoder:
 
     @functools.cached_property
     def identity(self) -> str:
-        """Stands for the weights, the preprocessing and the precision: what features of a picture depend on."""
+        """A hash of the weights, the preprocessing and the precision: everything that an image's features depend on."""
         weights = sorted(self.model.state_dict().items())
 
-        def of(tensor: Tensor) -> str:
+        def content_hash(tensor: Tensor) -> str:
             content: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
             return hashlib.sha256(content).hexdigest()
 
         with ThreadPoolExecutor() as pool:  # the weights of a large model are gigabytes
-            contents = pool.map(of, [tensor for _, tensor in weights])
-        made_of = [(name, content) for (name, _), content in zip(weights, contents)]
-        described = f"{type(self).__name__} {self.dtype} {self.transform} {made_of}"
+            hashes = pool.map(content_hash, [tensor for _, tensor in weights])
+        contents = [(name, content) for (name, _), content in zip(weights, hashes)]
+        described = f"{type(self).__name__} {self.dtype} {self.transform} {contents}"
         return hashlib.sha256(described.encode()).hexdigest()[:16]
 
     def _unit(self, features: Tensor) -> Tensor:
         return torch.nn.functional.normalize(features.float(), dim=-1)
 
-    def _placed(self, batch: Tensor) -> Tensor:
-        """Views (batch, height, width, 3) uint8, or what ``transform`` makes of pictures, as the model takes them."""
+    def _prepared(self, batch: Tensor) -> Tensor:
+        """Views (batch, height, width, 3) uint8, or outputs of ``transform``, as the batch that the model takes."""
         batch = batch.to(self.device, non_blocking=True)
         if batch.dtype == torch.uint8:
             normalize: transforms.Normalize = self.transform.transforms[-1]
@@ -98,7 +98,7 @@ class DinoEncoder(_Encoder):
         name: a timm name, ``hf-hub:ID`` or ``local-dir:FOLDER`` (config.json and model.safetensors).
         kind: see ``Protocol.dino_transform``.
         device: where to run.
-        precision: ``fp32`` or ``bf16``; features come out in float32.
+        precision: ``fp32`` or ``bf16``; features are float32.
 
     Raises:
         InputError: the model cannot be loaded.
@@ -111,14 +111,14 @@ class DinoEncoder(_Encoder):
         _check_local_dir(name, "--dino", "config.json")
         try:
             self.model = timm.create_model(name, pretrained=True, num_classes=0).eval().to(device, self.dtype)
-        except Exception as error:  # whatever the hub, timm and safetensors raise
-            raise InputError(_refusal("--dino", name, error)) from error
+        except Exception as error:  # the hub, timm and safetensors raise many types
+            raise InputError(_load_error("--dino", name, error)) from error
         self.transform = dino_transform(kind, self.model.pretrained_cfg["input_size"][-1])
 
     @torch.inference_mode()
     def encode(self, batch: Tensor) -> Tensor:
-        """Unit features (batch, width) of views (batch, height, width, 3), or of transformed pictures as floats."""
-        return self._unit(self.model.forward_features(self._placed(batch))[:, 0])
+        """Unit features (batch, width) of views (batch, height, width, 3), or of outputs of ``transform``."""
+        return self._unit(self.model.forward_features(self._prepared(batch))[:, 0])
 
 
 class ClipEncoder(_Encoder):
@@ -126,10 +126,10 @@ class ClipEncoder(_Encoder):
 
     Args:
         name: an open_clip model name, ``hf-hub:ID`` or ``local-dir:FOLDER`` (open_clip_config.json and weights).
-        pretrained: open_clip's tag of the weights, for a plain model name.
+        pretrained: open_clip's tag for the weights, used with a plain model name.
         device: where to run.
         crop: see ``Protocol.clip_crop``.
-        precision: ``fp32`` or ``bf16``; features come out in float32.
+        precision: ``fp32`` or ``bf16``; features are float32.
 
     Raises:
         InputError: the model cannot be loaded.
@@ -151,12 +151,12 @@ class ClipEncoder(_Encoder):
             model, _, transform = open_clip.create_model_and_transforms(
                 name,
                 None if ":" in name else pretrained,
-                # OpenAI's weights want QuickGELU; from a plain name open_clip builds GELU and only warns.
+                # OpenAI's weights need QuickGELU; for a plain name open_clip builds GELU and only warns.
                 force_quick_gelu=":" not in name and pretrained == "openai",
             )
             self.tokenizer = open_clip.get_tokenizer(name)
-        except Exception as error:  # whatever the hub, open_clip and safetensors raise
-            raise InputError(_refusal("--clip", name, error)) from error
+        except Exception as error:  # the hub, open_clip and safetensors raise many types
+            raise InputError(_load_error("--clip", name, error)) from error
         self.transform = transform
         if crop == "floor":
             steps = [
@@ -167,8 +167,8 @@ class ClipEncoder(_Encoder):
 
     @torch.inference_mode()
     def encode(self, batch: Tensor) -> Tensor:
-        """Unit features (batch, width) of views (batch, height, width, 3), or of transformed pictures as floats."""
-        return self._unit(self.model.encode_image(self._placed(batch)))
+        """Unit features (batch, width) of views (batch, height, width, 3), or of outputs of ``transform``."""
+        return self._unit(self.model.encode_image(self._prepared(batch)))
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
@@ -181,16 +181,16 @@ def _check_local_dir(name: str, flag: str, file: str) -> None:
     if name.startswith("local-dir:"):
         folder = Path(name.removeprefix("local-dir:"))
         if not (folder / file).is_file():
-            raise InputError(f"{flag} {name}: {folder} has no {file}; name a folder that the model was saved to.")
+            raise InputError(f"{flag} {name}: {folder} has no {file}; give a folder that the model was saved to.")
 
 
-def _refusal(flag: str, name: str, error: Exception) -> str:
+def _load_error(flag: str, name: str, error: Exception) -> str:
     reason = " ".join(str(error).split())[:300]
-    return f"{flag} {name} could not be loaded ({reason}); name a model that is there, or local-dir:FOLDER."
+    return f"{flag} {name} could not be loaded ({reason}); give an existing model, or local-dir:FOLDER."
 
 
 def default_device() -> str:
-    """A GPU if there is one."""
+    """``cuda`` if there is a GPU, else ``cpu``."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -204,7 +204,7 @@ class Encoders:
     clip_name: str
 
     def by_key(self) -> dict[str, DinoEncoder | ClipEncoder]:
-        """Under the keys of ``embed``."""
+        """As ``embed`` takes them."""
         return {"dino": self.dino, "clip": self.clip}
 
 

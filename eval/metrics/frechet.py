@@ -1,4 +1,4 @@
-"""The Frechet distance between two sets of pictures, on the features of an encoder; FID where that is Inception's."""
+"""The Frechet distance between two sets of images in the feature space of an encoder; with Inception it is the FID."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from delora_diffusers.errors import InputError
 
 
-class _Given(nn.Module):
-    """Passes features through to torchmetrics, which asks for their number."""
+class _Precomputed(nn.Module):
+    """Stands in for torchmetrics' encoder and passes features through unchanged."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -24,17 +24,20 @@ class _Given(nn.Module):
 
 
 def frechet_distance(real: Tensor, generated: Tensor) -> float:
-    """``|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))`` of features (pictures, width), by torchmetrics, in float64.
+    """``|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))`` of features (images, width), in float64.
 
     Raises:
-        InputError: fewer than two pictures on a side.
+        InputError: there are fewer than two real or two generated images.
     """
     if min(len(real), len(generated)) < 2:
-        raise InputError(f"a Frechet distance needs two pictures a side, not {len(real)} and {len(generated)}.")
+        raise InputError(
+            f"the Frechet distance needs two images on each side, not {len(real)} real and {len(generated)} generated."
+        )
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    # All features are here already: nothing is to be gathered from other processes.
-    metric = FrechetInceptionDistance(feature=_Given(real.shape[1]), sync_on_compute=False).set_dtype(torch.float64)
+    # The features of all processes have been gathered already.
+    metric = FrechetInceptionDistance(feature=_Precomputed(real.shape[1]), sync_on_compute=False)
+    metric.set_dtype(torch.float64)
     metric.update(real.double(), real=True)
     metric.update(generated.double(), real=False)
     return float(metric.compute())
@@ -44,7 +47,7 @@ class Inception:
     """The pooled 2,048 features of the Inception v3 that FID is defined with (torch-fidelity's, by torchmetrics).
 
     Args:
-        weights: file of its weights, or None to let the library fetch them.
+        weights: file of its weights; None downloads them.
         device: where to run.
 
     Raises:
@@ -60,7 +63,7 @@ class Inception:
                 ["2048"],
                 feature_extractor_weights_path=None if weights is None else str(weights),
             ).to(device)
-        except Exception as error:  # whatever the network and torch's reader raise
+        except Exception as error:  # the network and torch.load raise many types
             reason = " ".join(str(error).split())[:200]
             raise InputError(
                 f"the Inception weights {weights or ''} could not be loaded ({reason}); give --inception_weights the "
@@ -69,7 +72,7 @@ class Inception:
         self.device = device
 
     @torch.inference_mode()
-    def encode(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Features (pictures, 2048), float32 on the CPU, of RGB pictures of one size."""
-        batch = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
+    def encode(self, images: Sequence[Image.Image]) -> Tensor:
+        """Features (images, 2048), float32 on the CPU, of RGB images of one size."""
+        batch = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
         return self.model(batch.to(self.device)).float().cpu()

@@ -1,4 +1,4 @@
-"""What generate wrote into a folder: its images with their prompts, or with the maps they were generated from."""
+"""Read output folders of generate: images with their prompts, or with the maps they were generated from."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ def read_generated(folder: Path) -> Generated:
     """The images that a folder's ``metadata.jsonl`` lists, with their prompts.
 
     Raises:
-        InputError: no folder, no metadata, a line without a prompt, an image that is missing.
+        InputError: there is no metadata, a line has no prompt, an image is missing.
     """
     return [(path, record["prompt"]) for path, record in _read(folder, GENERATED)]
 
@@ -30,10 +30,10 @@ def by_prompt(generated: Generated) -> dict[str, list[Path]]:
 
 
 def read_generated_from_maps(folder: Path, map_dir: Path) -> list[tuple[Path, MapPair]]:
-    """The images that a folder's ``metadata.jsonl`` lists, with the pair of ``map_dir`` whose map each follows.
+    """The images that a folder's ``metadata.jsonl`` lists, each with the pair of ``map_dir`` whose map it follows.
 
     Raises:
-        InputError: no metadata, images that were not generated from maps, or from maps of another folder.
+        InputError: there is no metadata, or the images were not generated from maps of this folder.
     """
     pairs = {Path(str(pair.map)).stem: pair for pair in find_pairs(map_dir)}
     generated = []
@@ -41,7 +41,7 @@ def read_generated_from_maps(folder: Path, map_dir: Path) -> list[tuple[Path, Ma
         stem = Path(record["map"]).stem
         if stem not in pairs:
             raise InputError(
-                f"{path} was generated from a map {stem}, which {map_dir} does not have; give the folder of its maps."
+                f"{path} was generated from map {stem}, which is not in {map_dir}; give the folder of its maps."
             )
         generated.append((path, pairs[stem]))
     return generated

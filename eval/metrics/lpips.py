@@ -1,4 +1,4 @@
-"""LPIPS (Zhang et al., CVPR 2018) of many pictures: each goes through the network once, then pairs are compared."""
+"""LPIPS (Zhang et al., CVPR 2018) of many images: each goes through the network once, then pairs are compared."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,21 +13,21 @@ from delora_diffusers.errors import InputError
 from delora_diffusers.image_files import load_rgb
 
 SIDE = 512
-"""Pixels; OFT's evaluation scales every picture to 512 x 512, bilinear."""
+"""Side length in pixels: OFT's evaluation resizes every image to 512 x 512, bilinear."""
 
-NETS = ("alex", "vgg", "squeeze")
+BACKBONES = ("alex", "vgg", "squeeze")
 
 
 class Perceptual:
-    """LPIPS by torchmetrics' networks and heads.
+    """The LPIPS network with torchmetrics' backbones and heads.
 
     Args:
-        net: the backbone, one of ``NETS``; OFT and ETHER report ``alex``. Its weights come from torchvision.
+        net: the backbone, one of ``BACKBONES``; OFT and ETHER report ``alex``. Its weights are torchvision's.
         device: where to run.
-        side: pictures are scaled to side x side, pixels.
+        side: images are resized to side x side pixels.
 
     Raises:
-        InputError: the backbone's weights cannot be had.
+        InputError: the backbone's weights cannot be downloaded.
     """
 
     def __init__(self, net: str, device: torch.device | str, side: int = SIDE):
@@ -35,9 +35,9 @@ class Perceptual:
 
         try:
             metric: Any = LearnedPerceptualImagePatchSimilarity(net_type=net)  # pyright: ignore[reportArgumentType]
-        except OSError as error:  # urllib's
+        except OSError as error:  # from urllib
             raise InputError(
-                f"--lpips {net}: torchvision's weights cannot be had ({error}); connect once, put the file into "
+                f"--lpips {net}: torchvision's weights cannot be downloaded ({error}); connect once, put the file into "
                 f"{Path(torch.hub.get_dir()) / 'checkpoints'}, or give --lpips none."
             ) from error
         self.network: Any = metric.net.eval().to(device)
@@ -46,42 +46,42 @@ class Perceptual:
         self.transform = transforms.Compose([transforms.Resize(size, bilinear), transforms.ToTensor()])
 
     @torch.inference_mode()
-    def features(self, pictures: Sequence[Image.Image]) -> list[Tensor]:
-        """Of each layer, features (pictures, channels, height, width) of norm 1 at every place."""
-        batch = torch.stack([self.transform(picture) for picture in pictures]).to(self.device) * 2 - 1  # pyright: ignore
+    def features(self, images: Sequence[Image.Image]) -> list[Tensor]:
+        """Per layer, features (images, channels, height, width), normalized over channels."""
+        batch = torch.stack([self.transform(image) for image in images]).to(self.device) * 2 - 1  # pyright: ignore
         layers = self.network.net(self.network.scaling_layer(batch))
         return [layer * (1e-8 + layer.square().sum(dim=1, keepdim=True)).rsqrt() for layer in layers]
 
     @torch.inference_mode()
-    def distances(self, some: list[Tensor], others: list[Tensor]) -> Tensor:
-        """LPIPS of every picture of the one with every picture of the other, (some, others), from their features."""
+    def distances(self, first: list[Tensor], second: list[Tensor]) -> Tensor:
+        """LPIPS between all images of two sets, (images of first, images of second), from their features."""
         total: Any = 0
-        for head, a, b in zip(self.network.lins, some, others):
-            rows = [head((a - one).square()).mean(dim=(1, 2, 3)) for one in b.split(1)]
-            total = total + torch.stack(rows, dim=1)
+        for head, a, b in zip(self.network.lins, first, second):
+            columns = [head((a - image).square()).mean(dim=(1, 2, 3)) for image in b.split(1)]
+            total = total + torch.stack(columns, dim=1)
         return total.cpu()
 
 
 def perceptual_scores(
     perceptual: Perceptual, groups: Sequence[Sequence[Path]], references: Sequence[Path]
 ) -> tuple[list[Tensor], list[float | None]]:
-    """LPIPS of one subject's pictures.
+    """LPIPS of one subject's images.
 
     Args:
         perceptual: the network.
-        groups: pictures of the same prompt, a group for each prompt.
-        references: the subject's photographs.
+        groups: the images of each prompt.
+        references: photos of the subject.
 
     Returns:
-        For each group the mean distance of every picture to the photographs, (pictures,), as OFT and ETHER report it;
-        and for each group the mean distance of its pictures to one another, DreamBooth's diversity (None for one).
+        Per group, the mean distance of each image to the photos, (images,), as OFT and ETHER report it; and per group,
+        the mean distance between its images, DreamBooth's diversity (None for a single image).
     """
-    photographs = perceptual.features([load_rgb(path) for path in references])
-    likeness, diversity = [], []
+    photos = perceptual.features([load_rgb(path) for path in references])
+    to_photos, diversity = [], []
     for group in groups:
         features = perceptual.features([load_rgb(path) for path in group])
-        likeness.append(perceptual.distances(features, photographs).mean(dim=1))
+        to_photos.append(perceptual.distances(features, photos).mean(dim=1))
         count = len(group)
-        among = perceptual.distances(features, features)
-        diversity.append(None if count < 2 else float(among.sum() / (count * (count - 1))))
-    return likeness, diversity
+        pairwise = perceptual.distances(features, features)
+        diversity.append(None if count < 2 else float(pairwise.sum() / (count * (count - 1))))
+    return to_photos, diversity

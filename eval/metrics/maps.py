@@ -42,7 +42,7 @@ def read_label_map(file: Path | None) -> dict[int, int]:
         return {int(ours): int(theirs) for ours, theirs in json.loads(file.read_text()).items()}
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise InputError(
-            f'--label_map {file} is not a JSON object like {{"0": 2, "1": 1}} ({error}); mend it.'
+            f'--label_map {file} is not a JSON object like {{"0": 2, "1": 1}} ({error}); fix it.'
         ) from error
 
 
@@ -66,7 +66,7 @@ class Truth:
         values = pair.load_map(self.reduce_labels)
         if values.ndim == 3:
             if self.palette is None:
-                raise InputError(f"the map of {pair.name} is in colour; give its --palette, so that classes are known.")
+                raise InputError(f"the map of {pair.name} is in colour; give its --palette.")
             values = indices_of(values, self.palette, f"the map of {pair.name}")
         image = pair.load_image() if pair.image is not None else Image.new("RGB", values.shape[1::-1])
         cropped, semantic = pair_views(image, values, side, None, False)[0]
@@ -79,11 +79,11 @@ class Truth:
 
 @dataclasses.dataclass(frozen=True)
 class MapModels:
-    """What scores images.
+    """The models that score images.
 
     Attributes:
         features: ``inception``, ``dino`` or ``none``. encode: features (images, width) of images; None for ``none``.
-        distance_name: what the Frechet distance on them is called; FID on Inception's.
+        distance_name: name of the Frechet distance on these features; with Inception it is the FID.
     """
 
     segmenter: Segmenter
@@ -98,7 +98,7 @@ def load_map_models(
     """Load the models.
 
     Raises:
-        InputError: one cannot be loaded.
+        InputError: a model cannot be loaded.
     """
     loaded = Segmenter(segmenter, device)
     if features == "none":
@@ -115,11 +115,11 @@ def load_map_models(
 
 
 class Counts:
-    """Everything that scores are computed from, summed over batches and then over processes.
+    """Everything that the scores are computed from, accumulated over batches and then over processes.
 
     Attributes:
-        confusion: (classes, classes), rows true, of generated and of real images.
-        accuracies: (number of the image, share of its pixels that are right) of the generated images.
+        confusion: (classes, classes), rows are the true classes, of generated and of real images.
+        accuracies: (number of the image, share of its pixels that are correct) of the generated images.
         features: (number of the image, features) of both kinds.
     """
 
@@ -142,16 +142,18 @@ class Counts:
             self.features[kind] += list(zip(numbers, models.encode(images)))
 
     def gather(self, accelerator: "Accelerator") -> None:
-        """Sum over the processes. Each image was counted by one of them, and whole numbers add up exactly."""
+        """Sum over the processes. Each image was counted by one process, and sums of integers are exact."""
         for kind, matrix in self.confusion.items():
             total = accelerator.reduce(matrix.to(accelerator.device), "sum")
             assert isinstance(total, Tensor)
             self.confusion[kind] = total.cpu()
         self.accuracies = sorted(gather_object(self.accuracies))
-        self.features = {k: sorted(gather_object(some), key=lambda pair: pair[0]) for k, some in self.features.items()}
+        self.features = {
+            kind: sorted(gather_object(rows), key=lambda row: row[0]) for kind, rows in self.features.items()
+        }
 
     def agreements(self) -> dict[str, Agreement]:
-        """The scores of each kind of image that there is."""
+        """The scores of generated images, and of real images if there are any."""
         return {kind: agreement(matrix) for kind, matrix in self.confusion.items() if matrix.sum() > 0}
 
     def frechet(self) -> float | None:
@@ -168,7 +170,7 @@ def count(
     """Segment and encode all images, spread over the processes of ``accelerate launch``.
 
     Raises:
-        InputError: an image cannot be read or is not a square, a map has a class that the segmenter does not know.
+        InputError: an image cannot be read or is not a square, a map has a class that the segmenter does not have.
     """
     counts = Counts(models.segmenter.classes)
     share = range(accelerator.process_index, len(generated), accelerator.num_processes)
@@ -178,7 +180,9 @@ def count(
         sizes = {image.size for image in images}
         if len(sizes) > 1 or any(width != height for width, height in sizes):
             folder = generated[batch[0]][0].parent
-            raise InputError(f"the images of {folder} are not squares of one size; generate them at one --resolution.")
+            raise InputError(
+                f"the images of {folder} are not squares of one size; generate all of them at the same --resolution."
+            )
         truths, real_images = [], []
         for number, image in zip(batch, images):
             pair = generated[number][1]
@@ -194,16 +198,16 @@ def count(
 
 
 def check_classes(labels: np.ndarray, pair: MapPair, segmenter: Segmenter) -> None:
-    """Reject a map with a class that the segmenter does not know.
+    """Reject a map with a class that the segmenter does not have.
 
     Raises:
         InputError
     """
-    greatest = int(labels[labels != IGNORED].max(initial=0))
-    if greatest >= segmenter.classes:
+    highest = int(labels[labels != IGNORED].max(initial=0))
+    if highest >= segmenter.classes:
         raise InputError(
-            f"the map of {pair.name} has class {greatest}, but {segmenter.name} knows {segmenter.classes}; "
-            "give a --label_map, or the --ignore_index."
+            f"the map of {pair.name} has class {highest}, but {segmenter.name} has {segmenter.classes} classes; "
+            "give --label_map or --ignore_index."
         )
 
 

@@ -1,31 +1,31 @@
-"""Scoring protocols: which encoders, which preprocessing, which pairs. Different ones give different numbers."""
+"""Scoring protocols: which encoders, which preprocessing, which pairs. Scores of different protocols do not compare."""
 
 import dataclasses
 
 from data.miniature import MINI_CLIP, MINI_DINO
 
 IDENTIFIERS = ("sks", "qwe")
-"""Rare tokens that stand for a subject, which are removed from a prompt for CLIP-T."""
+"""Rare tokens that stand for a subject; they are removed from prompts for CLIP-T."""
 
 PRECISIONS = ("bf16", "fp32")
-"""That the encoders can compute in; published numbers are made in fp32."""
+"""Of the encoders; published numbers were computed in fp32."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """How DINO, CLIP-I and CLIP-T are made.
+    """How DINO, CLIP-I and CLIP-T are computed.
 
     Attributes:
         name: as given to ``--protocol``.
         dino: timm name (or ``local-dir:``, ``hf-hub:``) of the ViT whose CLS feature is compared.
-        dino_transform: ``"straight"`` scales to 224 x 224 bilinear whatever the aspect (facebook/dino-vits16's own
-            preprocessing); ``"crop"`` scales the short side to 256 bicubic and cuts the centre 224 x 224 (the
-            evaluation transform of the DINO repository). Both normalize with ImageNet's mean and deviation.
+        dino_transform: ``"straight"`` resizes to 224 x 224, bilinear, and ignores the aspect ratio, like
+            facebook/dino-vits16; ``"crop"`` resizes the short side to 256, bicubic, and crops the centre 224 x 224,
+            like the DINO repository's evaluation. Both normalize with ImageNet's mean and standard deviation.
         clip: open_clip model name (or ``local-dir:``, ``hf-hub:``).
-        clip_pretrained: open_clip's tag of the weights.
-        clip_crop: where CLIP's centre crop lies when an odd number of pixels is left over: ``"floor"`` as in the
-            processor of transformers, ``"torchvision"`` as in OpenAI's code.
-        source: where the protocol is from.
+        clip_pretrained: open_clip's tag for the weights.
+        clip_crop: how CLIP's centre crop rounds an odd margin: ``"floor"`` as in the processor of transformers,
+            ``"torchvision"`` as in OpenAI's code.
+        source: who defined the protocol.
     """
 
     name: str
@@ -47,7 +47,7 @@ PROTOCOLS = {
             clip="ViT-L-14",
             clip_pretrained="openai",
             clip_crop="floor",
-            source="OFT's evaluation, used by ETHER and DeLoRA: mean cosine of all (reference, generated) pairs",
+            source="OFT's evaluation, used by ETHER and DeLoRA: mean cosine over all (reference, generated) pairs",
         ),
         Protocol(
             name="dreambooth",
@@ -65,7 +65,7 @@ PROTOCOLS = {
             clip=f"local-dir:{MINI_CLIP}",
             clip_pretrained=None,
             clip_crop="torchvision",
-            source="the embedded miniature DINO and CLIP, which know toybox's pictures only",
+            source="the included miniature DINO and CLIP, trained on toybox images only",
         ),
     )
 }

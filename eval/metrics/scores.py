@@ -10,9 +10,9 @@ from eval.metrics.protocols import IDENTIFIERS
 
 
 def pair_scores(generated: Tensor, reference: Tensor) -> Tensor:
-    """Mean cosine of each generated picture with all reference pictures, (generated,).
+    """Mean cosine of each generated image with all reference images, (generated,).
 
-    The mean of it is the mean over all (reference, generated) pairs: DINO and CLIP-I.
+    Their mean is the mean over all (reference, generated) pairs: DINO and CLIP-I.
 
     Args:
         generated: (g, width), unit rows. reference: (n, width), unit rows.
@@ -21,7 +21,7 @@ def pair_scores(generated: Tensor, reference: Tensor) -> Tensor:
 
 
 def real_score(reference: Tensor) -> float | None:
-    """Mean cosine of different reference pictures of one subject, the real-images row; None for one picture."""
+    """Mean cosine over all pairs of different photos of a subject, the row "real images"; None for a single photo."""
     count = len(reference)
     if count < 2:
         return None
@@ -31,11 +31,11 @@ def real_score(reference: Tensor) -> float | None:
 
 
 def text_scores(generated: Tensor, texts: Tensor) -> Tensor:
-    """Cosine of each generated picture with its prompt, (generated,): CLIP-T. Both (g, width), unit rows."""
+    """CLIP-T: cosine of each generated image and its prompt, (generated,). Both arguments are (g, width), unit rows."""
     return (generated.double() * texts.double()).sum(dim=1)
 
 
 def without_identifier(prompt: str, identifiers: Sequence[str] = IDENTIFIERS) -> str:
-    """The prompt without the subject's rare token, which a CLIP knows nothing of: ``a sks dog`` is ``a dog``."""
+    """The prompt without the identifier, which means nothing to CLIP: ``a sks dog`` becomes ``a dog``."""
     words = "|".join(map(re.escape, identifiers))
     return " ".join(re.sub(rf"(?<!\w)(?:{words})(?!\w)", " ", prompt).split())

@@ -12,27 +12,27 @@ from torch import Tensor
 from delora_diffusers.errors import InputError
 
 
-def confusion_matrix(truth: Tensor, found: Tensor, classes: int, ignore_index: int = 255) -> Tensor:
-    """How many pixels of each true class (row) were found to be of each class (column), (classes, classes) int64.
+def confusion_matrix(truth: Tensor, predicted: Tensor, classes: int, ignore_index: int = 255) -> Tensor:
+    """Pixels of each true class (row) that were predicted as each class (column), (classes, classes) int64.
 
     Args:
-        truth: class indices of any shape; those equal to ``ignore_index`` do not count.
-        found: likewise, from 0 to classes - 1.
+        truth: class indices of any shape; pixels with ``ignore_index`` do not count.
+        predicted: class indices of the same shape, 0 to classes - 1.
     """
-    truth, found = truth.flatten().long(), found.flatten().long()
+    truth, predicted = truth.flatten().long(), predicted.flatten().long()
     counted = truth != ignore_index
-    joint = truth[counted] * classes + found[counted]
+    joint = truth[counted] * classes + predicted[counted]
     return torch.bincount(joint, minlength=classes * classes).view(classes, classes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """Scores of one confusion matrix, each 0 to 1.
+    """Scores of a confusion matrix, each from 0 to 1.
 
     Attributes:
-        miou: mean intersection over union of the classes that occur in truth or in what was found.
-        mean_accuracy: mean recall of the classes that occur in truth.
-        pixel_accuracy: share of the pixels that are right.
+        miou: mean intersection over union, over the classes that occur in the ground truth or the prediction.
+        mean_accuracy: mean recall, over the classes that occur in the ground truth.
+        pixel_accuracy: share of the pixels that are correct.
         iou, recall: (classes,), NaN where the class does not occur.
     """
 
@@ -44,14 +44,14 @@ class Agreement:
 
 
 def agreement(confusion: Tensor) -> Agreement:
-    """The scores of a confusion matrix (classes, classes), rows true."""
+    """The scores of a confusion matrix (classes, classes) whose rows are the true classes."""
     counts = confusion.double()
-    right, true, found = counts.diagonal(), counts.sum(dim=1), counts.sum(dim=0)
-    iou, recall = right / (true + found - right), right / true  # NaN where 0 / 0
+    correct, true, predicted = counts.diagonal(), counts.sum(dim=1), counts.sum(dim=0)
+    iou, recall = correct / (true + predicted - correct), correct / true  # NaN where 0 / 0
     return Agreement(
         miou=float(iou.nanmean()),
         mean_accuracy=float(recall.nanmean()),
-        pixel_accuracy=float(right.sum() / true.sum()),
+        pixel_accuracy=float(correct.sum() / true.sum()),
         iou=iou,
         recall=recall,
     )

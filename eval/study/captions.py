@@ -1,4 +1,4 @@
-"""The outputs of a study: its figure, a caption with all numbers, one image of every setting."""
+"""The outputs of a study: its figure, a caption with all numbers, and one image per setting."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,16 +20,16 @@ PAIRED_SCORES = (("dino", "DINO"), ("clip_t", "CLIP-T"))
 
 
 def unfinished(trials: Sequence[Trial], rows: pd.DataFrame) -> str:
-    """A sentence on the trainings that did not finish, by setting; empty if all did."""
+    """A sentence that lists the trainings that did not finish, by setting; empty if all finished."""
     rows = first_protocol(rows)
     missing = []
     for trial in trials:
         setting, plan = trial.setting, trial.plan
-        wanted = len(plan.benchmark.subjects) * len(plan.seeds)
+        expected = len(plan.benchmark.subjects) * len(plan.seeds)
         finished = len(rows[(rows["label"] == setting.label) & (rows["x"].eq(setting.x) | (setting.x is None))])
-        if finished < wanted:
-            where = "" if setting.x is None else f" at {setting.x:g}x"
-            missing.append(f"{setting.label}{where} ({wanted - finished} of {wanted})")
+        if finished < expected:
+            position = "" if setting.x is None else f" at {setting.x:g}x"
+            missing.append(f"{setting.label}{position} ({expected - finished} of {expected})")
     return f" Not finished, and in no mean: {', '.join(missing)}." if missing else ""
 
 
@@ -39,7 +39,7 @@ def first_protocol(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def tabulate(rows: pd.DataFrame) -> pd.DataFrame:
-    """A row for each setting: means, and the bootstrap 95% intervals of DINO and CLIP-T over subjects."""
+    """A row per setting: means, and the 95% bootstrap intervals of DINO and CLIP-T over subjects."""
     table = []
     for key, group in rows.groupby(["label", "x", "method"], sort=False, dropna=False):
         label, x, method = cast(tuple, key)
@@ -72,8 +72,8 @@ def write(path: Path, study: Study, rows: pd.DataFrame, missing: str) -> Path:
     parts = [
         f"![{study.shows}]({path.name}.png)\n",
         f"{study.shows}\n",
-        f"{subjects} subjects, {seeds} seeds; in brackets the bootstrap 95% interval over subjects, ± the\n"
-        f"standard deviation between seeds.{missing}\n",
+        f"{subjects} subjects, {seeds} seeds. In brackets: 95% bootstrap interval over subjects; ±: standard\n"
+        f"deviation over seeds.{missing}\n",
         markdown(*means(table, study.axis)),
     ]
     if real is not None:
@@ -96,7 +96,7 @@ def means(table: pd.DataFrame, axis: str | None) -> tuple[list[str], list[list[s
 
 
 def against_the_default(rows: pd.DataFrame, study: Study) -> list[str]:
-    """Every curve against its point at the default, as parts of a caption."""
+    """The differences of every curve from its point at the default, as parts of a caption."""
     compared = [x for x in study.compared if (rows["x"] == x).any()]
     if rows[rows["x"] == 1].empty or not compared:
         return []
@@ -106,15 +106,15 @@ def against_the_default(rows: pd.DataFrame, study: Study) -> list[str]:
         for score, name in PAIRED_SCORES:
             cells.append([str(label), name, *(difference(at[x], at[1], score) for x in compared)])
         cells.append([str(label), "distance", *(ratio(at[x], at[1]) for x in compared)])
-    what = "learning rate" if "rate" in str(study.axis) else "number of steps"
+    varied = "learning rate" if "rate" in str(study.axis) else "number of steps"
     return [
-        f"Against the default {what}, paired by subject; for the distance, the ratio:\n",
+        f"Difference from the default {varied}, paired by subject (for the distance: ratio):\n",
         markdown(["", "", *(f"{x:g}x" for x in compared)], cells),
     ]
 
 
 def against_the_last(rows: pd.DataFrame) -> list[str]:
-    """Every row of a table against its last one, as parts of a caption."""
+    """The differences of every row of a table from the last row, as parts of a caption."""
     *others, last = rows["label"].unique()
     if not others:
         return []
@@ -123,18 +123,21 @@ def against_the_last(rows: pd.DataFrame) -> list[str]:
     for label in others:
         group = rows[rows["label"] == label]
         cells.append([label, *(difference(group, reference, score) for score, _ in PAIRED_SCORES)])
-    return [f"Against {last}, paired by subject:\n", markdown(["", *(name for _, name in PAIRED_SCORES)], cells)]
+    return [
+        f"Difference from {last}, paired by subject:\n",
+        markdown(["", *(name for _, name in PAIRED_SCORES)], cells),
+    ]
 
 
-def difference(ours: pd.DataFrame, theirs: pd.DataFrame, score: str) -> str:
+def difference(rows: pd.DataFrame, reference: pd.DataFrame, score: str) -> str:
     """The paired difference of a score and its interval, as text; empty if no subject has both."""
-    interval = paired_differences(ours, theirs).get(score)
+    interval = paired_differences(rows, reference).get(score)
     return "" if interval is None else f"{interval['mean']:+.3f} [{interval['low']:+.3f}, {interval['high']:+.3f}]"
 
 
-def ratio(ours: pd.DataFrame, theirs: pd.DataFrame) -> str:
-    """The ratio of distances, geometric mean over subjects and its interval, as text."""
-    by_subject: list[Any] = [rows.groupby("subject")["distance"].mean() for rows in (ours, theirs)]
+def ratio(rows: pd.DataFrame, reference: pd.DataFrame) -> str:
+    """The ratio of the distances (geometric mean over subjects) and its interval, as text."""
+    by_subject: list[Any] = [table.groupby("subject")["distance"].mean() for table in (rows, reference)]
     differences = np.log(by_subject[0] / by_subject[1]).dropna().to_numpy()
     if not len(differences):
         return ""
@@ -143,9 +146,9 @@ def ratio(ours: pd.DataFrame, theirs: pd.DataFrame) -> str:
 
 
 def write_images(path: Path, axis: str | None, trials: Sequence[Trial]) -> None:
-    """One image of every setting: the first of the benchmark's second prompt, of the first seed.
+    """A grid with one image per setting: the first image of the benchmark's second prompt, from the first seed.
 
-    Along an axis it shows the first subject; in a table every subject.
+    With an axis the grid shows the first subject, without one every subject.
     """
     first = trials[0].plan.benchmark
     subjects = first.subjects if axis is None else first.subjects[:1]
@@ -154,8 +157,8 @@ def write_images(path: Path, axis: str | None, trials: Sequence[Trial]) -> None:
         for subject in subjects:
             folder = trial.plan.subject_folder(subject, 0) / "pictures"
             if (folder / METADATA_NAME).is_file():
-                wanted = trial.plan.benchmark.prompts_of(subject)[:2][-1]
-                images = [image for image, prompt in read_generated(folder) if prompt == wanted]
+                second_prompt = trial.plan.benchmark.prompts_of(subject)[:2][-1]
+                images = [image for image, prompt in read_generated(folder) if prompt == second_prompt]
                 column = subject.name if trial.setting.x is None else figures.multiple(trial.setting.x)
                 rows.setdefault(trial.setting.label, {})[column] = images[0]
     ordered = {trial.setting.label: rows[trial.setting.label] for trial in trials if trial.setting.label in rows}

@@ -1,7 +1,7 @@
-"""Every method at the best of a few rates, chosen on some subjects and scored on the others (the paper's table 3).
+"""Every method at the best of a few rates, chosen on some subjects, scored on the others (the paper's table 3).
 
-The rate is 0.5x, 1x or 2x the default, whichever has the highest DINO on the first three subjects; the other subjects
-are trained at it with every seed.
+The rate is 0.5x, 1x or 2x the default, whichever gives the highest DINO on the first three subjects. The other
+subjects are trained at that rate with every seed.
 """
 
 import argparse
@@ -31,7 +31,7 @@ COMPARED = ("lora", "dora", "etherplus", "oft", "full", "delora")
 MULTIPLIERS = (0.5, 1.0, 2.0)
 TUNING_SUBJECTS = 3
 FIXED = ("A0", "B0", "w_norm")
-"""How the names of tensors end that an adapter stores but does not train."""
+"""Suffixes of the tensors that an adapter stores but does not train."""
 
 
 def settings_of(method: str, multipliers: Sequence[float]) -> list[Setting]:
@@ -40,12 +40,12 @@ def settings_of(method: str, multipliers: Sequence[float]) -> list[Setting]:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Tune, train and score, and write the grid, the rows, the figure, the caption and an image of every method."""
+    """Tune, train and score; write the grid, the rows, the figure, the caption and an image per method."""
     subjects = options.subjects or [subject.name for subject in load_benchmark(options.benchmark).subjects]
     if len(subjects) <= TUNING_SUBJECTS:
         raise InputError(
-            f"comparison tunes on {TUNING_SUBJECTS} subjects and scores the others; {len(subjects)} are too few, so "
-            "add some."
+            f"comparison tunes on {TUNING_SUBJECTS} subjects and scores the others, but there are only "
+            f"{len(subjects)}; add some."
         )
     methods, multipliers = options.methods or COMPARED, options.multipliers or MULTIPLIERS
     path = options.output_dir / "comparison"
@@ -68,16 +68,16 @@ def run(options: argparse.Namespace) -> None:
         if accelerator.is_main_process:
             rows = gather(final, failed)
             write_rows(path.with_suffix(".parquet"), rows)
-            never = [METHODS[method].title for method in methods if method not in tuned]
+            unfinished = [METHODS[method].title for method in methods if method not in tuned]
             missing = captions.unfinished(final, rows)
-            missing += f" Finished at no rate: {', '.join(never)}." if never else ""
+            missing += f" Did not finish at any rate: {', '.join(unfinished)}." if unfinished else ""
             caption = write(path, rows, parameter_counts(final), subjects[:TUNING_SUBJECTS], missing)
             captions.write_images(path.with_name("comparison-pictures"), None, as_rows(final))
             finish(caption, failed)
 
 
 def best_multipliers(rows: pd.DataFrame) -> dict[str, float]:
-    """By method, the multiple of the rate with the highest mean DINO."""
+    """By method, the multiple of the default rate with the highest mean DINO."""
     rows = captions.first_protocol(rows)
     means = rows.groupby(["method", "x"])["dino"].mean().reset_index()
     best = means.loc[means.groupby("method")["dino"].idxmax()]
@@ -90,7 +90,7 @@ def as_rows(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def parameter_counts(trials: Sequence[Trial]) -> dict[str, int]:
-    """By method, how many parameters are trained."""
+    """By method, the number of trained parameters."""
     counts = {}
     for trial in trials:
         files = sorted(trial.plan.folder.glob("seed-*/*/adapter/*.safetensors"))
@@ -100,15 +100,15 @@ def parameter_counts(trials: Sequence[Trial]) -> dict[str, int]:
 
 
 def trained_parameters(file: Path, method: str) -> int:
-    """How many numbers in an adapter file were trained, from its header."""
+    """The number of trained parameters in an adapter file, from its header."""
     fixed = (*FIXED, "magnitude") if method == "dora_fixed_magnitude" else FIXED
     total = 0
     with safe_open(file, framework="np") as opened:
         for name in opened.keys():  # noqa: SIM118
             if not name.endswith(fixed):
                 size = 1
-                for side in opened.get_slice(name).get_shape():
-                    size *= side
+                for dimension in opened.get_slice(name).get_shape():
+                    size *= dimension
                 total += size
     return total
 
@@ -139,8 +139,8 @@ def write(path: Path, rows: pd.DataFrame, parameters: dict[str, int], tuned_on: 
     parts = [
         f"![{SHOWS}]({path.name}.png)\n",
         f"{SHOWS}\n",
-        f"Rates chosen by DINO on {', '.join(tuned_on)}; scored on {rows['subject'].nunique()} other subjects,\n"
-        f"{seeds} seeds. In brackets the bootstrap 95% interval over subjects, ± the standard deviation between seeds."
+        f"Rates were chosen by DINO on {', '.join(tuned_on)}; scored on {rows['subject'].nunique()} other subjects,\n"
+        f"{seeds} seeds. In brackets: 95% bootstrap interval over subjects; ±: standard deviation over seeds."
         f"{missing}\n",
         markdown(["", "parameters", "rate", "DINO", "CLIP-I", "CLIP-T"], table),
         *captions.against_the_last(rows),

@@ -9,7 +9,7 @@ from eval.study.trials import exclusive, finish, gather, plan_trials, run_trials
 
 
 def run(options: argparse.Namespace) -> None:
-    """Run the study ``options.name``, and write its rows, its figure, its caption and an image of every setting."""
+    """Run the study ``options.name``; write its rows, its figure, its caption and an image per setting."""
     study, path = STUDIES[options.name], options.output_dir / options.name
     trials = plan_trials(options, study.settings(options.methods, options.multipliers or study.multipliers))
     accelerator = start_accelerator()

@@ -16,7 +16,7 @@ def plot_curves(table: pd.DataFrame, axis: str, real: float | None, path: Path) 
 
     Args:
         table: of ``captions.tabulate``.
-        axis: what x is. real: DINO of the real images (intra-subject).
+        axis: what x is. real: DINO of real images (intra-subject).
         path: without a suffix.
     """
     import matplotlib.pyplot as plt
@@ -56,7 +56,7 @@ DINO_AND_CLIP_T = (("dino", "DINO"), ("clip_t", "CLIP-T"))
 def plot_rows(
     table: pd.DataFrame, real: float | None, path: Path, scores: Sequence[tuple[str, str]] = DINO_AND_CLIP_T
 ) -> None:
-    """Two scores of each row with their intervals, the first row on top.
+    """Two scores of each row with their intervals, the first row at the top.
 
     Args:
         table: with columns NAME, NAME_low and NAME_high of each score, and ``label``.
@@ -81,7 +81,7 @@ def plot_rows(
 
 
 def plot_positions(rows: pd.DataFrame, path: Path) -> None:
-    """Mean column norms along the UNet: a panel for each kind of attention, a line for each projection."""
+    """Mean column norms along the UNet: one panel per kind of attention, one line per projection."""
     import matplotlib.pyplot as plt
 
     kinds = list(rows["kind"].unique())
@@ -109,28 +109,28 @@ def multiple(x: float) -> str:
 def plot_images(
     rows: dict[str, dict[str, Path]], columns: Sequence[str], axis: str | None, title: str, path: Path
 ) -> None:
-    """A grid of images: a row for each label, a column for each name; missing images leave a gap."""
+    """A grid of images: one row per label, one column per name; missing images leave a gap."""
     import matplotlib.pyplot as plt
     from PIL import Image
 
     size = (1.0 * len(columns) + 0.4 + 0.07 * max(map(len, rows)), 1.06 * len(rows) + 0.7)
     figure, panels = plt.subplots(len(rows), len(columns), figsize=size, layout="constrained", squeeze=False)
-    for line, (label, files) in zip(panels, rows.items()):
-        for panel, x in zip(line, columns):
+    for row, (label, files) in zip(panels, rows.items()):
+        for panel, x in zip(row, columns):
             panel.set_xticks([])
             panel.set_yticks([])
             panel.spines[:].set_visible(False)
             if x in files:
                 with Image.open(files[x]) as image:
                     panel.imshow(image.convert("RGB"))
-        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+        row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
     for panel, x in zip(panels[-1], columns):
         panel.set_xlabel(x, fontsize=9)
     figure.suptitle(title, fontsize=9)
     if axis is not None:
         figure.supxlabel(axis, fontsize=9)
     with atomic_write(path.with_suffix(".png")) as temporary:
-        figure.savefig(temporary, format="png", dpi=130, bbox_inches="tight")  # long labels are not cut
+        figure.savefig(temporary, format="png", dpi=130, bbox_inches="tight")  # keeps long labels
     plt.close(figure)
 
 

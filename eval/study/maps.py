@@ -38,7 +38,7 @@ SHOWN_MAPS = 5
 
 @dataclasses.dataclass(frozen=True)
 class MapRun:
-    """One row and seed: ``folder`` gets the adapter, the images and ``scores.json``."""
+    """One row and seed. The adapter, the images and ``scores.json`` go to ``folder``."""
 
     setting: Setting
     seed: int
@@ -102,7 +102,7 @@ class MapCommands:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Run every row and seed, and write the rows, the figure, the table and a sheet of images."""
+    """Run every row and seed; write the rows, the figure, the table and a sheet of images."""
     settings = ablation(options.methods, ())
     check_not_varied(options, settings)
     if options.seeds < 1 or options.jobs < 1:
@@ -118,8 +118,8 @@ def run(options: argparse.Namespace) -> None:
     with exclusive(accelerator, options.output_dir):
         if accelerator.is_main_process:
             record_settings(options, data_dir, map_dir)
-        waiting = [MapCommands(one, options, data_dir, map_dir).task() for one in runs if not one.is_done()]
-        failed = run_on_all(accelerator, waiting, options.jobs)
+        tasks = [MapCommands(r, options, data_dir, map_dir).task() for r in runs if not r.is_done()]
+        failed = run_on_all(accelerator, tasks, options.jobs)
         if accelerator.is_main_process:
             rows = gather(runs, failed)
             write_rows(path.with_suffix(".parquet"), rows)
@@ -129,10 +129,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 def data_folders(options: argparse.Namespace) -> tuple[Path, Path]:
-    """The pairs to train on and those to generate from, given or rendered.
+    """The folders of pairs to train on and of maps to generate from; for the miniature they can be rendered.
 
     Raises:
-        InputError
+        InputError: only one of the two folders is given, or none for another model.
     """
     given = (options.train_data_dir, options.map_dir)
     if all(given):
@@ -150,7 +150,7 @@ def data_folders(options: argparse.Namespace) -> tuple[Path, Path]:
 
 
 def record_settings(options: argparse.Namespace, data_dir: Path, map_dir: Path) -> None:
-    """Write down what the runs depend on.
+    """Record everything that the runs depend on.
 
     Raises:
         InputError: the folder contains runs with other settings.
@@ -159,38 +159,38 @@ def record_settings(options: argparse.Namespace, data_dir: Path, map_dir: Path) 
     settings: dict[str, Any] = {"train_data_dir": str(data_dir.resolve()), "map_dir": str(map_dir.resolve())}
     settings["pretrained_model_name_or_path"] = options.pretrained_model_name_or_path
     settings |= {flag: flag_values(getattr(options, flag), f"--{flag}") for flag in ("train", "generate", "score")}
-    before = json.loads(file.read_text()) if file.is_file() else settings
+    recorded = json.loads(file.read_text()) if file.is_file() else settings
     for name, value in settings.items():
-        if before[name] != value:
+        if recorded[name] != value:
             raise InputError(
-                f"{options.output_dir} has runs made with {name} {json.dumps(before[name])}, not {json.dumps(value)}; "
+                f"{options.output_dir} has runs with {name} {json.dumps(recorded[name])}, not {json.dumps(value)}; "
                 "give another --output_dir."
             )
     write_text(file, json.dumps(settings, indent=2) + "\n")
 
 
 def gather(runs: Sequence[MapRun], failed: dict[str, str]) -> pd.DataFrame:
-    """A row for each setting and seed: scores, those of the real images, the distance at the end of the training.
+    """A row per setting and seed: scores, scores of the real images, distance at the end of training.
 
     Raises:
         InputError: nothing was scored; gives the first problem of ``failed``.
     """
     rows = []
-    for one in runs:
-        if one.is_done():
-            scored = json.loads(one.scores.read_text())
-            row: dict[str, Any] = {"label": one.setting.label, "method": one.setting.method, "seed": one.seed}
-            row |= scored["scores"] | {f"real_{name}": value for name, value in (scored["real"] or {}).items()}
-            rows.append(row | {"distance": last_distance(one.folder / "adapter")})
+    for run in runs:
+        if run.is_done():
+            result = json.loads(run.scores.read_text())
+            row: dict[str, Any] = {"label": run.setting.label, "method": run.setting.method, "seed": run.seed}
+            row |= result["scores"] | {f"real_{name}": value for name, value in (result["real"] or {}).items()}
+            rows.append(row | {"distance": last_distance(run.folder / "adapter")})
     if not rows:
-        raise InputError(f"no row was finished; the first problem: {next(iter(failed.values()), 'none')}")
+        raise InputError(f"no row finished; the first problem: {next(iter(failed.values()), 'none')}")
     return pd.DataFrame(rows)
 
 
 def write(path: Path, rows: pd.DataFrame, runs: Sequence[MapRun]) -> Path:
     """The figure and the table: ``path`` with .png, .svg and .md."""
-    seeds = len({one.seed for one in runs})
-    unfinished = [f"{one.setting.label}, seed {one.seed}" for one in runs if not one.is_done()]
+    seeds = len({run.seed for run in runs})
+    unfinished = [f"{run.setting.label}, seed {run.seed}" for run in runs if not run.is_done()]
     table, cells = [], []
     for label, group in rows.groupby("label", sort=False):
         row: dict[str, Any] = {"label": label}
@@ -206,7 +206,7 @@ def write(path: Path, rows: pd.DataFrame, runs: Sequence[MapRun]) -> Path:
     cells.append(["real images", *("" if value is None else f"{value:.3f}" for value in real), ""])
     axes = [("miou", "mIoU"), ("frechet", "Frechet distance to the real images")]
     figures.plot_rows(pd.DataFrame(table), real[0], path, axes)
-    counts = f"{seeds} seeds; ± the standard deviation between them, in the figure the lowest and the highest.\n"
+    counts = f"{seeds} seeds. ±: standard deviation over seeds; the figure shows the lowest and the highest.\n"
     counts += f"Not finished, and in no mean: {'; '.join(unfinished)}.\n" if unfinished else ""
     parts = [f"![{SHOWS}]({path.name}.png)\n", f"{SHOWS}\n", counts]
     file = path.with_suffix(".md")
@@ -215,15 +215,15 @@ def write(path: Path, rows: pd.DataFrame, runs: Sequence[MapRun]) -> Path:
 
 
 def write_images(path: Path, runs: Sequence[MapRun], real: dict[str, Any]) -> None:
-    """The images of the first maps by every row, first seed, below the real images."""
+    """A grid with the images of the first maps: the real images, then those of every row at the first seed."""
     rows: dict[str, dict[str, Path]] = {}
     columns = list(real)[:SHOWN_MAPS]
     files = {name: real[name] for name in columns if isinstance(real[name], Path)}
     if files:
         rows["real"] = files
-    for one in runs:
-        if one.seed == 0 and one.is_done():
-            records = read_json_lines(one.images / METADATA_NAME, GENERATED_FROM_MAPS)
-            by_map = {Path(record["map"]).stem: one.images / record["file_name"] for _, record in records}
-            rows[one.setting.label] = {name: by_map[name] for name in columns if name in by_map}
+    for run in runs:
+        if run.seed == 0 and run.is_done():
+            records = read_json_lines(run.images / METADATA_NAME, GENERATED_FROM_MAPS)
+            by_map = {Path(record["map"]).stem: run.images / record["file_name"] for _, record in records}
+            rows[run.setting.label] = {name: by_map[name] for name in columns if name in by_map}
     figures.plot_images(rows, columns, None, "", path)

@@ -1,6 +1,6 @@
 """Mean column norms of attention's pretrained projections by their position in the UNet (the paper's figure 4).
 
-DeLoRA scales its update by them, so they show where its bound is wide and where it is narrow.
+DeLoRA scales its update by these norms, so they show where its bound is wide and where it is tight.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ KINDS = {"attn1": "self-attention", "attn2": "cross-attention"}
 
 
 def column_norms(name_or_path: str | None) -> pd.DataFrame:
-    """A row for each projection of the UNet, in its order: place, part, kind, projection, mean_norm, in, out.
+    """A row per projection of the UNet, in the order of the forward: place, part, kind, projection, mean_norm, in, out.
 
     Raises:
         InputError: the model cannot be loaded.
@@ -30,9 +30,11 @@ def column_norms(name_or_path: str | None) -> pd.DataFrame:
         unet: Any = UNet2DConditionModel.from_pretrained(name_or_path or MINI_SD, subfolder="unet")
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"the UNet of {name_or_path} could not be loaded ({reason}); give a pipeline.") from error
+        raise InputError(
+            f"the UNet of {name_or_path} could not be loaded ({reason}); give a pipeline folder or a hub id."
+        ) from error
     names = [name for name, _ in unet.named_modules()]
-    # In the order of the forward: the middle block lies between down and up, but is registered last.
+    # The middle block runs between down and up, but is registered last.
     names.sort(key=lambda name: PARTS.index(part) if (part := name.split("_")[0]) in PARTS else -1)
     rows: list[dict[str, Any]] = []
     positions: dict[str, int] = {}

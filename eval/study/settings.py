@@ -20,7 +20,7 @@ class Setting:
     """One point of a study, trained on every subject and seed.
 
     Attributes:
-        label: of the curve, or of the row. x: where on the curve; None in a table.
+        label: of the curve, or of the row. x: position on the axis; None in a table.
         train: flags of the training script; ``steps`` is a multiple of the default number of steps.
     """
 
@@ -31,13 +31,13 @@ class Setting:
 
     @property
     def slug(self) -> str:
-        """The name of its run, which depends only on what is trained, so that studies share runs."""
+        """The folder name of its run. It depends only on what is trained, so that studies can share runs."""
         values = {name: f"{value:.10g}" if isinstance(value, float) else value for name, value in self.train.items()}
         return "-".join([self.method, *(f"{name}-{value}" for name, value in values.items())])
 
 
 MakeSettings = Callable[[Sequence[str] | None, Sequence[float]], list[Setting]]
-"""Settings from the methods asked for (None for the study's own) and the multipliers on the axis."""
+"""Settings from the chosen methods (None for the study's defaults) and the multipliers on the axis."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Study:
     """A figure or a table.
 
     Attributes:
-        shows: for its caption. axis: what x is; None for a table.
-        multipliers: on the axis, unless others are asked for.
-        compared: those whose differences from the default the caption reports.
+        shows: the first line of its caption. axis: what x is; None for a table.
+        multipliers: default positions on the axis.
+        compared: positions whose differences from the default the caption reports.
     """
 
     shows: str
@@ -64,7 +64,7 @@ def at_rate(method: str, multiplier: float, label: str | None = None, **train: A
 
 
 def rates(*defaults: str) -> MakeSettings:
-    """Methods at every multiple of their default rate."""
+    """The given methods, by default these, at every multiple of their default rate."""
 
     def settings(methods: Sequence[str] | None, multipliers: Sequence[float]) -> list[Setting]:
         return [at_rate(method, multiplier) for method in methods or defaults for multiplier in multipliers]
@@ -73,7 +73,7 @@ def rates(*defaults: str) -> MakeSettings:
 
 
 def delora_rates(methods: Sequence[str] | None, multipliers: Sequence[float]) -> list[Setting]:
-    """DeLoRA's two rates, separately and together."""
+    """DeLoRA's two learning rates, varied separately and together."""
     settings = []
     for label, vary_factors, vary_lambda in (("A and B", 1, 0), ("lambda", 0, 1), ("both", 1, 1)):
         for multiplier in multipliers:
@@ -95,7 +95,7 @@ def starts(methods: Sequence[str] | None, multipliers: Sequence[float]) -> list[
 
 
 def prolonged(methods: Sequence[str] | None, multipliers: Sequence[float]) -> list[Setting]:
-    """Methods at their default rate, trained up to ten times as long."""
+    """Methods at their default rate, trained for up to ten times as many steps."""
     return [
         Setting(METHODS[m].title, multiplier, m, {"learning_rate": METHODS[m].learning_rate, "steps": multiplier})
         for m in methods or ("delora", "lora", "dora", "etherplus")

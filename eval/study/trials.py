@@ -1,6 +1,6 @@
-"""Run the settings of a study: each is a benchmark run in a folder of its own, which studies share.
+"""Run the settings of a study. Each is a benchmark run in its own folder, which studies share.
 
-Whatever is already complete is kept, so the same command continues a study that was stopped. Under ``accelerate
+Results that are already complete are kept, so the same command continues a study that was stopped. Under ``accelerate
 launch`` the trainings are spread over the processes.
 """
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 DEFAULT_STEPS = {"miniature": 300, "other": 1200}
-"""What the training script does unless ``--train`` gives max_train_steps."""
+"""Of the training script, unless ``--train`` sets max_train_steps."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,17 +52,17 @@ class Trial:
 
 
 def plan_trials(options: argparse.Namespace, settings: Sequence[Setting]) -> list[Trial]:
-    """The benchmark run of each setting, checked; photos of toys are rendered. A run that only trains longer than the
-    one before continues it.
+    """Check the benchmark run of each setting, and render the photos of toys. A run that differs from the previous one
+    only in its number of steps continues it.
 
     Raises:
-        InputError
+        InputError: a flag is wrong, or photos are missing.
     """
-    typed = check_not_varied(options, settings)
+    train_flags = check_not_varied(options, settings)
     default = DEFAULT_STEPS["miniature" if options.pretrained_model_name_or_path is None else "other"]
-    steps = str(typed.get("max_train_steps", default))
+    steps = str(train_flags.get("max_train_steps", default))
     if not steps.isdecimal() or int(steps) == 0:
-        raise InputError(f"--train max_train_steps={steps} is not a number of steps; give a whole number above 0.")
+        raise InputError(f"--train max_train_steps={steps} is not a number of steps; give a positive integer.")
     check_base_model(options.pretrained_model_name_or_path)
     options = argparse.Namespace(**vars(options) | {"generated_dir": None, "method": "none"})
     check(options)
@@ -72,40 +72,40 @@ def plan_trials(options: argparse.Namespace, settings: Sequence[Setting]) -> lis
         render_subjects(benchmark, options.photographs)
     trials: list[Trial] = []
     for setting in settings:
-        own = copy.copy(options)
+        trial_options = copy.copy(options)
         train = dict(setting.train)
         multiple = train.pop("steps", None)
         words = [word for word in options.train if multiple is None or "max_train_steps" not in word]
         if multiple is not None:
             train["max_train_steps"] = max(1, round(int(steps) * multiple))
-        own.train = [*words, *(f"{name}={value}" for name, value in train.items())]
-        own.method = setting.method
-        own.output_dir = options.output_dir / "runs" / dataclasses.replace(setting, train=train).slug
-        own = with_defaults(own)
-        plan = make_plan(own)
+        trial_options.train = [*words, *(f"{name}={value}" for name, value in train.items())]
+        trial_options.method = setting.method
+        trial_options.output_dir = options.output_dir / "runs" / dataclasses.replace(setting, train=train).slug
+        trial_options = with_defaults(trial_options)
+        plan = make_plan(trial_options)
         benchmark = dataclasses.replace(plan.benchmark, drift_prompts=())
         previous = trials[-1] if trials and multiple is not None else None
         shorter = previous.plan if previous and continues(previous.setting, setting, options) else None
-        trials.append(Trial(setting, dataclasses.replace(plan, benchmark=benchmark, continues=shorter), own))
+        trials.append(Trial(setting, dataclasses.replace(plan, benchmark=benchmark, continues=shorter), trial_options))
     return trials
 
 
 def check_not_varied(options: argparse.Namespace, settings: Sequence[Setting]) -> dict[str, object]:
-    """The flags of ``--train``.
+    """The flags in ``--train``.
 
     Raises:
-        InputError: the study itself varies one of them.
+        InputError: the study itself varies one of the flags.
     """
-    typed = flag_values(options.train, "--train")
+    train_flags = flag_values(options.train, "--train")
     for setting in settings:
-        clash = sorted(typed.keys() & {*setting.train, "method"})
+        clash = sorted(train_flags.keys() & {*setting.train, "method"})
         if clash:
             raise InputError(f"--train {clash[0]} is what {options.name} varies; leave it out.")
-    return typed
+    return train_flags
 
 
 def continues(shorter: Setting, setting: Setting, options: argparse.Namespace) -> bool:
-    """Whether a training is another one continued: its rate must not depend on the number of steps to come."""
+    """Whether a training can continue a shorter one: the rate must not depend on the total number of steps."""
     without_steps = [dataclasses.replace(s, x=None, train=s.train | {"steps": 0}) for s in (shorter, setting)]
     schedule = flag_values(options.train, "--train").get("lr_scheduler", "constant")
     return without_steps[0] == without_steps[1] and schedule in ("constant", "constant_with_warmup")
@@ -123,7 +123,7 @@ def exclusive(accelerator: "Accelerator", output_dir: Path) -> Iterator[None]:
 
 
 def run_trials(accelerator: "Accelerator", options: argparse.Namespace, trials: Sequence[Trial]) -> dict[str, str]:
-    """Train, generate and score what is missing; what failed, by folder."""
+    """Train, generate and score what is missing; returns the errors by folder."""
     scoring = trials[0].options
     by_folder = {trial.plan.folder: trial for trial in trials}.values()
     if accelerator.is_main_process:
@@ -146,7 +146,7 @@ def run_trials(accelerator: "Accelerator", options: argparse.Namespace, trials: 
 
 
 def gather(trials: Sequence[Trial], failed: dict[str, str]) -> pd.DataFrame:
-    """A row for each setting, subject, seed and protocol: scores, and the distance at the end of the training.
+    """A row per setting, subject, seed and protocol: scores, and the distance at the end of training.
 
     Raises:
         InputError: nothing was scored; gives the first problem of ``failed``.
@@ -172,7 +172,7 @@ def gather(trials: Sequence[Trial], failed: dict[str, str]) -> pd.DataFrame:
 
 
 def last_distance(adapter: Path) -> float | None:
-    """The mean distance ``|W' - W|_F`` at the end of a training; None without its record."""
+    """The mean distance ``|W' - W|_F`` at the end of training; None if it was not recorded."""
     file = adapter / CONFIG_NAME
     return json.loads(file.read_text()).get("reached", {}).get("distance") if file.is_file() else None
 
@@ -184,6 +184,6 @@ def write_rows(file: Path, rows: pd.DataFrame) -> None:
 
 
 def finish(caption: Path, failed: dict[str, str]) -> None:
-    """Print the caption, and end with an error if something failed."""
+    """Print the caption, and exit with an error if something failed."""
     print(f"{caption.read_text()}wrote {caption} and the files of the same name beside it")
     exit_with_failures(failed)
