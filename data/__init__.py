@@ -1,1 +1,1 @@
-"""Datasets, prompt lists and small models to run on. Of the library it imports the leaves only."""
+"""Datasets, prompt lists and small models. Imports only the library's leaf modules."""

@@ -1,7 +1,8 @@
-"""Benchmarks of subject-driven generation: which subjects, which prompts, and whether their photographs are at hand.
+"""Benchmarks for subject-driven generation: their subjects, their prompts, and which photos are available.
 
-``python -m data.benchmark dreambooth`` shows one; ``--photographs FOLDER`` says what of it a downloaded folder holds.
-A benchmark is a YAML file: those in ``data/benchmarks`` go by their name, any other by its path.
+``python -m data.benchmark dreambooth`` describes a benchmark; ``--photographs FOLDER`` lists which of its subjects a
+downloaded folder contains. A benchmark is a YAML file: give the name of a file in ``data/benchmarks``, or the path of
+any other.
 """
 
 import argparse
@@ -18,14 +19,18 @@ from delora_diffusers.image_files import list_images
 
 SHIPPED = Path(__file__).parent / "benchmarks"
 FIELDS = {"identifier", "class"}
+"""Placeholders that every prompt contains."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """One subject: its name, which is its folder's, its class in words and the kind that says which prompts it gets.
+    """One subject of a benchmark.
 
     Attributes:
-        toybox: number of the unseen toy that it is, where its photographs are rendered.
+        name: also the name of its folder of photos.
+        class_name: its class as it appears in prompts.
+        kind: selects its list of prompts.
+        toybox: number of the unseen toy, for subjects whose photos are rendered.
     """
 
     name: str
@@ -36,11 +41,12 @@ class Subject:
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """Subjects, and for each kind of subject its prompts with ``{identifier}`` and ``{class}`` in them.
+    """Subjects and prompts.
 
     Attributes:
-        drift_prompts: prompts without the subject, with ``{class}`` or without; their pictures, compared to the base
-            model's, say how much else a training has moved.
+        prompts: for each kind of subject, its prompts with ``{identifier}`` and ``{class}``.
+        drift_prompts: prompts without the subject, with or without ``{class}``. Comparing their images to the base
+            model's measures how far training drifts on everything else.
     """
 
     name: str
@@ -51,96 +57,112 @@ class Benchmark:
     drift_prompts: tuple[str, ...] = ()
 
     def prompts_of(self, subject: Subject) -> list[str]:
-        """The subject's prompts as a model reads them."""
+        """The subject's prompts with identifier and class filled in."""
         words = {"identifier": self.identifier, "class": subject.class_name}
         return [template.format_map(words) for template in self.prompts[subject.kind]]
 
     def drift_prompts_of(self, subject: Subject) -> list[str]:
-        """The prompts without the subject."""
+        """The distinct drift prompts, with the subject's class filled in."""
         return list(dict.fromkeys(p.format_map({"class": subject.class_name}) for p in self.drift_prompts))
 
     def instance_prompt(self, subject: Subject) -> str:
-        """What every photograph of the subject is called while training."""
+        """The prompt for every photo of the subject during training."""
         return f"a photo of {self.identifier} {subject.class_name}"
 
 
 def load_benchmark(name_or_file: str | Path) -> Benchmark:
-    """A shipped benchmark by its name, or any other from its YAML file.
+    """Load a shipped benchmark by name, or any other from a YAML file.
 
     Raises:
-        InputError: there is none, or the file does not describe one; the message says where.
+        InputError: there is no such benchmark, or the file is not a valid one; the message names the entry.
     """
     file = SHIPPED / f"{name_or_file}.yaml"
     if not file.is_file():
         file = Path(name_or_file)
     if not file.is_file():
         shipped = ", ".join(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
-        raise InputError(f"there is no benchmark {name_or_file}; name one of {shipped}, or a YAML file.")
+        raise InputError(f"there is no benchmark {name_or_file}; choose one of {shipped}, or give a YAML file.")
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} is not YAML ({' '.join(str(error).split())}); mend it.") from error
+        raise InputError(f"{file} is not YAML ({' '.join(str(error).split())}); fix it.") from error
 
-    def require(right: bool, what: str) -> None:
-        if not right:
-            raise InputError(f"{file}: {what}; data/benchmarks/dreambooth.yaml is an example.")
+    def require(condition: bool, problem: str) -> None:
+        if not condition:
+            raise InputError(f"{file}: {problem}; see data/benchmarks/dreambooth.yaml for an example.")
 
-    require(isinstance(content, dict), "this is no mapping")
+    require(isinstance(content, dict), "the file is not a mapping")
     unknown = sorted(set(content) - {field.name for field in dataclasses.fields(Benchmark)})
-    require(not unknown, f"{', '.join(map(str, unknown))} means nothing here")
-    prompts, listed = content.get("prompts"), content.get("subjects")
-    require(isinstance(prompts, dict) and bool(prompts), "prompts are to be lists by kind of subject")
+    require(not unknown, f"unknown key {', '.join(map(str, unknown))}")
+    prompts, entries = content.get("prompts"), content.get("subjects")
+    require(isinstance(prompts, dict) and bool(prompts), "prompts must map each kind of subject to a list of prompts")
     for kind, templates in prompts.items():
-        require(isinstance(templates, list) and bool(templates), f"the prompts of {kind!r} are no list")
+        require(isinstance(templates, list) and bool(templates), f"the prompts of {kind!r} are not a list")
         for template in templates:
             require(
-                _fields(template) == FIELDS, f"the prompt {template!r} needs {{identifier}} and {{class}}, once each"
+                _fields(template) == FIELDS,
+                f"the prompt {template!r} must contain {{identifier}} and {{class}}, once each",
             )
-    require(isinstance(listed, dict) and bool(listed), "subjects are to be a mapping from name to class and kind")
+    require(isinstance(entries, dict) and bool(entries), "subjects must map each name to its class and kind")
     subjects = []
-    for name, entry in listed.items():
+    for name, entry in entries.items():
         entry = entry if isinstance(entry, dict) else {}
         require(
             isinstance(entry.get("class"), str) and not set(entry) - {"class", "kind", "toybox"},
-            f"the subject {name!r} needs a class and a kind, and takes nothing else but toybox",
+            f"the subject {name!r} needs a class and a kind, and may have only toybox besides",
         )
-        require(entry.get("kind") in prompts, f"the subject {name!r} is of kind {entry.get('kind')!r}, without prompts")
+        require(
+            entry.get("kind") in prompts,
+            f"the subject {name!r} is of kind {entry.get('kind')!r}, which has no prompts",
+        )
         number = entry.get("toybox")
         require(
             number is None or (isinstance(number, int) and number >= 0),
-            f"the toybox number of {name!r} is {number!r}, not a number from 0",
+            f"the toybox number of {name!r} is {number!r}, not a whole number of at least 0",
         )
         subjects.append(Subject(str(name), entry["class"], entry["kind"], number))
     images: Any = content.get("images_per_prompt", 4)
-    require(isinstance(images, int) and images > 0, f"images_per_prompt is {images!r}, not a number from 1")
+    require(
+        isinstance(images, int) and images > 0, f"images_per_prompt is {images!r}, not a whole number of at least 1"
+    )
     identifier: Any = content.get("identifier", "sks")
     require(isinstance(identifier, str) and bool(identifier), f"the identifier is {identifier!r}, not a word")
-    drift: Any = content.get("drift_prompts", [])
-    require(isinstance(drift, list), "drift_prompts is no list")
-    for template in drift:
-        require(_fields(template) in (set(), {"class"}), f"the drift prompt {template!r} takes {{class}} or nothing")
-    by_kind = {kind: tuple(templates) for kind, templates in prompts.items()}
-    return Benchmark(str(content.get("name", file.stem)), identifier, images, by_kind, tuple(subjects), tuple(drift))
+    drift_prompts: Any = content.get("drift_prompts", [])
+    require(isinstance(drift_prompts, list), "drift_prompts is not a list")
+    for template in drift_prompts:
+        require(
+            _fields(template) in (set(), {"class"}),
+            f"the drift prompt {template!r} may contain {{class}} once, and no other field",
+        )
+    return Benchmark(
+        name=str(content.get("name", file.stem)),
+        identifier=identifier,
+        images_per_prompt=images,
+        prompts={kind: tuple(templates) for kind, templates in prompts.items()},
+        subjects=tuple(subjects),
+        drift_prompts=tuple(drift_prompts),
+    )
 
 
 def _fields(template: Any) -> set[str] | None:
-    """The fields of a prompt, each of them once; None where it is not such a prompt."""
+    """The fields of a prompt; None if it is not a valid template or repeats a field."""
     if not isinstance(template, str):
         return None
     try:
-        found = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+        fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
     except ValueError:
         return None
-    return set(found) if len(found) == len(set(found)) else None
+    return set(fields) if len(fields) == len(set(fields)) else None
 
 
 @dataclasses.dataclass(frozen=True)
-class Photographs:
-    """What a folder holds of a benchmark.
+class FolderContents:
+    """Which subjects of a benchmark a folder contains.
 
     Attributes:
-        counts: pictures of each subject whose folder is there.
-        missing: subjects without a folder or without a picture. extra: folders that are no subject's.
+        counts: number of photos of each subject that has any.
+        missing: subjects without a folder, or with an empty one.
+        extra: folders that belong to no subject.
     """
 
     counts: dict[str, int]
@@ -148,29 +170,33 @@ class Photographs:
     extra: list[str]
 
 
-def find_subjects(benchmark: Benchmark, folder: str | Path) -> Photographs:
-    """Look for a folder of photographs for each subject.
+def find_subjects(benchmark: Benchmark, folder: str | Path) -> FolderContents:
+    """Look for each subject's folder of photos.
 
     Raises:
-        InputError: no such folder.
+        InputError: ``folder`` is not a folder.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; name the one that holds a folder for each subject.")
+        raise InputError(f"{folder} is not a folder; give the folder that contains one folder per subject.")
     counts = {}
     for subject in benchmark.subjects:
-        place = folder / subject.name
-        pictures = list_images(place) if place.is_dir() else []
-        if pictures:
-            counts[subject.name] = len(pictures)
+        subject_folder = folder / subject.name
+        photos = list_images(subject_folder) if subject_folder.is_dir() else []
+        if photos:
+            counts[subject.name] = len(photos)
     names = [subject.name for subject in benchmark.subjects]
     missing = [name for name in names if name not in counts]
     extra = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name not in names and p.name[0] != ".")
-    return Photographs(counts, missing, extra)
+    return FolderContents(counts, missing, extra)
 
 
 def render_subjects(benchmark: Benchmark, folder: str | Path) -> None:
-    """Render the photographs of subjects that are toys into ``folder/NAME``, unless they are there."""
+    """Render the photos of all toybox subjects to ``folder/NAME``, unless that exists.
+
+    Raises:
+        InputError: a subject's class is not that of its toy.
+    """
     from data.toybox.write import write_unseen_subject
 
     for subject in benchmark.subjects:
@@ -178,38 +204,41 @@ def render_subjects(benchmark: Benchmark, folder: str | Path) -> None:
             Path(folder).mkdir(parents=True, exist_ok=True)
             kind = write_unseen_subject(Path(folder) / subject.name, subject.toybox)
             if kind != subject.class_name:
-                raise InputError(f"toy {subject.toybox} is a {kind}, not a {subject.class_name}; mend the benchmark.")
+                raise InputError(f"toy {subject.toybox} is a {kind}, not a {subject.class_name}; fix the benchmark.")
 
 
 def describe(benchmark: Benchmark) -> str:
+    """The benchmark's size, then one line per subject."""
     kinds = [
         f"{sum(s.kind == kind for s in benchmark.subjects)} {kind} with {len(templates)} prompts"
         for kind, templates in benchmark.prompts.items()
     ]
     total = sum(len(benchmark.prompts[s.kind]) for s in benchmark.subjects) * benchmark.images_per_prompt
-    lines = [f"{benchmark.name}: {len(benchmark.subjects)} subjects ({', '.join(kinds)}), {total} images a seed"]
+    lines = [f"{benchmark.name}: {len(benchmark.subjects)} subjects ({', '.join(kinds)}), {total} images per seed"]
     return "\n".join(lines + [f"  {s.name:20} {s.class_name:16} {s.kind}" for s in benchmark.subjects])
 
 
-def main(typed: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m data.benchmark", description=__doc__)
     parser.add_argument("benchmark", help="dreambooth, toybox or a YAML file")
-    parser.add_argument("--photographs", type=Path, help="say what of it this folder holds; exit 1 unless all")
-    options = parser.parse_args(typed)
+    parser.add_argument(
+        "--photographs", type=Path, help="list which subjects this folder contains; exit with 1 if any is missing"
+    )
+    options = parser.parse_args(arguments)
     try:
         benchmark = load_benchmark(options.benchmark)
         if options.photographs is None:
             print(describe(benchmark))
             return
-        found = find_subjects(benchmark, options.photographs)
+        contents = find_subjects(benchmark, options.photographs)
     except InputError as error:
         sys.exit(f"error: {error}")
-    pictures = sum(found.counts.values())
-    print(f"{len(found.counts)} of {len(benchmark.subjects)} subjects, {pictures} photographs in {options.photographs}")
-    for what, names in (("missing", found.missing), ("extra", found.extra)):
+    photos = sum(contents.counts.values())
+    print(f"{len(contents.counts)} of {len(benchmark.subjects)} subjects, {photos} photos in {options.photographs}")
+    for label, names in (("missing", contents.missing), ("extra", contents.extra)):
         if names:
-            print(f"{what}: {', '.join(names)}")
-    sys.exit(1 if found.missing else 0)
+            print(f"{label}: {', '.join(names)}")
+    sys.exit(1 if contents.missing else 0)
 
 
 if __name__ == "__main__":

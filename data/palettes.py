@@ -1,4 +1,4 @@
-"""Colours for the classes of semantic maps."""
+"""Colour palettes for the classes of semantic maps."""
 
 import functools
 import json
@@ -24,7 +24,7 @@ eb0cff a09614 00a3ff 8c8c8c fa0a0f 14ff00 1fff00 ff1f00 ffe000 99ff00 0000ff ff4
 ffcc00 ff008f 00ffeb 85ff00 ff00eb f500ff ff007a fff500 0abed4 d6ff00 00ccff 1400ff ffff00 0099ff 0029ff
 00ffcc 2900ff 29ff00 ad00ff 00f5ff 4700ff 7a00ff 00ffb8 005cff b8ff00 0085ff ffd600 19c2c2 66ff00 5c00ff
 """
-"""The colours in which ADE20K's 150 scene-parsing classes are usually painted; classes 6 and 48 share one."""
+"""The common colours of ADE20K's 150 scene-parsing classes; classes 6 and 48 share a colour."""
 
 
 def from_hex(words: str) -> np.ndarray:
@@ -32,13 +32,13 @@ def from_hex(words: str) -> np.ndarray:
 
 
 def generated_palette(classes: int) -> np.ndarray:
-    """(classes, 3) uint8: each colour as far as can be from those before it and from black, the colour of no class.
+    """(classes, 3) uint8: each colour is as far as possible from those before it and from black ("no class").
 
-    A longer palette begins with a shorter one.
+    A longer palette starts with the colours of a shorter one.
     """
     levels = np.linspace(0, 255, 9)
     candidates = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
-    weight = np.sqrt([2.0, 4.0, 3.0])  # the eye tells greens apart best
+    weight = np.sqrt([2.0, 4.0, 3.0])  # the eye distinguishes greens best
     chosen: list[np.ndarray] = []
     nearest = np.linalg.norm(candidates * weight, axis=1)
     for _ in range(classes):
@@ -48,14 +48,14 @@ def generated_palette(classes: int) -> np.ndarray:
 
 
 def read_palette(text: str) -> np.ndarray:
-    """The palette (classes, 3), uint8, that ``--palette`` means.
+    """The palette (classes, 3), uint8, for a value of ``--palette``.
 
     Args:
-        text: ``ade20k``, ``generated`` (255 colours) or a file with a colour for each class: a JSON list of
-            ``[r, g, b]``, or lines that begin with ``r g b`` or ``#rrggbb``.
+        text: ``ade20k``, ``generated`` (255 colours) or a file with one colour per class: a JSON list of
+            ``[r, g, b]``, or lines that start with ``r g b`` or ``#rrggbb``.
 
     Raises:
-        InputError: no such file, or not a palette.
+        InputError: the file does not exist, or is not a palette.
     """
     if text == "ade20k":
         return from_hex(_ADE20K)
@@ -63,7 +63,7 @@ def read_palette(text: str) -> np.ndarray:
         return generated_palette(IGNORED)
     file = Path(text)
     if not file.is_file():
-        raise InputError(f"--palette {text} is not a file; give one, or ade20k, or generated.")
+        raise InputError(f"--palette {text} is not a file; give a palette file, ade20k or generated.")
     content = file.read_text(encoding="utf-8")
     try:
         rows = json.loads(content) if content.lstrip().startswith("[") else _rows(content)
@@ -73,19 +73,17 @@ def read_palette(text: str) -> np.ndarray:
         if colours.min() < 0 or colours.max() > 255:
             raise ValueError(f"a channel of {colours.min() if colours.min() < 0 else colours.max()}")
     except (ValueError, TypeError) as error:
-        raise InputError(
-            f"--palette {file} is not a palette ({error}); write a colour for each class, `r g b` on each line."
-        ) from error
+        raise InputError(f"--palette {file} is not a palette ({error}); write one `r g b` line per class.") from error
     return colours.astype(np.uint8)
 
 
 def _rows(content: str) -> list[list[int]]:
     rows = []
     for line in filter(None, (line.strip() for line in content.splitlines())):
-        if found := re.match(r"#?([0-9a-fA-F]{6})\b", line):
-            rows.append(from_hex(found[1])[0].tolist())
-        elif found := re.match(r"(\d+)[\s,;]+(\d+)[\s,;]+(\d+)", line):
-            rows.append([int(number) for number in found.groups()])
+        if match := re.match(r"#?([0-9a-fA-F]{6})\b", line):
+            rows.append(from_hex(match[1])[0].tolist())
+        elif match := re.match(r"(\d+)[\s,;]+(\d+)[\s,;]+(\d+)", line):
+            rows.append([int(number) for number in match.groups()])
         else:
             raise ValueError(f"the line {line[:40]!r}")
     return rows
@@ -93,29 +91,31 @@ def _rows(content: str) -> list[list[int]]:
 
 @functools.lru_cache(maxsize=2)
 def _classes_by_colour(palette: bytes) -> np.ndarray:
-    """The class of each of the 2^24 colours, -1 where there is none."""
+    """The class of each of the 2^24 colours; -1 for colours that are not in the palette."""
     lookup = np.full(1 << 24, -1, np.int16)
     lookup[0] = IGNORED
     keys = np.frombuffer(palette, np.uint8).reshape(-1, 3).astype(np.int64) @ CHANNELS
-    lookup[keys[::-1]] = np.arange(len(keys))[::-1]  # of two classes with one colour the first
+    lookup[keys[::-1]] = np.arange(len(keys))[::-1]  # if two classes share a colour, the first wins
     return lookup
 
 
 def indices_of(colours: np.ndarray, palette: np.ndarray, what: str) -> np.ndarray:
-    """Class indices (height, width), uint8, of a map in colour (height, width, 3); black that is no class is 255.
+    """Class indices (height, width), uint8, of a colour map (height, width, 3).
+
+    Black becomes 255 ("no class") unless the palette contains it.
 
     Args:
         what: the map's name, for the message.
 
     Raises:
-        InputError: a colour that is not in the palette.
+        InputError: a colour is not in the palette.
     """
-    found = _classes_by_colour(palette.tobytes())[colours.astype(np.int64) @ CHANNELS]
-    if (found < 0).any():
-        colour = colours[found < 0][0].tolist()
-        share = float((found < 0).mean())
+    indices = _classes_by_colour(palette.tobytes())[colours.astype(np.int64) @ CHANNELS]
+    if (indices < 0).any():
+        colour = colours[indices < 0][0].tolist()
+        share = float((indices < 0).mean())
         raise InputError(
             f"{what} has the colour {tuple(colour)}, which is not in the palette ({share:.1%} of its pixels are not); "
-            "give the palette it was painted with, and maps saved without compression losses."
+            "give the palette the map was made with, and save maps without lossy compression."
         )
-    return found.astype(np.uint8)
+    return indices.astype(np.uint8)

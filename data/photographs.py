@@ -29,13 +29,14 @@ class Photo:
 
 
 def find_photographs(folder: str | Path) -> list[Photo]:
-    """The images of a folder in order of name, each decoded once to be sure that it can be read.
+    """The images of a folder, sorted by name. Each is decoded once to check that it is readable.
 
     Captions come from ``metadata.jsonl`` (``file_name`` and ``text``, the imagefolder convention) or from a ``.txt``
     file of the same name beside the image.
 
     Raises:
-        InputError: no such folder, no image in it, an image that cannot be read, an invalid ``metadata.jsonl``.
+        InputError: the folder does not exist or has no images, an image cannot be read, or ``metadata.jsonl`` is
+            invalid.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -64,15 +65,15 @@ def _read_metadata(file: Path) -> dict[str, str | None]:
 def crop_boxes(
     size: tuple[int, int], resolution: int, random_offsets: list[float] | None
 ) -> list[tuple[int, int, int, int]]:
-    """Square crops of a picture whose short side was scaled to ``resolution``.
+    """Square crops of an image whose short side was scaled to ``resolution``.
 
     Args:
-        size: (width, height) of the picture before scaling.
-        resolution: side of the crops, pixels.
-        random_offsets: where along the long side each crop lies, 0 to 1; None for the centre.
+        size: (width, height) of the image before scaling.
+        resolution: side length of the crops in pixels.
+        random_offsets: position of each crop along the long side, 0 to 1; None for one centre crop.
 
     Returns:
-        Distinct boxes (left, top, right, bottom) in the scaled picture.
+        Distinct boxes (left, top, right, bottom) in the scaled image.
     """
     width, height = scaled_size(size, resolution)
     boxes = []
@@ -89,13 +90,13 @@ def scaled_size(size: tuple[int, int], resolution: int) -> tuple[int, int]:
 
 
 def variants(image: Image.Image, resolution: int, random_offsets: list[float] | None, flip: bool) -> list[np.ndarray]:
-    """The views of a photograph to train on, each (resolution, resolution, 3) uint8: its crops and their mirror images.
+    """The views of a photo to train on, each (resolution, resolution, 3) uint8: its crops and their mirror images.
 
     Args:
-        image: upright RGB picture of any size.
-        resolution: side of the views, pixels.
+        image: upright RGB image of any size.
+        resolution: side length of the views in pixels.
         random_offsets: see ``crop_boxes``.
-        flip: whether mirror images are wanted too.
+        flip: also return the mirror image of every view.
     """
     scaled = image.resize(scaled_size(image.size, resolution), Image.Resampling.LANCZOS)
     views = [np.asarray(scaled.crop(box)) for box in crop_boxes(image.size, resolution, random_offsets)]
@@ -105,13 +106,14 @@ def variants(image: Image.Image, resolution: int, random_offsets: list[float] | 
 def view_sizes(
     size: tuple[int, int], resolution: int, random_offsets: list[float] | None, flip: bool
 ) -> list[tuple[int, int, int, int, int, int]]:
-    """What Stable Diffusion XL is told of each of the ``variants``.
-
-    Height and width of the picture, top and left of the crop in the scaled one (mirrored like it), height and width of
-    the view.
+    """Stable Diffusion XL's size conditions for each of the ``variants``.
 
     Args:
-        size: (width, height) of the upright picture. The others are those of ``variants``.
+        size: (width, height) of the upright image. The other arguments are those of ``variants``.
+
+    Returns:
+        For each view: height and width of the image, top and left of the crop in the scaled image (mirrored if the view
+        is), height and width of the view.
     """
     width = scaled_size(size, resolution)[0]
     boxes = crop_boxes(size, resolution, random_offsets)

@@ -1,4 +1,4 @@
-"""The subjects of one training: one from flags, or several, trained at once, from a file with a line for each."""
+"""The subjects of a training run: one, given by flags, or several trained at once, from a file with a line each."""
 
 import dataclasses
 from pathlib import Path
@@ -11,12 +11,14 @@ from delora_diffusers.json_lines import SUBJECTS, read_json_lines
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """What is one subject's own.
+    """The settings that differ between subjects trained at once.
 
     Attributes:
-        photographs: at least one. instance_prompt: of those without a caption.
-        class_prompt: for prior preservation. seed: of its start and of all its draws.
-        output_dir: where its adapter goes.
+        photographs: at least one photo.
+        instance_prompt: for photos without a caption.
+        output_dir: where its adapter is written.
+        seed: of its initialization and of all its random numbers.
+        class_prompt: for prior preservation.
     """
 
     photographs: list[Photo]
@@ -28,26 +30,29 @@ class Subject:
 
     @property
     def prompts(self) -> list[str]:
-        """The prompt of each photograph."""
-        return [photograph.caption or self.instance_prompt for photograph in self.photographs]
+        """The prompt for each photo."""
+        return [photo.caption or self.instance_prompt for photo in self.photographs]
 
-    def own_flags(self) -> dict[str, Any]:
-        """The flags of a training of this subject alone that differ from those of all."""
+    def flag_overrides(self) -> dict[str, Any]:
+        """The flags to change in order to train this subject alone."""
         return {name: getattr(self, name) for name in SUBJECTS.keys} | {"subjects_file": None}
 
 
 def read_subjects(file: Path, seed: int, class_prompt: str | None) -> list[Subject]:
-    """Subjects from lines like ``{"instance_data_dir": "dog", "instance_prompt": "a sks dog", "output_dir": "out"}``.
+    """Read subjects from a file with one JSON object per line.
+
+    A line is like ``{"instance_data_dir": "dog", "instance_prompt": "a sks dog", "output_dir": "out"}``.
 
     Args:
-        file: relative folders in it are relative to the working directory. A line may also have seed and class_prompt.
-        seed, class_prompt: of lines without one.
+        file: its folders are relative to the working directory. A line may also contain seed and class_prompt.
+        seed: for lines without a seed.
+        class_prompt: for lines without a class_prompt.
 
     Raises:
-        InputError: no such file, a line that is no such record, two subjects with one output folder.
+        InputError: the file does not exist, a line is not such a record, or two subjects share an output folder.
     """
     if not file.is_file():
-        raise InputError(f"--subjects_file {file} is not a file; write one line for each subject.")
+        raise InputError(f"--subjects_file {file} is not a file; write one line per subject.")
     subjects: list[Subject] = []
     for number, record in read_json_lines(file, SUBJECTS):
         record = {"seed": seed, "class_prompt": class_prompt} | record
@@ -65,9 +70,9 @@ def read_subjects(file: Path, seed: int, class_prompt: str | None) -> list[Subje
             )
         )
     if not subjects:
-        raise InputError(f"--subjects_file {file} is empty; write one line for each subject.")
+        raise InputError(f"--subjects_file {file} is empty; write one line per subject.")
     folders = [subject.output_dir.resolve() for subject in subjects]
     repeated = next((s.output_dir for s, folder in zip(subjects, folders) if folders.count(folder) > 1), None)
     if repeated is not None:
-        raise InputError(f"{file} gives the output_dir {repeated} to two subjects; give each its own.")
+        raise InputError(f"{file} gives two subjects the output_dir {repeated}; give each a different one.")
     return subjects

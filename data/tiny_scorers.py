@@ -1,7 +1,7 @@
-"""A tiny, randomly initialised DINO and CLIP in timm's and open_clip's own folder layouts.
+"""A tiny, randomly initialised DINO and CLIP in the folder layouts of timm and open_clip.
 
-``python -m data.tiny_scorers OUT_DIR`` writes ``OUT_DIR/dino`` and ``OUT_DIR/clip``. They load through the very same
-code as the pretrained ones (``local-dir:`` or ``hf-hub:``), and know nothing: their scores only show that scoring runs.
+``python -m data.tiny_scorers OUT_DIR`` writes ``OUT_DIR/dino`` and ``OUT_DIR/clip``. They load through the same code as
+the pretrained models (``local-dir:`` or ``hf-hub:``). They are untrained: their scores only show that scoring runs.
 """
 
 import argparse
@@ -20,7 +20,7 @@ CLIP_CONFIG: dict[str, Any] = {
 
 
 def write(out_dir: Path, seed: int = 0) -> Path:
-    """Write both models into a new folder."""
+    """Write both models to a new folder."""
     import timm
     from open_clip import CLIP
     from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("out_dir", type=Path)
     options = parser.parse_args(arguments)
     if options.out_dir.exists():
-        sys.exit(f"error: {options.out_dir} exists already; remove it or name another folder.")
+        sys.exit(f"error: {options.out_dir} already exists; remove it or choose another folder.")
     write(options.out_dir)
     print(f"wrote {options.out_dir}")
 

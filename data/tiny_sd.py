@@ -1,11 +1,11 @@
-"""A tiny, randomly initialised Stable Diffusion pipeline in diffusers' own folder layout.
+"""A tiny, randomly initialised Stable Diffusion pipeline in diffusers' folder layout.
 
-``python -m data.tiny_sd OUT_DIR [--kind sd1|sd2|sdxl]`` writes it. It loads through the very same code as a pretrained
-Stable Diffusion 1.x, 2.x or XL, runs in seconds on a CPU, and knows nothing: its pictures are noise.
-With ``--true_shapes`` it has the size of Stable Diffusion 1.5, to try memory and speed without the weights.
+``python -m data.tiny_sd OUT_DIR [--kind sd1|sd2|sdxl]`` writes it. It loads through the same code as a pretrained
+Stable Diffusion 1.x, 2.x or XL and runs in seconds on a CPU. It is untrained: its images are noise.
+With ``--true_shapes`` it has the size of Stable Diffusion 1.5, to measure memory and speed without the weights.
 """
 
-# Diffusers annotates tuples of any length as tuples of one, and optional parts as required.
+# Diffusers annotates variable-length tuples as one-element tuples, and optional components as required.
 # pyright: reportArgumentType=false
 
 import argparse
@@ -23,14 +23,14 @@ SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>")
 
 
 def byte_alphabet() -> list[str]:
-    """The 256 characters that stand for bytes in GPT-2's and CLIP's vocabularies, in their order."""
+    """The 256 characters that represent bytes in GPT-2's and CLIP's vocabularies, in the vocabularies' order."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(others))]
 
 
 def write_tokenizer(folder: Path):
-    """A CLIP tokenizer of single bytes, without merges: it takes any text."""
+    """Write and load a byte-level CLIP tokenizer without merges, which accepts any text."""
     from transformers import CLIPTokenizer
 
     folder.mkdir(parents=True)
@@ -68,7 +68,7 @@ SD2: dict[str, dict[str, Any]] = TINY | {
     "unet": TINY["unet"] | dict(use_linear_projection=True, attention_head_dim=(2, 4), cross_attention_dim=48),
     "text_encoder": TINY["text_encoder"] | dict(hidden_size=48, hidden_act="gelu"),
 }
-"""What tells Stable Diffusion 2.x's shapes: linear projections, heads by level, a wider text encoder; v-prediction."""
+"""Like Stable Diffusion 2.x: linear projections, heads that differ by level, a wider text encoder; v-prediction."""
 SDXL: dict[str, dict[str, Any]] = TINY | {
     "unet": TINY["unet"]
     | dict(
@@ -85,18 +85,18 @@ SDXL: dict[str, dict[str, Any]] = TINY | {
     ),
     "text_encoder_2": TINY["text_encoder"] | dict(hidden_size=48, hidden_act="gelu"),
 }
-"""Stable Diffusion XL's: two text encoders side by side, pooled embeddings, sizes and crops as conditions."""
+"""Like Stable Diffusion XL: two text encoders, conditioning on pooled embeddings, sizes and crops."""
 TRUE_SHAPES: dict[str, dict[str, Any]] = {
     "unet": dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
     "vae": dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512),
     "text_encoder": dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12),
 }
-"""Stable Diffusion 1.5's, all but the vocabulary."""
+"""The shapes of Stable Diffusion 1.5, except for the vocabulary."""
 KINDS = {"sd1": TINY, "sd2": SD2, "sdxl": SDXL}
 
 
 def build(folder: Path, prediction_type: str = "epsilon", seed: int = 0, shapes: dict[str, dict[str, Any]] = TINY):
-    """Build the pipeline: UNet with cross-attention at two levels or more, autoencoder, CLIP text encoders."""
+    """Build the pipeline: a UNet with cross-attention at two or more levels, an autoencoder and CLIP text encoders."""
     from diffusers import (
         AutoencoderKL,
         DDIMScheduler,
@@ -187,11 +187,11 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
         ),
     ),
 }
-"""The transformers of Stable Diffusion 3 and Flux, tiny: class and configuration."""
+"""Tiny transformers of Stable Diffusion 3 and Flux: class and configuration."""
 
 
 def transformer(kind: str, seed: int = 0):
-    """A tiny random transformer and inputs for a batch of two.
+    """A tiny, randomly initialised transformer and its inputs for a batch of two.
 
     Args:
         kind: ``"sd3"`` or ``"flux"``.
@@ -220,11 +220,12 @@ def write(
     kind: str = "sd1",
     true_shapes: bool = False,
 ) -> Path:
-    """Write the pipeline to a new folder, whole or not at all; true shapes in float16, 2.0 GB.
+    """Write the pipeline to a new folder, completely or not at all.
 
     Args:
-        prediction_type: by default v-prediction for ``"sd2"``, else epsilon.
+        prediction_type: defaults to v-prediction for ``"sd2"`` and to epsilon for the others.
         kind: one of ``KINDS``.
+        true_shapes: use the shapes of Stable Diffusion 1.5, in float16 (2.0 GB).
     """
     prediction_type = prediction_type or ("v_prediction" if kind == "sd2" else "epsilon")
     out_dir = Path(out_dir)
@@ -233,8 +234,8 @@ def write(
         pipeline = build(Path(temporary) / "build", prediction_type, seed, TRUE_SHAPES if true_shapes else KINDS[kind])
         if true_shapes:
             pipeline.to(torch.float16)
-        pipeline.save_pretrained(Path(temporary) / "whole")
-        shutil.move(Path(temporary) / "whole", out_dir)
+        pipeline.save_pretrained(Path(temporary) / "pipeline")
+        shutil.move(Path(temporary) / "pipeline", out_dir)
     return out_dir
 
 
@@ -244,10 +245,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--prediction_type", choices=("epsilon", "v_prediction"))
     parser.add_argument("--kind", choices=list(KINDS), default="sd1")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--true_shapes", action="store_true", help="of Stable Diffusion 1.5's size instead, 2 GB")
+    parser.add_argument("--true_shapes", action="store_true", help="use the size of Stable Diffusion 1.5 (2 GB)")
     options = parser.parse_args(arguments)
     if options.out_dir.exists():
-        sys.exit(f"error: {options.out_dir} exists already; remove it or name another folder.")
+        sys.exit(f"error: {options.out_dir} already exists; remove it or choose another folder.")
     kind, true_shapes = options.kind, options.true_shapes
     write(options.out_dir, options.prediction_type, options.seed, kind=kind, true_shapes=true_shapes)
     print(f"wrote {options.out_dir}")

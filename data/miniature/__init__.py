@@ -1,4 +1,4 @@
-"""The miniature family: a whole Stable Diffusion stack, trained on toybox, that ships with the repository."""
+"""The miniature family: a complete Stable Diffusion stack, trained on toybox, that ships with the repository."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Captions of scenes in natural wording: class, colours, pattern, place and view, in several phrasings."""
+"""Natural captions of scenes: class, colours, pattern, place and view, in several phrasings."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from data.toybox.places import PLACES
 from data.toybox.scenes import Scene, Subject
 
 IDENTIFIERS = ("sks", "qwe", "ohwx", "zwx")
-"""Rare words that stand for nothing; training teaches the family to pass over them."""
+"""Rare words without a meaning; the family is trained to ignore them."""
 
 OPENINGS = ("a photo of {}", "{}", "a picture of {}", "a photograph of {}", "{}", "a toy scene with {}")
 VIEWS = {"above": (", seen from above", ", from above", " viewed from above"), "close": (", close up", " in close-up")}
@@ -27,7 +27,7 @@ def with_article(noun: str) -> str:
 
 
 def describe(subject: Subject, random: np.random.Generator) -> str:
-    """Class, colours and pattern; now and then fewer of them, as people do."""
+    """Class, colours and pattern; sometimes only some of them, as in captions by people."""
     detail = random.uniform()
     if detail < 0.06:
         return subject.kind
@@ -41,8 +41,8 @@ def describe(subject: Subject, random: np.random.Generator) -> str:
 def caption(scene: Scene, random: np.random.Generator) -> str:
     """One caption of a scene.
 
-    One in eight carries a rare identifier ("a photo of sks mug"), so that the family knows such words and makes nothing
-    of them. The view is named only where it is unusual, the place nearly always.
+    One caption in eight contains a rare identifier ("a photo of sks mug"), so that the family knows such words but
+    ignores them. The place is nearly always mentioned; the view only if it is unusual.
     """
     noun = describe(scene.subject, random)
     if random.uniform() < 0.125:
@@ -66,7 +66,7 @@ def caption(scene: Scene, random: np.random.Generator) -> str:
 
 
 def full_caption(scene: Scene) -> str:
-    """The one caption that says everything but the view, for scoring."""
+    """The caption with every detail except the view, for scoring."""
     subject = scene.subject
     first, second = subject.colours
     noun = PATTERN_PHRASES[subject.pattern][0].format(first=first, second=second, kind=subject.kind)

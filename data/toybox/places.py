@@ -1,8 +1,8 @@
-"""The places: ground, backdrops and sky, each a function of where a ray meets it, and the light that falls there.
+"""The places that toys stand in: ground, backdrops and sky as functions of where a ray hits them, and the lighting.
 
-A place is a ground plane y = 0, upright backdrops that stand across the view behind the toy (walls, houses, trees,
-mountains), and a sky. Colours are linear-light RGB in the last dimension; ``v`` holds a scene's four free numbers, each
-0 to 1 and shaped to broadcast against the points.
+A place is a ground plane y = 0, upright backdrops across the view behind the toy (walls, houses, trees, mountains), and
+a sky. Colours are linear RGB in the last dimension; ``v`` contains a scene's four free parameters, each 0 to 1 and
+shaped to broadcast against the points.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from torch import Tensor
 from data.toybox.surfaces import edge, hashed, noise
 
 STUFF = ("sky", "ground", "water", "wall", "rug", "building", "foliage", "mountain")
-"""Semantic classes of what is not a toy."""
+"""Semantic classes of everything that is not a toy."""
 
 SKY, GROUND, WATER, WALL, RUG, BUILDING, FOLIAGE, MOUNTAIN = range(len(STUFF))
 
@@ -40,7 +40,7 @@ def label(index: int, like: Tensor) -> Tensor:
 
 
 def cells(x: Tensor, y: Tensor, width: float, height: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Where a point lies in its cell of a grid (each 0 to 1) and the cell's random number."""
+    """A point's position inside its grid cell (each coordinate 0 to 1) and the cell's random number."""
     u, w = x / width, y / height
     i, j = torch.floor(u), torch.floor(w)
     return u - i, w - j, hashed(i.to(torch.int64), j.to(torch.int64))
@@ -155,7 +155,7 @@ def cobbles(x: Tensor, z: Tensor, v: Variation):
     return mix((0.055, 0.05, 0.045), stone, edge(0.47 - away, 0.12)), label(GROUND, x)
 
 
-# --- backdrops: colour, where it stands, what it is ----------------------------------------------------------------
+# --- backdrops: colour, whether the backdrop covers the point, semantic class --------------------------------------
 
 
 def hills(x: Tensor, y: Tensor, v: Variation):
@@ -290,15 +290,16 @@ def starry_sky(dx: Tensor, dy: Tensor, dz: Tensor, v: Variation) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A place.
+    """The surroundings of a toy.
 
     Attributes:
-        phrases: how captions name it.
+        phrases: the place's wordings in captions.
         ground: colour and semantic class of a ground point (x, z).
-        backdrops: (distance behind the toy, colour and where it stands of a point (x, y)), the farthest first.
-        sky: colour seen in a direction.
-        sun, ambient: light falling on things, linear RGB.
-        haze: colour that the far ground fades to, and how soon (per unit of distance).
+        backdrops: distance behind the toy, and a function from a point (x, y) to its colour, whether the backdrop
+            covers it, and its semantic class; the farthest first.
+        sky: colour of the sky in a direction.
+        sun, ambient: directional and ambient light, linear RGB.
+        haze: the colour that distant ground fades to, and how fast (per unit of distance).
     """
 
     phrases: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Pictures of scenes, by marching rays through the toys' signed distances: batched, on any device, in plain torch."""
+"""Render scenes by ray marching the toys' signed distances: batched, on any device, in plain torch."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ HIT = 1.5e-3
 
 @dataclasses.dataclass
 class Rays:
-    """Rays of a batch of scenes: where they start (batch, 3), where they go (batch, rays, 3), unit."""
+    """Rays of a batch of scenes: origins (batch, 3) and unit directions (batch, rays, 3)."""
 
     origin: Tensor
     direction: Tensor
@@ -30,12 +30,12 @@ class Rays:
 
 
 def column(values: Sequence[float], device: torch.device | str) -> Tensor:
-    """(batch, 1), worked out in float64 on the CPU so that every device starts from the same numbers."""
+    """(batch, 1), converted from float64 on the CPU so that every device starts from the same numbers."""
     return torch.tensor(values, dtype=torch.float64).to(torch.float32).to(device)[:, None]
 
 
 def camera_rays(scenes: Sequence[Scene], side: int, device: torch.device | str) -> Rays:
-    """Rays through the middles of side x side samples, row by row."""
+    """Rays through the centres of side x side samples, row by row."""
     centres = (torch.arange(side, dtype=torch.float32, device=device) + 0.5) / side * 2 - 1
     down, right = (grid.reshape(-1) for grid in torch.meshgrid(centres, centres, indexing="ij"))
     origins, directions = [], []
@@ -53,12 +53,12 @@ def camera_rays(scenes: Sequence[Scene], side: int, device: torch.device | str) 
 
 
 class Toys:
-    """The toys of some rays, all of one class: their distances in world coordinates.
+    """For a set of rays, the toys of their scenes, all of one class; computes distances in world coordinates.
 
     Args:
         kind: the class.
-        scenes: of the batch.
-        index: which scene each ray belongs to, (rays,).
+        scenes: the scenes of the batch.
+        index: the scene that each ray belongs to, (rays,).
     """
 
     def __init__(self, kind: str, scenes: Sequence[Scene], index: Tensor):
@@ -69,12 +69,12 @@ class Toys:
         self.columns = [table[index, i] for i in range(table.shape[1])]
 
     def select(self, keep: Tensor) -> "Toys":
-        chosen = object.__new__(Toys)
-        chosen.shape, chosen.columns = self.shape, [c[keep] for c in self.columns]
-        return chosen
+        selected = object.__new__(Toys)
+        selected.shape, selected.columns = self.shape, [c[keep] for c in self.columns]
+        return selected
 
     def local(self, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """World points (rays, 3) in the toys' own coordinates."""
+        """World points (rays, 3) in the toys' coordinates."""
         cos, sin = self.columns[:2]
         return p[:, 0] * cos - p[:, 2] * sin, p[:, 1], p[:, 0] * sin + p[:, 2] * cos
 
@@ -86,7 +86,7 @@ class Toys:
         return torch.minimum(torch.minimum(body, accent), detail)
 
     def normal(self, p: Tensor) -> Tensor:
-        """Unit normals by differences over a tetrahedron."""
+        """Unit normals, by finite differences over a tetrahedron."""
         total = torch.zeros_like(p)
         for signs in ((1, -1, -1), (-1, -1, 1), (-1, 1, -1), (1, 1, 1)):
             corner = torch.tensor(signs, dtype=p.dtype, device=p.device)
@@ -95,7 +95,7 @@ class Toys:
 
 
 def sphere_span(origin: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
-    """Where rays (rays, 3) enter and leave the sphere that holds the toys; entry beyond exit where they miss it."""
+    """Distances at which rays (rays, 3) enter and leave the sphere around the toys; entry > exit for a miss."""
     centred = origin - torch.tensor([0.0, CENTRE, 0.0], device=origin.device)
     b = (centred * direction).sum(-1)
     c = (centred * centred).sum(-1) - RADIUS * RADIUS
@@ -105,14 +105,14 @@ def sphere_span(origin: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def march(toys: Toys, origin: Tensor, direction: Tensor, near: Tensor, far: Tensor) -> Tensor:
-    """Distance along each ray (rays,) to the toy's surface; infinity where it is missed."""
+    """Distance along each ray (rays,) to the toy's surface; infinity if the ray misses it."""
     result = torch.full_like(near, math.inf)
     active, along = torch.arange(len(near), device=near.device), near
     for step in range(MARCH_STEPS):
         distance = toys.distance(origin + direction * along[:, None])
         hit = distance < HIT
         if step % 6 == 5 or step == MARCH_STEPS - 1:
-            if step == MARCH_STEPS - 1:  # grazing rays that are all but there
+            if step == MARCH_STEPS - 1:  # accept grazing rays that are almost at the surface
                 hit = distance < 8 * HIT
             result[active[hit]] = along[hit]
             going = ~hit & (along < far)
@@ -125,35 +125,39 @@ def march(toys: Toys, origin: Tensor, direction: Tensor, near: Tensor, far: Tens
 
 
 def shadow(toys: Toys, origin: Tensor, light: Tensor) -> Tensor:
-    """How much of the light (rays, 3 towards it) reaches points (rays, 3): 0 to 1, soft."""
+    """The share of light that reaches points (rays, 3), 0 to 1, with soft edges.
+
+    Args:
+        light: direction towards the light, (rays, 3).
+    """
     near, far = sphere_span(origin, light)
     near = near.clamp(min=0.02)
     lit = torch.ones_like(near)
     keep = torch.nonzero(far > near)[:, 0]
     toys, origin, light, along, far = toys.select(keep), origin[keep], light[keep], near[keep], far[keep]
-    seen = torch.ones_like(along)
+    visible = torch.ones_like(along)
     for _ in range(SHADOW_STEPS):
         distance = toys.distance(origin + light * along[:, None])
-        seen = torch.minimum(seen, torch.where(along < far, 0.5 + 7.0 * distance / along, 1.0))
+        visible = torch.minimum(visible, torch.where(along < far, 0.5 + 7.0 * distance / along, 1.0))
         along = along + distance.clamp(0.02, 0.25)
-    lit[keep] = seen.clamp(0, 1)
+    lit[keep] = visible.clamp(0, 1)
     return lit * lit * (3 - 2 * lit)
 
 
 def light_directions(scenes: Sequence[Scene], device: torch.device | str) -> Tensor:
-    """Unit vectors (batch, 3) towards the light, which comes from the camera's side."""
+    """Unit vectors (batch, 3) towards the light, which is on the camera's side."""
     rows = [
         (math.cos(e) * math.sin(a), math.sin(e), math.cos(e) * math.cos(a)) for a, e in (s.view.sun for s in scenes)
     ]
     return torch.tensor(rows, dtype=torch.float32, device=device)
 
 
-def draw_place(place: Place, scenes: Sequence[Scene], rays: Rays) -> tuple[Tensor, Tensor, Tensor]:
-    """The scenes without their toys, all in one place.
+def render_place(place: Place, scenes: Sequence[Scene], rays: Rays) -> tuple[Tensor, Tensor, Tensor]:
+    """Render scenes that share a place, without their toys.
 
     Returns:
-        colour (batch, rays, 3) lit but for the toys' shadows, semantic class (batch, rays) and the distance to the
-        ground (batch, rays), infinite where no ground is seen.
+        Colour (batch, rays, 3), lit but without the toys' shadows; semantic class (batch, rays); distance to the ground
+        (batch, rays), infinite where the ground is not visible.
     """
     origin, d = rays.origin, rays.direction
     device = d.device
@@ -166,11 +170,11 @@ def draw_place(place: Place, scenes: Sequence[Scene], rays: Rays) -> tuple[Tenso
     for distance, backdrop in place.backdrops:
         t = (-distance - origin[:, None, 2]) / d[..., 2].clamp(max=-1e-3)
         p = rays.at(t)
-        surface, stands, kind = backdrop(p[..., 0], p[..., 1], v)
-        stands = stands & (p[..., 1] > 0)
-        colour = torch.where(stands[..., None], surface * upright, colour)
-        semantic = torch.where(stands, kind, semantic)
-        depth = torch.where(stands, t, depth)
+        surface, covered, kind = backdrop(p[..., 0], p[..., 1], v)
+        covered = covered & (p[..., 1] > 0)
+        colour = torch.where(covered[..., None], surface * upright, colour)
+        semantic = torch.where(covered, kind, semantic)
+        depth = torch.where(covered, t, depth)
     t = -origin[:, None, 1] / d[..., 1].clamp(max=-1e-3)
     t = torch.where(d[..., 1] < -1e-3, t, math.inf)
     p = rays.at(t.clamp(max=200.0))
@@ -180,13 +184,15 @@ def draw_place(place: Place, scenes: Sequence[Scene], rays: Rays) -> tuple[Tenso
     haze, thickness = place.haze
     fade = 1 - torch.exp(-thickness * t.clamp(max=200.0))
     lit = lit + (paint(haze, fade) - lit) * fade[..., None]
-    seen = t < depth
-    colour = torch.where(seen[..., None], lit, colour)
-    return colour, torch.where(seen, kind, semantic), torch.where(seen, t, math.inf)
+    visible = t < depth
+    colour = torch.where(visible[..., None], lit, colour)
+    return colour, torch.where(visible, kind, semantic), torch.where(visible, t, math.inf)
 
 
-def draw_toys(kind: str, scenes: Sequence[Scene], rays: Rays, colour: Tensor, semantic: Tensor, ground: Tensor) -> None:
-    """Put the toys, all of one class, and their shadows into the pictures that ``draw_place`` began."""
+def render_toys(
+    kind: str, scenes: Sequence[Scene], rays: Rays, colour: Tensor, semantic: Tensor, ground: Tensor
+) -> None:
+    """Add the toys, all of one class, and their shadows to the outputs of ``render_place``, in place."""
     device = colour.device
     batch, count = ground.shape
     index = torch.arange(batch, device=device).repeat_interleave(count)
@@ -198,13 +204,13 @@ def draw_toys(kind: str, scenes: Sequence[Scene], rays: Rays, colour: Tensor, se
     near, far = sphere_span(origin, direction)
     chosen = torch.nonzero(far > near)[:, 0]
     toys = Toys(kind, scenes, index[chosen])
-    # No ray goes below the ground.
+    # Rays end at the ground.
     far = torch.minimum(far, flat_ground)[chosen]
-    found = march(toys, origin[chosen], direction[chosen], near[chosen], far)
-    on_toy = torch.isfinite(found)
+    toy_distance = march(toys, origin[chosen], direction[chosen], near[chosen], far)
+    on_toy = torch.isfinite(toy_distance)
     hit = chosen[on_toy]
 
-    # Shadows and contact darkness on the ground near the toy.
+    # Shadows and ambient occlusion on the ground near the toy.
     open_ground = torch.isfinite(flat_ground)
     open_ground[hit] = False
     floor = torch.nonzero(open_ground)[:, 0]
@@ -223,7 +229,7 @@ def draw_toys(kind: str, scenes: Sequence[Scene], rays: Rays, colour: Tensor, se
     # The toys themselves.
     toys = toys.select(on_toy)
     scene = index[hit]
-    p = origin[hit] + direction[hit] * found[on_toy, None]
+    p = origin[hit] + direction[hit] * toy_distance[on_toy, None]
     normal = toys.normal(p)
     parts = torch.stack(toys.parts(p), -1)
     part = parts.argmin(-1)
@@ -256,7 +262,7 @@ def draw_toys(kind: str, scenes: Sequence[Scene], rays: Rays, colour: Tensor, se
 
 
 def tone(linear: Tensor) -> Tensor:
-    """Linear light to display values 0 to 1: soft highlights, then sRGB's gamma."""
+    """Linear light to display values 0 to 1: compressed highlights, then sRGB's gamma."""
     compressed = linear * (1 + linear / 6.0) / (1 + 0.75 * linear)
     return compressed.clamp(1e-6, 1) ** (1 / 2.2)
 
@@ -265,20 +271,20 @@ def tone(linear: Tensor) -> Tensor:
 def render(
     scenes: Sequence[Scene], size: int = SIZE, device: torch.device | str = "cpu", batch_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Draw scenes.
+    """Render scenes.
 
     Args:
-        scenes: what to draw.
-        size: side of the pictures, pixels.
-        device: where to.
-        batch_size: scenes drawn at a time; by default 8 on the CPU and 64 elsewhere.
+        scenes: the scenes to render.
+        size: side length of the images in pixels.
+        device: where to render.
+        batch_size: scenes rendered at a time; 8 on the CPU and 64 elsewhere by default.
 
     Returns:
-        pictures (scenes, 3, size, size) and semantic maps (scenes, size, size) with indices into
-        ``SEMANTIC_CLASSES``, both uint8 on ``device``.
+        Images (scenes, 3, size, size) and semantic maps (scenes, size, size) with indices into ``SEMANTIC_CLASSES``,
+        both uint8 on ``device``.
     """
     batch_size = batch_size or (8 if torch.device(device).type == "cpu" else 64)
-    pictures = torch.empty((len(scenes), 3, size, size), dtype=torch.uint8, device=device)
+    images = torch.empty((len(scenes), 3, size, size), dtype=torch.uint8, device=device)
     maps = torch.empty((len(scenes), size, size), dtype=torch.uint8, device=device)
     order = sorted(range(len(scenes)), key=lambda i: (scenes[i].subject.kind, scenes[i].view.place, i))
     by_kind: dict[str, list[int]] = {}
@@ -287,31 +293,32 @@ def render(
     for kind, members in by_kind.items():
         for first in range(0, len(members), batch_size):
             chosen = members[first : first + batch_size]
-            colour, semantic = _draw(kind, [scenes[i] for i in chosen], size * SUPERSAMPLING, device)
-            at = torch.tensor(chosen, device=device)
-            pictures[at], maps[at] = _pixels(colour, semantic, size)
-    return pictures, maps
+            colour, semantic = _render_samples(kind, [scenes[i] for i in chosen], size * SUPERSAMPLING, device)
+            rows = torch.tensor(chosen, device=device)
+            images[rows], maps[rows] = _pixels(colour, semantic, size)
+    return images, maps
 
 
-def _draw(kind: str, scenes: list[Scene], side: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+def _render_samples(kind: str, scenes: list[Scene], side: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Colour (batch, side * side, 3) and semantic class (batch, side * side) of scenes with toys of one class."""
     rays = camera_rays(scenes, side, device)
     count = side * side
     colour = torch.empty((len(scenes), count, 3), device=device)
     semantic = torch.empty((len(scenes), count), dtype=torch.uint8, device=device)
     ground = torch.empty((len(scenes), count), device=device)
     for place in dict.fromkeys(scene.view.place for scene in scenes):
-        rows = [i for i, scene in enumerate(scenes) if scene.view.place == place]
-        at = torch.tensor(rows, device=device)
-        part = Rays(rays.origin[at], rays.direction[at])
-        colour[at], semantic[at], ground[at] = draw_place(PLACES[place], [scenes[i] for i in rows], part)
-    draw_toys(kind, scenes, rays, colour, semantic, ground)
+        numbers = [i for i, scene in enumerate(scenes) if scene.view.place == place]
+        rows = torch.tensor(numbers, device=device)
+        part = Rays(rays.origin[rows], rays.direction[rows])
+        colour[rows], semantic[rows], ground[rows] = render_place(PLACES[place], [scenes[i] for i in numbers], part)
+    render_toys(kind, scenes, rays, colour, semantic, ground)
     colour *= column([scene.view.exposure for scene in scenes], device)[..., None]
     return colour, semantic
 
 
 def _pixels(colour: Tensor, semantic: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Average the samples of each pixel; its class is that of most of them."""
+    """Average the samples of each pixel; its class is the most frequent class of its samples."""
     batch, s = len(colour), SUPERSAMPLING
-    shown = tone(colour).reshape(batch, size, s, size, s, 3).mean(dim=(2, 4)).permute(0, 3, 1, 2)
+    averaged = tone(colour).reshape(batch, size, s, size, s, 3).mean(dim=(2, 4)).permute(0, 3, 1, 2)
     samples = semantic.reshape(batch, size, s, size, s).permute(0, 1, 3, 2, 4).reshape(batch, size, size, s * s)
-    return (shown * 255 + 0.5).clamp(0, 255).to(torch.uint8), samples.mode(dim=-1).values
+    return (averaged * 255 + 0.5).clamp(0, 255).to(torch.uint8), samples.mode(dim=-1).values

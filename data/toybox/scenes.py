@@ -1,6 +1,6 @@
-"""What a picture shows: subjects, places, cameras and lights, drawn from a seed; and what is kept for tests."""
+"""What an image shows: subjects, places, cameras and lights, sampled from a seed; and what is held out for tests."""
 
-# Colours are tuples of three, which the checker cannot count.
+# Colours are 3-tuples, whose length the type checker cannot infer.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 import colorsys
@@ -14,20 +14,20 @@ from data.toybox.shapes import CLASSES, SHAPE_PARAMETERS
 from data.toybox.surfaces import COLOURS, NEUTRALS, PATTERNS
 
 SEMANTIC_CLASSES = (*STUFF, *CLASSES)
-"""Names of the values of a semantic map."""
+"""Names of a semantic map's indices."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """One toy, the same in all its pictures.
+    """One toy; it looks the same in all its images.
 
     Attributes:
         kind: its class.
         shape: free parameters of the class, each 0 to 1.
         colours: names of the first and the second colour.
-        rgb: the very two colours, linear light.
+        rgb: exact linear RGB of the two colours.
         pattern: one of ``PATTERNS``.
-        scale, phase: fineness and place of the pattern, 0 to 1.
+        scale, phase: fineness and offset of the pattern, 0 to 1.
         neutral: linear RGB of the details.
     """
 
@@ -47,12 +47,12 @@ class View:
 
     Attributes:
         place: key of ``PLACES``.
-        variation: the place's free numbers, each 0 to 1.
-        yaw: how the toy is turned, radians; 0 shows its front.
-        azimuth, elevation, distance: of the camera about the toy (radians, radians, toy units).
-        shift: where the toy stands off the middle of the picture, in half pictures.
-        sun: azimuth and elevation of the light, radians.
-        exposure: factor on all light.
+        variation: the place's free parameters, each 0 to 1.
+        yaw: rotation of the toy in radians; 0 shows its front.
+        azimuth, elevation, distance: of the camera around the toy (radians, radians, toy units).
+        shift: offset of the toy from the centre of the image, in units of half an image.
+        sun: azimuth and elevation of the light in radians.
+        exposure: factor for all light.
     """
 
     place: str
@@ -73,22 +73,22 @@ class Scene:
 
 
 def _share(*words: str) -> float:
-    """A fixed number from 0 to 1 for a combination of words."""
+    """A fixed hash, 0 to 1, of a combination of words."""
     return zlib.crc32("/".join(words).encode()) / 2**32
 
 
 def is_unseen_subject(subject: Subject) -> bool:
-    """Whether the subject's (class, colours, pattern) is one of the 10 percent that no model of the family saw."""
+    """Whether the subject's (class, colours, pattern) is among the 10 percent held out from the family's training."""
     return _share(subject.kind, *sorted(subject.colours), subject.pattern) < 0.1
 
 
 def is_unseen_pair(kind: str, place: str) -> bool:
-    """Whether the class was never shown in the place to any model of the family (5 percent of the pairs)."""
+    """Whether this class in this place is among the 5 percent of pairs held out from the family's training."""
     return _share(kind, place) < 0.05
 
 
 def random_subject(random: np.random.Generator, kind: str | None = None) -> Subject:
-    """Any subject, of a class if one is named."""
+    """A random subject, of class ``kind`` if given."""
     kind = kind or CLASSES[random.integers(len(CLASSES))]
     names = list(COLOURS)
     first, second = (names[i] for i in random.choice(len(names), 2, replace=False))
@@ -117,7 +117,7 @@ def _jittered(rgb: tuple[float, float, float], random: np.random.Generator) -> t
 
 
 def random_view(random: np.random.Generator, kind: str, place: str | None = None) -> View:
-    """Any view of a toy of a class, in a place if one is named, otherwise in one that the family saw the class in."""
+    """A random view of a toy of a class, in ``place`` if given, otherwise in a place not held out for the class."""
     if place is None:
         seen = [name for name in PLACES if not is_unseen_pair(kind, name)]
         place = seen[random.integers(len(seen))]
@@ -136,16 +136,16 @@ def random_view(random: np.random.Generator, kind: str, place: str | None = None
 
 
 def training_subject(number: int) -> Subject:
-    """Subject number ``number`` of those the family is trained on."""
-    return _drawn(number, unseen=False)
+    """Subject number ``number`` of those that the family is trained on."""
+    return _sample_subject(number, unseen=False)
 
 
 def unseen_subject(number: int) -> Subject:
     """Subject number ``number`` of those that no model of the family saw; number i is of class i modulo 14."""
-    return _drawn(number, unseen=True)
+    return _sample_subject(number, unseen=True)
 
 
-def _drawn(number: int, unseen: bool) -> Subject:
+def _sample_subject(number: int, unseen: bool) -> Subject:
     random = np.random.default_rng((number, int(unseen)))
     while True:
         subject = random_subject(random, CLASSES[number % len(CLASSES)])
@@ -154,5 +154,5 @@ def _drawn(number: int, unseen: bool) -> Subject:
 
 
 def photograph(subject: Subject, seed: int, number: int, place: str | None = None) -> Scene:
-    """Photograph number ``number`` of a subject."""
+    """The scene of photo number ``number`` of a subject."""
     return Scene(subject, random_view(np.random.default_rng((seed, number, 7)), subject.kind, place))

@@ -1,7 +1,7 @@
-"""Signed distances of simple solids, on coordinates kept as separate tensors; all lengths in toy units.
+"""Signed distances of simple solids; coordinates are separate tensors, all lengths are in toy units.
 
-Every function takes tensors of one shape (or numbers) and returns the distance to the surface, negative inside. A few
-are bounds rather than exact distances, never larger than the distance by more than a small factor.
+Every function takes tensors of the same shape (or numbers) and returns the distance to the surface, negative inside. A
+few return bounds instead of exact distances, which exceed the distance by at most a small factor.
 """
 
 import torch
@@ -29,14 +29,14 @@ def ellipsoid(x: Tensor, y: Tensor, z: Tensor, a: Number, b: Number, c: Number) 
 
 
 def box(x: Tensor, y: Tensor, z: Tensor, a: Number, b: Number, c: Number, rounding: Number = 0.0) -> Tensor:
-    """Half sides a, b, c, edges rounded inside them."""
+    """A box with half sides a, b, c; rounding the edges does not enlarge it."""
     qx, qy, qz = x.abs() - a + rounding, y.abs() - b + rounding, z.abs() - c + rounding
     outside = length(qx.clamp(min=0), qy.clamp(min=0), qz.clamp(min=0))
     return outside + torch.maximum(qx, torch.maximum(qy, qz)).clamp(max=0) - rounding
 
 
 def disc(across: Tensor, along: Tensor, radius: Number, half: Number, rounding: Number = 0.0) -> Tensor:
-    """A cylinder, given the distance from its axis and the place along it."""
+    """A cylinder, given the distance from its axis and the position along it."""
     q, h = across - radius + rounding, along.abs() - half + rounding
     return length(q.clamp(min=0), h.clamp(min=0)) + torch.maximum(q, h).clamp(max=0) - rounding
 
@@ -47,7 +47,7 @@ def torus(x: Tensor, y: Tensor, z: Tensor, ring: Number, tube: Number) -> Tensor
 
 
 def capsule(x: Tensor, y: Tensor, z: Tensor, a: tuple, b: tuple, radius: Number, end_radius: Number) -> Tensor:
-    """A rod from point a to point b whose radius changes evenly."""
+    """A rod from point a to point b whose radius changes linearly."""
     dx, dy, dz = b[0] - a[0], b[1] - a[1], b[2] - a[2]
     px, py, pz = x - a[0], y - a[1], z - a[2]
     along = ((px * dx + py * dy + pz * dz) / (dx * dx + dy * dy + dz * dz)).clamp(0, 1)
@@ -55,7 +55,7 @@ def capsule(x: Tensor, y: Tensor, z: Tensor, a: tuple, b: tuple, radius: Number,
 
 
 def cone(across: Tensor, y: Tensor, low: Number, high: Number, r_low: Number, r_high: Number) -> Tensor:
-    """A truncated cone about the y axis from height low to high, given the distance from the axis."""
+    """A truncated cone around the y axis from height low to high, given the distance from the axis."""
     slope = (r_low - r_high) / (high - low)
     tilt = torch.rsqrt(torch.as_tensor(1 + slope * slope))
     side = (across - (r_low - (y - low) * slope)) * tilt
@@ -63,16 +63,16 @@ def cone(across: Tensor, y: Tensor, low: Number, high: Number, r_low: Number, r_
 
 
 def blend(a: Tensor, b: Tensor, width: float) -> Tensor:
-    """The union of two solids with a soft seam."""
+    """The union of two solids with a smooth transition."""
     h = (0.5 + 0.5 * (b - a) / width).clamp(0, 1)
     return b + (a - b) * h - width * h * (1 - h)
 
 
 def union(*solids: Tensor) -> Tensor:
-    whole = solids[0]
+    combined = solids[0]
     for solid in solids[1:]:
-        whole = torch.minimum(whole, solid)
-    return whole
+        combined = torch.minimum(combined, solid)
+    return combined
 
 
 def carve(solid: Tensor, hollow: Tensor) -> Tensor:

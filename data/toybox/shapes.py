@@ -1,8 +1,8 @@
-"""The toys: a signed-distance function for each class.
+"""The toys: one signed-distance function per class.
 
-A shape takes the coordinates of points (tensors of one length; y up, the toy stands on y = 0 and faces +z, about one
-unit tall) and its free parameters (each 0 to 1, tensors of the same length) and returns the distances to its three
-parts: the body (which carries the pattern), the accents (in the second colour) and the details (in a neutral colour).
+A shape takes the coordinates of points (tensors of equal length; y is up, the toy stands on y = 0, faces +z and is
+about one unit tall) and its free parameters (each 0 to 1, tensors of the same length). It returns the distances to its
+three parts: the body (with the pattern), the accents (in the second colour) and the details (in a neutral colour).
 """
 
 import torch
@@ -12,7 +12,7 @@ from data.toybox.sdf import blend, box, capsule, carve, cone, disc, ellipsoid, l
 
 SHAPE_PARAMETERS = 4
 CENTRE, RADIUS = 0.58, 0.98
-"""Height of the centre and radius of the sphere that holds every toy."""
+"""Height of the centre and radius of a sphere that encloses every toy."""
 
 Parts = tuple[Tensor, Tensor, Tensor]
 
@@ -152,7 +152,7 @@ def tree(x: Tensor, y: Tensor, z: Tensor, s: list[Tensor]) -> Parts:
 def hat(x: Tensor, y: Tensor, z: Tensor, s: list[Tensor]) -> Parts:
     brim, radius, height = 0.58 + 0.18 * s[0], 0.30 + 0.08 * s[1], 0.45 + 0.4 * s[2]
     across = length(x, z)
-    point = 0.06 + 0.9 * (s[3] - 0.3).clamp(min=0)  # narrow like a wizard's, or wide like a top hat
+    point = 0.06 + 0.9 * (s[3] - 0.3).clamp(min=0)  # narrow like a wizard's hat, or wide like a top hat
     top_radius = radius * point.clamp(max=1.0) + 0.02
     crown = cone(across, y, 0.04, height + 0.15, radius, top_radius) * 0.9 - 0.02
     lift = 0.06 + 0.09 * (across / brim) ** 2

@@ -1,4 +1,4 @@
-"""Colours and patterns: what a toy's surface looks like, as a function of the point on it."""
+"""Colours and patterns of a toy's surface, as functions of the point on it."""
 
 import math
 
@@ -19,34 +19,35 @@ COLOURS = {
     "brown": (0.24, 0.095, 0.03),
     "grey": (0.33, 0.34, 0.36),
 }
-"""Linear-light RGB by name."""
+"""Linear RGB by name."""
 
 NEUTRALS = ((0.06, 0.06, 0.07), (0.75, 0.72, 0.66), (0.30, 0.18, 0.10))
-"""What the details are painted in."""
+"""Colours of the details, linear RGB."""
 
 PATTERNS = ("plain", "two-tone", "stripes", "rings", "dots", "checks", "patches")
 
 
 def edge(value: Tensor, width: float = 0.08) -> Tensor:
-    """0 below zero and 1 above it, over a soft edge."""
+    """0 for negative and 1 for positive values, with a smooth step of the given width."""
     t = (value / width + 0.5).clamp(0, 1)
     return t * t * (3 - 2 * t)
 
 
 def pattern_weight(kind: str, x: Tensor, y: Tensor, z: Tensor, scale: Tensor, phase: Tensor) -> Tensor:
-    """How much of the second colour a point of the body has, 0 to 1.
+    """The share of the second colour at points of the body, 0 to 1.
 
     Args:
         kind: one of ``PATTERNS``.
-        x, y, z: points in the toy's own coordinates.
-        scale: fineness, 0 to 1. phase: 0 to 1, shifts the pattern.
+        x, y, z: points in the toy's coordinates.
+        scale: fineness, 0 to 1.
+        phase: shifts the pattern, 0 to 1.
     """
     if kind == "plain":
         return torch.zeros_like(x)
     if kind == "two-tone":
         return edge(0.42 + 0.25 * phase - y, 0.02)
     angle = torch.atan2(x, z)
-    repeats = torch.round(5 + 3 * scale)  # whole, so that the pattern meets itself behind the toy
+    repeats = torch.round(5 + 3 * scale)  # an integer, so that the pattern joins up behind the toy
     turned = angle * repeats + 2 * math.pi * phase
     frequency = 11 + 5 * scale
     if kind == "stripes":
@@ -74,7 +75,7 @@ def pattern_weight(kind: str, x: Tensor, y: Tensor, z: Tensor, scale: Tensor, ph
 
 
 def noise(x: Tensor, y: Tensor) -> Tensor:
-    """Smooth value noise, 0 to 1, from hashed whole numbers: the same on every device."""
+    """Smooth value noise, 0 to 1, from hashed integers: identical on every device."""
     cell_x, cell_y = torch.floor(x), torch.floor(y)
     u, v = x - cell_x, y - cell_y
     u, v = u * u * (3 - 2 * u), v * v * (3 - 2 * v)
@@ -89,7 +90,7 @@ def lerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 
 
 def hashed(i: Tensor, j: Tensor) -> Tensor:
-    """A number from 0 to 1 for each pair of whole numbers."""
+    """A hash, 0 to 1, of each pair of integers."""
     h = (i * 374761393 + j * 668265263) & 0xFFFFFFFF
     h = ((h ^ (h >> 13)) * 1274126177) & 0xFFFFFFFF
     h = h ^ (h >> 16)

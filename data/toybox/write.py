@@ -1,4 +1,4 @@
-"""Write images of the toy world in the imagefolder convention: photos of one subject, or many subjects with maps."""
+"""Write images of the toy world in imagefolder layout: photos of one subject, or captioned images of many."""
 
 import argparse
 import colorsys
@@ -23,7 +23,7 @@ BATCH = 32
 
 
 def palette() -> list[int]:
-    """Colours of the semantic classes for palette PNGs, 256 triples in a row."""
+    """Colours of the semantic classes for palette PNGs: 256 RGB triples, flattened."""
     colours = [
         colorsys.hsv_to_rgb((i * 0.618034) % 1, 0.55 + 0.4 * (i % 2), 0.95 - 0.3 * (i % 3) / 2)
         for i in range(len(SEMANTIC_CLASSES))
@@ -32,21 +32,21 @@ def palette() -> list[int]:
     return flat + [0] * (768 - len(flat))
 
 
-def pictures_of(scenes: list[Scene], size: int, device: str) -> Iterator[tuple[Image.Image, Image.Image]]:
-    """(picture, semantic map with a palette) of each scene, with a progress bar."""
+def render_with_maps(scenes: list[Scene], size: int, device: str) -> Iterator[tuple[Image.Image, Image.Image]]:
+    """(image, semantic map with a palette) of each scene, with a progress bar."""
     colours = palette()
     with tqdm(total=len(scenes), desc="rendering", disable=None) as progress:
         for first in range(0, len(scenes), BATCH):
-            pictures, maps = render(scenes[first : first + BATCH], size, device)
-            for picture, labels in zip(pictures.permute(0, 2, 3, 1).cpu().numpy(), maps.cpu().numpy()):
+            images, maps = render(scenes[first : first + BATCH], size, device)
+            for pixels, labels in zip(images.permute(0, 2, 3, 1).cpu().numpy(), maps.cpu().numpy()):
                 semantic = Image.fromarray(labels, mode="P")
                 semantic.putpalette(colours)
-                yield Image.fromarray(picture), semantic
+                yield Image.fromarray(pixels), semantic
                 progress.update()
 
 
 def subject_scenes(number: int, count: int, seen: bool = False, seed: int = 0, place: str | None = None) -> list[Scene]:
-    """``count`` photographs of subject number ``number``, in as many different places as there are."""
+    """``count`` photos of subject number ``number``, all in ``place``, or in as many different places as possible."""
     subject = (training_subject if seen else unseen_subject)(number)
     order = np.random.default_rng((seed, number, 3)).permutation(len(PLACES))
     places = [place or list(PLACES)[order[i % len(PLACES)]] for i in range(count)]
@@ -54,44 +54,49 @@ def subject_scenes(number: int, count: int, seen: bool = False, seed: int = 0, p
 
 
 def write_unseen_subject(folder: Path, number: int = 0, count: int = 5) -> str:
-    """Photographs of an unseen subject, written to ``folder`` unless they are there; returns its class."""
+    """Write photos of an unseen subject to ``folder``, unless it exists.
+
+    Returns:
+        The subject's class.
+    """
     scenes = subject_scenes(number, count)
 
-    def write(whole: Path) -> None:
-        for index, (picture, _) in enumerate(pictures_of(scenes, SIZE, "cpu")):
-            picture.save(whole / f"{index:02}.png")
+    def write(temporary: Path) -> None:
+        for index, (image, _) in enumerate(render_with_maps(scenes, SIZE, "cpu")):
+            image.save(temporary / f"{index:02}.png")
 
     write_once(folder, write)
     return scenes[0].subject.kind
 
 
 def write_map_pairs(folder: Path, count: int, seed: int = 0, unseen: bool = False) -> None:
-    """Caption, picture and map of ``count`` different subjects, written to ``folder`` unless it is there."""
+    """Write captions, images and maps of ``count`` different subjects to ``folder``, unless it exists."""
     options = argparse.Namespace(count=count, seed=seed, unseen=unseen, size=SIZE, device="cpu")
-    write_once(folder, lambda whole: write_world(whole, options, maps=True))
+    write_once(folder, lambda temporary: write_world(temporary, options, maps=True))
 
 
 def write_once(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder whole unless it is there."""
+    """Write a folder, completely or not at all, unless it exists."""
     if not folder.exists():
         try:
             with atomic_folder(folder) as temporary:
                 write(temporary)
         except InputError:
-            if not folder.exists():  # another process of this run was quicker
+            if not folder.exists():  # otherwise another process of this run wrote it first
                 raise
 
 
 def world_scenes(count: int, seed: int, unseen: bool = False) -> list[Scene]:
-    """Pictures of ``count`` different subjects anywhere."""
+    """Scenes of ``count`` different subjects in random places."""
     subject = unseen_subject if unseen else training_subject
     return [photograph(subject(seed * 1_000_003 + i), seed, i) for i in range(count)]
 
 
 def write_subject(folder: Path, options: argparse.Namespace) -> None:
+    """Write photos of one subject, with captions if ``options.captions``."""
     scenes = subject_scenes(options.number, options.count, options.seen, options.seed, options.place)
-    for index, (picture, _) in enumerate(pictures_of(scenes, options.size, options.device)):
-        picture.save(folder / f"{index:02}.png")
+    for index, (image, _) in enumerate(render_with_maps(scenes, options.size, options.device)):
+        image.save(folder / f"{index:02}.png")
     if options.captions:
         text = f"a photo of {IDENTIFIERS[0]} {scenes[0].subject.kind}"
         lines = [
@@ -102,11 +107,12 @@ def write_subject(folder: Path, options: argparse.Namespace) -> None:
 
 
 def write_world(folder: Path, options: argparse.Namespace, maps: bool) -> None:
+    """Write captioned images of many subjects, with their semantic maps if ``maps``."""
     scenes = world_scenes(options.count, options.seed, options.unseen)
     lines = []
-    for index, (picture, semantic) in enumerate(pictures_of(scenes, options.size, options.device)):
+    for index, (image, semantic) in enumerate(render_with_maps(scenes, options.size, options.device)):
         scene, name = scenes[index], f"{index:05}.png"
-        picture.save(folder / name)
+        image.save(folder / name)
         line = {"file_name": name, "text": caption(scene, np.random.default_rng((options.seed, index, 11)))}
         if maps:
             (folder / "maps").mkdir(exist_ok=True)

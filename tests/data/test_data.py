@@ -1,4 +1,4 @@
-"""Photographs of every kind."""
+"""Photos of every file format, their captions and their crops."""
 
 import json
 
@@ -18,10 +18,10 @@ def gradient(width: int = 40, height: int = 24) -> Image.Image:
     return Image.fromarray(np.stack([x * 6, y * 10, x * 0 + 40], -1).astype(np.uint8))
 
 
-def test_pictures_are_turned_upright(tmp_path):
+def test_images_are_turned_upright(tmp_path):
     upright = gradient()
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
+    exif[0x0112] = 6  # to be rotated by 90 degrees clockwise for display
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
     assert np.array_equal(np.asarray(load_rgb(tmp_path / "turned.png")), np.asarray(upright))
 
@@ -33,9 +33,9 @@ def test_any_mode_becomes_rgb(tmp_path, mode):
         Image.fromarray((np.mgrid[:24, :40][1] * 1600).astype(np.uint16)).save(path)
     else:
         gradient().convert(mode).save(path)
-    picture = load_rgb(path)
-    assert picture.mode == "RGB" and picture.size == (40, 24)
-    assert np.asarray(picture).std() > 10
+    image = load_rgb(path)
+    assert image.mode == "RGB" and image.size == (40, 24)
+    assert np.asarray(image).std() > 10
 
 
 def test_transparency_becomes_white(tmp_path):
@@ -55,7 +55,7 @@ def test_captions(tmp_path):
         ("c.PNG", None),
     ]
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "z.png", "text": "?"}\n')
-    with pytest.raises(InputError, match=r"names z.png, which is not in the folder"):
+    with pytest.raises(InputError, match=r"lists z.png, which is not in the folder"):
         find_photographs(tmp_path)
     (tmp_path / "metadata.jsonl").write_text("no json\n")
     with pytest.raises(InputError, match="metadata.jsonl line 1"):
@@ -63,7 +63,7 @@ def test_captions(tmp_path):
 
 
 @given(st.integers(1, 4000), st.integers(1, 4000), st.lists(st.floats(0, 1), min_size=1, max_size=5))
-def test_crops_lie_inside_and_are_square(width, height, offsets):
+def test_crops_are_square_and_inside_the_image(width, height, offsets):
     scaled = scaled_size((width, height), 64)
     assert min(scaled) == 64
     for box in (*crop_boxes((width, height), 64, offsets), *crop_boxes((width, height), 64, None)):

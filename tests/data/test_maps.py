@@ -1,4 +1,4 @@
-"""Pairs of pictures and maps: every layout, every refusal, and that no augmentation parts them."""
+"""Pairs of images and maps: every layout, every error, and alignment under augmentation."""
 
 import json
 
@@ -23,22 +23,22 @@ from tests.helpers import PALETTE, painted_map, write_map_folders
     st.booleans(),
     st.integers(0, 99),
 )
-def test_picture_and_map_never_part(width, height, resolution, offsets, flip, seed):
-    """Pictures are painted in their maps' colours, so every view of one must show the colours of the other."""
-    picture, indices = painted_map(seed, (width, height))
-    views = pair_views(picture, np.asarray(indices), resolution, offsets, flip)
+def test_augmentation_keeps_image_and_map_aligned(width, height, resolution, offsets, flip, seed):
+    """Images are painted in their maps' colours, so every view of an image must show the colours of its map."""
+    image, indices = painted_map(seed, (width, height))
+    views = pair_views(image, np.asarray(indices), resolution, offsets, flip)
     assert len(views) % 2 == 0 if flip else views
     for view, semantic in views:
         assert view.shape == (resolution, resolution, 3) and semantic.shape == (resolution, resolution)
         assert set(np.unique(semantic)) <= set(np.unique(np.asarray(indices)))  # never blended
-        wrong = np.abs(view.astype(int) - PALETTE[semantic].astype(int)).max(axis=-1) > 60
-        # Lanczos softens the edges between blocks; inside them the colours are the map's.
-        edges = np.ones_like(wrong)  # a block may end right beyond the crop
+        mismatch = np.abs(view.astype(int) - PALETTE[semantic].astype(int)).max(axis=-1) > 60
+        # Lanczos blurs the edges between blocks; inside the blocks, the colours must be the map's.
+        edges = np.ones_like(mismatch)  # a block may end just outside the crop
         edges[4:-4, 4:-4] = False
         for axis in (0, 1):
             for shift in range(-4, 5):
                 edges |= np.roll(semantic, shift, axis) != semantic
-        assert not (wrong & ~edges).any()
+        assert not (mismatch & ~edges).any()
     if flip:
         half = len(views) // 2
         for (a, b), (c, d) in zip(views[:half], views[half:]):
@@ -56,8 +56,8 @@ def test_layouts(tmp_path):
     oft = tmp_path / "train"
     (oft / "segm").mkdir(parents=True)
     (oft / "color").mkdir()
-    picture, indices = painted_map(0)
-    picture.save(oft / "color" / "1.png")
+    image, indices = painted_map(0)
+    image.save(oft / "color" / "1.png")
     Image.fromarray(PALETTE[np.asarray(indices)]).save(oft / "segm" / "1.png")
     record = {"source": "source/1.png", "target": "target/1.png", "prompt": "a room"}
     (oft / "prompt_train_blip.json").write_text(json.dumps(record) + "\n")
@@ -65,69 +65,75 @@ def test_layouts(tmp_path):
     assert pair.caption == "a room" and pair.load_map().shape == (30, 40, 3)
     check_pairs([pair], PALETTE)
     assert np.array_equal(indices_of(pair.load_map(), PALETTE, "it"), np.asarray(indices))
-    for some in (folders, find_pairs(listed)):
-        check_pairs(some, PALETTE)
-        assert np.array_equal(PALETTE[some[0].load_map()], np.asarray(some[0].load_picture()))
+    for pairs in (folders, find_pairs(listed)):
+        check_pairs(pairs, PALETTE)
+        assert np.array_equal(PALETTE[pairs[0].load_map()], np.asarray(pairs[0].load_image()))
 
 
-def test_a_dataset_with_columns(tmp_path):
+def test_dataset_with_columns(tmp_path):
     import datasets
 
     rows = [painted_map(seed) for seed in range(3)]
-    columns = {"photo": [r[0] for r in rows], "labels": [r[1] for r in rows], "say": ["x", "y", "z"]}
-    features = {"photo": datasets.Image(), "labels": datasets.Image(), "say": datasets.Value("string")}
-    made = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    columns = {"photo": [r[0] for r in rows], "labels": [r[1] for r in rows], "text": ["x", "y", "z"]}
+    features = {"photo": datasets.Image(), "labels": datasets.Image(), "text": datasets.Value("string")}
+    dataset = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
     (tmp_path / "d").mkdir()
-    made.to_parquet(tmp_path / "d" / "train.parquet")
-    pairs = find_hub_pairs(str(tmp_path / "d"), None, "train", ("photo", "labels", "say"))
+    dataset.to_parquet(tmp_path / "d" / "train.parquet")
+    pairs = find_hub_pairs(str(tmp_path / "d"), None, "train", ("photo", "labels", "text"))
     check_pairs(pairs, PALETTE)
     assert [p.caption for p in pairs] == ["x", "y", "z"]
     assert np.array_equal(pairs[1].load_map(), np.asarray(rows[1][1]))
-    with pytest.raises(InputError, match="--map_column map is no column of .*; it has photo, labels, say"):
+    with pytest.raises(InputError, match="--map_column map is not a column of .*; it has photo, labels, text"):
         find_hub_pairs(str(tmp_path / "d"), None, "train", ("photo", "map", None))
     with pytest.raises(InputError, match="--dataset_name .*nowhere could not be loaded"):
         find_hub_pairs(str(tmp_path / "nowhere"), None, "train", ("a", "b", None))
 
 
-def refused(message: str, folder, palette=PALETTE, **more):
+def assert_rejected(message: str, folder, palette: np.ndarray | None = PALETTE, **options):
     with pytest.raises(InputError, match=message):
-        check_pairs(find_pairs(folder), palette, **more)
+        check_pairs(find_pairs(folder), palette, **options)
 
 
-def test_refusals(tmp_path):
+def test_errors(tmp_path):
     folder = write_map_folders(tmp_path / "x", [f"p{i}" for i in range(6)])
     for name in ("p1", "p2", "p3", "p4"):
         (folder / "images" / f"{name}.txt").unlink()
-    refused("4 pictures have no caption: p1.png, p2.png, p3.png and 1 more; add captions", folder)
+    assert_rejected("4 images have no caption: p1.png, p2.png, p3.png and 1 more; add captions", folder)
     check_pairs(find_pairs(folder), PALETTE, need_captions=False)
     Image.fromarray(np.full((30, 40), 7, np.uint8)).save(folder / "maps" / "p2.png")
-    refused(r"1 maps hold classes outside the palette of 6 colours: p2.png \(7\)", folder, need_captions=False)
+    assert_rejected(
+        r"1 maps contain classes outside the palette of 6 colours: p2.png \(7\)", folder, need_captions=False
+    )
     Image.fromarray(np.full((30, 40), 300, np.uint16)).save(folder / "maps" / "p2.png")
-    refused("the map of p2.png holds class 300", folder, need_captions=False)
+    assert_rejected("the map of p2.png has class 300", folder, need_captions=False)
     Image.fromarray(np.zeros((15, 20), np.uint8)).save(folder / "maps" / "p2.png")
-    refused("1 maps are not of their picture's size: p2.png", folder, need_captions=False)
+    assert_rejected("1 maps differ in size from their images: p2.png", folder, need_captions=False)
     Image.fromarray(np.full((30, 40, 3), 9, np.uint8)).save(folder / "maps" / "p2.png")
-    refused(r"p2.png has the colour \(9, 9, 9\), which is not in the palette \(100.0% of", folder, need_captions=False)
-    refused("1 maps are not indices as the others are: p2.png", folder, palette=None, need_captions=False)
-    (folder / "maps" / "p2.png").write_text("no picture")
-    refused("the map of p2.png cannot be read", folder, need_captions=False)
+    assert_rejected(
+        r"p2.png has the colour \(9, 9, 9\), which is not in the palette \(100.0% of", folder, need_captions=False
+    )
+    assert_rejected("1 maps do not contain indices as the others do: p2.png", folder, palette=None, need_captions=False)
+    (folder / "maps" / "p2.png").write_text("not an image")
+    assert_rejected("the map of p2.png cannot be read", folder, need_captions=False)
     for name in ("p0", "p1", "p2", "p5"):
         (folder / "maps" / f"{name}.png").unlink()
-    refused("4 pictures of .*images have no map of that name in .*maps: p0.png, p1.png, p2.png and 1 more", folder)
-    refused("is not a folder", tmp_path / "none")
+    assert_rejected(
+        "4 images in .*images have no map of the same name in .*maps: p0.png, p1.png, p2.png and 1 more", folder
+    )
+    assert_rejected("is not a folder", tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    refused("holds no pairs", tmp_path / "empty")
+    assert_rejected("contains no pairs", tmp_path / "empty")
     (tmp_path / "empty" / "metadata.jsonl").write_text('{"file_name": "a.png", "map": "b.png"}\n')
-    refused("2 files that .*metadata.jsonl names are missing: a.png, b.png", tmp_path / "empty")
+    assert_rejected("2 files listed in .*metadata.jsonl are missing: a.png, b.png", tmp_path / "empty")
     (tmp_path / "empty" / "metadata.jsonl").write_text("{")
-    refused("line 1 is not a record", tmp_path / "empty")
+    assert_rejected("line 1 is not a record", tmp_path / "empty")
 
 
-def test_a_turned_photograph_is_as_large_as_its_map(tmp_path):
+def test_size_of_a_rotated_photo_matches_its_map(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture, indices = painted_map(0)
-    picture.rotate(90, expand=True).save(tmp_path / "a.jpg", exif=exif)
+    image, indices = painted_map(0)
+    image.rotate(90, expand=True).save(tmp_path / "a.jpg", exif=exif)
     check_pairs([MapPair("a", indices, tmp_path / "a.jpg", "x")], PALETTE)
 
 
@@ -155,5 +161,5 @@ def test_palettes(tmp_path):
         (tmp_path / "p").write_text(text)
         with pytest.raises(InputError, match=f"is not a palette .*{message}"):
             read_palette(str(tmp_path / "p"))
-    with pytest.raises(InputError, match="is not a file; give one, or ade20k"):
+    with pytest.raises(InputError, match="is not a file; give a palette file, ade20k or generated"):
         read_palette("rainbow")

@@ -1,4 +1,4 @@
-"""The rendered world."""
+"""The rendered toy world: images, maps, captions, held-out combinations and the command line."""
 
 import json
 import re
@@ -23,55 +23,55 @@ from data.toybox.scenes import (
 from data.toybox.shapes import CLASSES
 from data.toybox.surfaces import PATTERNS
 
-CORNER = {"size": 48}
+SIZE = 48
 
 
-def some_scenes(count: int):
-    """One picture of each class, in all the places in turn."""
+def example_scenes(count: int):
+    """One scene of each class, cycling through the places."""
     return [photograph(unseen_subject(i), 5, i, list(PLACES)[i % len(PLACES)]) for i in range(count)]
 
 
 @pytest.fixture(scope="module")
-def drawn():
-    return render(some_scenes(14), **CORNER)
+def rendered():
+    return render(example_scenes(14), SIZE)
 
 
-def test_the_same_seed_gives_the_same_bytes(drawn):
-    again = render(some_scenes(14), **CORNER)
-    assert torch.equal(drawn[0], again[0]) and torch.equal(drawn[1], again[1])
+def test_same_seed_gives_the_same_bytes(rendered):
+    again = render(example_scenes(14), SIZE)
+    assert torch.equal(rendered[0], again[0]) and torch.equal(rendered[1], again[1])
 
 
-def test_a_picture_does_not_depend_on_its_batch(drawn):
+def test_image_does_not_depend_on_its_batch(rendered):
     for number in (0, 9):
-        alone = render(some_scenes(14)[number : number + 1], **CORNER)
-        assert torch.equal(alone[0][0], drawn[0][number]) and torch.equal(alone[1][0], drawn[1][number])
+        alone = render(example_scenes(14)[number : number + 1], SIZE)
+        assert torch.equal(alone[0][0], rendered[0][number]) and torch.equal(alone[1][0], rendered[1][number])
 
 
 @pytest.mark.gpu
-def test_the_gpu_draws_the_same_pictures():
-    scenes = some_scenes(42)
-    pictures, maps = render(scenes, device="cpu")
-    others, other_maps = (tensor.cpu() for tensor in render(scenes, device="cuda"))
-    differ = ((pictures.int() - others.int()).abs() > 1).any(dim=1).float().mean()
-    assert differ <= 1e-3, f"{float(differ):.2%} of the pixels"
-    assert (maps != other_maps).float().mean() <= 1e-3
+def test_gpu_renders_the_same_images():
+    scenes = example_scenes(42)
+    images, maps = render(scenes, device="cpu")
+    gpu_images, gpu_maps = (tensor.cpu() for tensor in render(scenes, device="cuda"))
+    differing = ((images.int() - gpu_images.int()).abs() > 1).any(dim=1).float().mean()
+    assert differing <= 1e-3, f"{float(differing):.2%} of the pixels differ"
+    assert (maps != gpu_maps).float().mean() <= 1e-3
 
 
-def test_the_map_names_the_toy_and_the_place(drawn):
-    pictures, maps = drawn
-    assert pictures.dtype == maps.dtype == torch.uint8 and pictures.shape == (14, 3, 48, 48)
+def test_map_contains_the_toy_and_its_surroundings(rendered):
+    images, maps = rendered
+    assert images.dtype == maps.dtype == torch.uint8 and images.shape == (14, 3, SIZE, SIZE)
     for number, kind in enumerate(CLASSES):
-        found = set(maps[number].unique().tolist())
-        toys = {label for label in found if label >= len(STUFF)}
+        labels = set(maps[number].unique().tolist())
+        toys = {label for label in labels if label >= len(STUFF)}
         assert toys == {SEMANTIC_CLASSES.index(kind)}
         share = (maps[number] >= len(STUFF)).float().mean()
         assert 0.06 < share < 0.7, f"{kind} covers {float(share):.0%}"
-        assert len(found) > 1
-    # The toy itself is pictured, not one flat patch.
-    assert all(picture[:, map_ >= len(STUFF)].float().std() > 8 for picture, map_ in zip(pictures, maps))
+        assert len(labels) > 1
+    # The toy is shaded and coloured, not a flat patch.
+    assert all(image[:, semantic >= len(STUFF)].float().std() > 8 for image, semantic in zip(images, maps))
 
 
-def test_what_is_held_out_stays_out():
+def test_training_subjects_exclude_held_out_combinations():
     seen = [training_subject(i) for i in range(300)]
     assert not any(is_unseen_subject(subject) for subject in seen)
     assert all(is_unseen_subject(unseen_subject(i)) for i in range(50))
@@ -82,7 +82,7 @@ def test_what_is_held_out_stays_out():
     assert sum(is_unseen_pair(kind, place) for kind in CLASSES for place in PLACES) >= 3
 
 
-def test_captions_say_what_is_there():
+def test_captions_describe_the_scene():
     for number in range(60):
         scene = photograph(training_subject(number), 2, number)
         text = full_caption(scene)
@@ -115,21 +115,22 @@ def test_maps_command(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("typed", "message"),
+    ("arguments", "message"),
     [
         (["render", "{out}", "--count", "0"], "count"),
         (["render", "{out}", "--size", "7"], "size"),
         (["subject", "0", "{out}", "--place", "the moon"], "the moon"),
         (["render", "{out}", "--device", "nonsense"], "--device nonsense cannot be used"),
-        (["subject", "0", "{there}"], "exists already"),
+        (["subject", "0", "{existing}"], "already exists"),
+        (["subject", "0", "{existing}/file/out", "--count", "1", "--size", "8"], "error: .*out could not be written"),
     ],
 )
-def test_bad_input(tmp_path, capsys, typed, message):
-    there = tmp_path / "there"
-    there.mkdir()
-    (there / "mine").write_text("x")
+def test_bad_input(tmp_path, capsys, arguments, message):
+    existing = tmp_path / "existing"
+    existing.mkdir()
+    (existing / "file").write_text("x")
     with pytest.raises(SystemExit) as stop:
-        main([word.format(out=tmp_path / "out", there=there) for word in typed])
-    said = f"{stop.value.code} {capsys.readouterr().err}"
-    assert stop.value.code != 0 and re.search(message, said), said
-    assert not (tmp_path / "out").exists() and (there / "mine").read_text() == "x"
+        main([argument.format(out=tmp_path / "out", existing=existing) for argument in arguments])
+    output = f"{stop.value.code} {capsys.readouterr().err}"
+    assert stop.value.code != 0 and re.search(message, output), output
+    assert not (tmp_path / "out").exists() and (existing / "file").read_text() == "x"

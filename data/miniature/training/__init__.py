@@ -1,1 +1,1 @@
-"""How the miniature family is trained: ``python -m data.miniature.training``; needs a GPU to be quick."""
+"""Training of the miniature family: ``python -m data.miniature.training``. Slow without a GPU."""

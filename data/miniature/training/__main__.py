@@ -1,10 +1,11 @@
-"""``python -m data.miniature.training STAGE WORK_DIR``: train the family, a stage at a time.
+"""``python -m data.miniature.training STAGE WORK_DIR``: train the family, one stage at a time.
 
-Stages, in order: ``pool`` renders the pictures; ``autoencoder``, ``clip``, ``dino`` and ``segmenter`` need the pool and
-may run side by side; ``unet`` needs the autoencoder and clip, and writes mini-sd. Each model ends in WORK_DIR/family.
+Stages, in order: ``pool`` renders the training images; ``autoencoder``, ``clip``, ``dino`` and ``segmenter`` need the
+pool and may run in parallel; ``unet`` needs ``autoencoder`` and ``clip``, and writes mini-sd. The models are written to
+WORK_DIR/family.
 """
 
-# Diffusers and transformers annotate their constructors more narrowly than they take arguments.
+# The constructors of diffusers and transformers accept more types than their annotations allow.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 import argparse
@@ -26,31 +27,31 @@ def wait_for(path: Path) -> Path:
     return path
 
 
-def main(typed: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m data.miniature.training", description=__doc__)
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("work_dir", type=Path)
     parser.add_argument("--subjects", type=int, default=21_000, help="pool: how many different toys")
-    parser.add_argument("--photographs", type=int, default=4, help="pool: pictures of each")
+    parser.add_argument("--photographs", type=int, default=4, help="pool: images of each toy")
     parser.add_argument("--steps", type=int, default=10**6)
-    parser.add_argument("--seconds", type=float, help="train until then, if the steps do not end first")
-    parser.add_argument("--batch", type=int, help="by default the stage's own")
+    parser.add_argument("--seconds", type=float, help="time limit for training; --steps may end it earlier")
+    parser.add_argument("--batch", type=int, help="batch size (default: depends on the stage)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compiled", action="store_true", help="torch.compile the autoencoder and the UNet")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args(typed)
+    options = parser.parse_args(arguments)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    work, began = options.work_dir, time.monotonic()
+    work, start = options.work_dir, time.monotonic()
     if options.stage == "pool":
         render_pool(work, options.subjects, options.photographs, options.seed, options.device)
-        print(f"pool: {options.subjects} x {options.photographs} pictures, {time.monotonic() - began:.0f} s")
+        print(f"pool: {options.subjects} x {options.photographs} images, {time.monotonic() - start:.0f} s")
         return
-    how = {"seconds": options.seconds, "steps": options.steps, "seed": options.seed}
+    settings = {"seconds": options.seconds, "steps": options.steps, "seed": options.seed}
     if options.batch:
-        how["batch"] = options.batch
+        settings["batch"] = options.batch
     family, parts = work / "family", work / "parts"
-    # What takes long to compile does so before it waits for what it is trained on.
+    # Compilation is slow, so it runs before waiting for the outputs of earlier stages.
     prepared = ()
     if options.stage == "autoencoder":
         batch = options.batch or autoencoder.BATCH
@@ -63,20 +64,20 @@ def main(typed: list[str] | None = None) -> None:
     parts.mkdir(exist_ok=True)
     done = 0
     if options.stage == "autoencoder":
-        model, done = autoencoder.train_autoencoder(pool, *prepared, **how)
+        model, done = autoencoder.train_autoencoder(pool, *prepared, **settings)
         model.save_pretrained(parts / "vae.part")
         (parts / "vae.part").rename(parts / "vae")
     elif options.stage == "clip":
         tokenizer = write_tokenizer(parts / "tokenizer")
-        model, done = clip.train_clip(pool, tokenizer, **how)
+        model, done = clip.train_clip(pool, tokenizer, **settings)
         clip.write_clip(model, parts / "tokenizer", family / "mini-clip")
         clip.text_encoder_of(model, tokenizer).save_pretrained(parts / "text_encoder.part")
         (parts / "text_encoder.part").rename(parts / "text_encoder")
     elif options.stage == "dino":
-        model, done = dino.train_dino(pool, **how)
+        model, done = dino.train_dino(pool, **settings)
         dino.write_dino(model, family / "mini-dino")
     elif options.stage == "segmenter":
-        model, done = segmenter.train_segmenter(pool, **how)
+        model, done = segmenter.train_segmenter(pool, **settings)
         segmenter.write_segmenter(model, family / "mini-segmenter")
     else:
         from diffusers import AutoencoderKL
@@ -85,9 +86,9 @@ def main(typed: list[str] | None = None) -> None:
         vae = AutoencoderKL.from_pretrained(wait_for(parts / "vae")).to(options.device)
         text_encoder = CLIPTextModel.from_pretrained(wait_for(parts / "text_encoder")).float().eval()
         tokenizer = CLIPTokenizer.from_pretrained(parts / "tokenizer")
-        model, done = unet.train_unet(pool, *prepared, vae, text_encoder, tokenizer, **how)
+        model, done = unet.train_unet(pool, *prepared, vae, text_encoder, tokenizer, **settings)
         unet.write_pipeline(family / "mini-sd", model, vae, text_encoder, tokenizer)
-    print(f"{options.stage}: {done} steps, {time.monotonic() - began:.0f} s with start-up", flush=True)
+    print(f"{options.stage}: {done} steps, {time.monotonic() - start:.0f} s including start-up", flush=True)
 
 
 if __name__ == "__main__":

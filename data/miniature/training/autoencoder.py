@@ -1,6 +1,6 @@
-"""The autoencoder: factor 4, so that a toy's pattern survives in 32 x 32 latents."""
+"""The autoencoder of mini-sd. It downsamples by 4, so that a toy's pattern survives in 32 x 32 latents."""
 
-# Diffusers and transformers annotate their constructors more narrowly than they take arguments.
+# The constructors of diffusers and transformers accept more types than their annotations allow.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 import torch
@@ -13,7 +13,7 @@ from data.toybox.places import STUFF
 LATENT_CHANNELS = 6
 BATCH = 96
 OBJECT_WEIGHT = 3.0
-"""How much more an error inside the toy counts: the backgrounds are most of every picture."""
+"""Extra weight of errors inside the toy, since the background covers most of every image."""
 KL_WEIGHT = 1e-5
 
 
@@ -35,7 +35,7 @@ def build(seed: int):
 
 
 def prepare_autoencoder(device: torch.device | str, seed: int, compiled: bool, batch: int = BATCH):
-    """The autoencoder and its training forward, compiled by a first run on nothing so that this need not wait."""
+    """The autoencoder and its training forward; a run on zeros compiles it before the pool is available."""
     vae = build(seed).to(device).to(memory_format=torch.channels_last)
 
     def reconstruct(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,17 +57,17 @@ def prepare_autoencoder(device: torch.device | str, seed: int, compiled: bool, b
 
 
 def train_autoencoder(pool: Pool, vae, forward, *, seconds: float, steps: int, seed: int, batch: int = BATCH):
-    """Train on the pool; the latents end with mean 0 and deviation 1 in every channel."""
-    device = pool.pictures.device
+    """Train on the pool, then standardize the latents to mean 0 and standard deviation 1 per channel."""
+    device = pool.images.device
     torch.manual_seed(seed)
-    pictures, maps = pool.pictures.flatten(0, 1), pool.maps.flatten(0, 1)
+    images, maps = pool.images.flatten(0, 1), pool.maps.flatten(0, 1)
 
-    def loss_of() -> Tensor:
-        chosen = torch.randint(len(pictures), (batch,), device=device)
-        x = as_input(pictures[chosen])
+    def compute_loss() -> Tensor:
+        chosen = torch.randint(len(images), (batch,), device=device)
+        x = as_input(images[chosen])
         x = torch.where(torch.rand(batch, 1, 1, 1, device=device) < 0.5, x.flip(3), x)
         weight = 1.0 + OBJECT_WEIGHT * (maps[chosen] >= len(STUFF)).float()
-        weight = torch.maximum(weight, weight.flip(2))[:, None]  # flipped or not, the toy is in it
+        weight = torch.maximum(weight, weight.flip(2))[:, None]  # covers the toy whether x is flipped or not
         x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
             y, mean, logvar = forward(x)
@@ -75,16 +75,16 @@ def train_autoencoder(pool: Pool, vae, forward, *, seconds: float, steps: int, s
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         return (error * weight).mean() + 0.1 * (y.float() - x).abs().mean() + KL_WEIGHT * kl
 
-    done = train([vae], loss_of, rate=8e-4, steps=steps, seconds=seconds, ema=0.999, label="autoencoder")
+    done = train([vae], compute_loss, rate=8e-4, steps=steps, seconds=seconds, ema=0.999, label="autoencoder")
     vae = vae.to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
-    standardize_latents(vae, pictures[:: max(1, len(pictures) // 2048)])
+    standardize_latents(vae, images[:: max(1, len(images) // 2048)])
     return vae, done
 
 
 @torch.no_grad()
-def standardize_latents(vae, pictures: Tensor) -> None:
-    """Fold a shift and a scale per channel into the outermost convolutions: latents of mean 0 and deviation 1."""
-    latents = torch.cat([vae.encode(as_input(part)).latent_dist.mean for part in pictures.split(64)])
+def standardize_latents(vae, images: Tensor) -> None:
+    """Standardize the latents per channel, by folding shift and scale into the convolutions next to them."""
+    latents = torch.cat([vae.encode(as_input(part)).latent_dist.mean for part in images.split(64)])
     mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
     channels = len(mean)
     out, back = vae.quant_conv, vae.post_quant_conv

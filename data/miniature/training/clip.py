@@ -1,4 +1,4 @@
-"""mini-clip: a CLIP of toybox's pictures and captions in open_clip's format, and its text tower for mini-sd."""
+"""mini-clip: a CLIP trained on toybox's images and captions, in open_clip's format, and its text tower for mini-sd."""
 
 import json
 import shutil
@@ -32,29 +32,29 @@ def config(vocabulary: int) -> dict[str, Any]:
 
 
 def tokenize(tokenizer, captions: list[str]) -> Tensor:
-    """(captions, 77) token numbers, as Stable Diffusion's pipeline makes them."""
+    """Token ids (captions, 77), as in Stable Diffusion's pipeline."""
     return tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
 
 
 def train_clip(pool: Pool, tokenizer, *, seconds: float, steps: int, seed: int, batch: int = BATCH):
     from open_clip import CLIP
 
-    device = pool.pictures.device
+    device = pool.images.device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = CLIP(**config(len(tokenizer))).to(device)
     torch.manual_seed(seed)
-    pictures = pool.pictures.flatten(0, 1)
+    images = pool.images.flatten(0, 1)
     tokens = tokenize(tokenizer, [text for texts in pool.captions for text in texts]).to(device)
     longest = int((tokens != tokenizer.pad_token_id).sum(dim=1).max())
     tokens = tokens.unflatten(0, (-1, CAPTIONS))
-    print(f"clip: longest caption {longest} tokens", flush=True)
+    print(f"clip: the longest caption has {longest} tokens", flush=True)
     target = torch.arange(batch, device=device)
 
-    def loss_of() -> Tensor:
-        chosen = torch.randint(len(pictures), (batch,), device=device)
+    def compute_loss() -> Tensor:
+        chosen = torch.randint(len(images), (batch,), device=device)
         variant = torch.randint(CAPTIONS, (batch,), device=device)
-        x = pictures[chosen].float() / 127.5 - 1
+        x = images[chosen].float() / 127.5 - 1
         x = torch.where(torch.rand(batch, 1, 1, 1, device=device) < 0.5, x.flip(3), x)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
             image = torch.nn.functional.normalize(model.encode_image(x).float(), dim=-1)
@@ -63,12 +63,14 @@ def train_clip(pool: Pool, tokenizer, *, seconds: float, steps: int, seed: int, 
         loss = torch.nn.functional.cross_entropy
         return 0.5 * (loss(logits, target) + loss(logits.T, target))
 
-    done = train([model], loss_of, rate=1e-3, steps=steps, seconds=seconds, weight_decay=0.1, ema=0.999, label="clip")
+    done = train(
+        [model], compute_loss, rate=1e-3, steps=steps, seconds=seconds, weight_decay=0.1, ema=0.999, label="clip"
+    )
     return model.eval(), done
 
 
 def write_clip(model, tokenizer_folder: Path, folder: Path) -> None:
-    """The folder that open_clip loads as ``local-dir:``, weights in float16."""
+    """Write the folder that open_clip loads as ``local-dir:``, with weights in float16."""
     from safetensors.torch import save_file
     from transformers import CLIPTokenizer
 
@@ -102,18 +104,18 @@ def text_encoder_of(model, tokenizer):
         )
     )
     source = model.state_dict()
-    found = {
+    weights = {
         "embeddings.token_embedding.weight": source["token_embedding.weight"],
         "embeddings.position_embedding.weight": source["positional_embedding"],
         "final_layer_norm.weight": source["ln_final.weight"],
         "final_layer_norm.bias": source["ln_final.bias"],
     }
     for layer in range(4):
-        there, here = f"transformer.resblocks.{layer}.", f"encoder.layers.{layer}."
+        source_prefix, target_prefix = f"transformer.resblocks.{layer}.", f"encoder.layers.{layer}."
         for kind in ("weight", "bias"):
-            parts = source[f"{there}attn.in_proj_{kind}"].chunk(3)
+            parts = source[f"{source_prefix}attn.in_proj_{kind}"].chunk(3)
             for name, part in zip(("q_proj", "k_proj", "v_proj"), parts):
-                found[f"{here}self_attn.{name}.{kind}"] = part
+                weights[f"{target_prefix}self_attn.{name}.{kind}"] = part
             for name, original in (
                 ("self_attn.out_proj", "attn.out_proj"),
                 ("layer_norm1", "ln_1"),
@@ -121,8 +123,9 @@ def text_encoder_of(model, tokenizer):
                 ("mlp.fc1", "mlp.c_fc"),
                 ("mlp.fc2", "mlp.c_proj"),
             ):
-                found[f"{here}{name}.{kind}"] = source[f"{there}{original}.{kind}"]
+                weights[f"{target_prefix}{name}.{kind}"] = source[f"{source_prefix}{original}.{kind}"]
     prefix = "text_model." if any(key.startswith("text_model.") for key in encoder.state_dict()) else ""
-    missing, unexpected = encoder.load_state_dict({prefix + k: v.float().cpu() for k, v in found.items()}, strict=False)
+    weights = {prefix + name: tensor.float().cpu() for name, tensor in weights.items()}
+    missing, unexpected = encoder.load_state_dict(weights, strict=False)
     assert not unexpected and all("position_ids" in key for key in missing), (missing, unexpected)
     return encoder.eval().requires_grad_(False)

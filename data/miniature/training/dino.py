@@ -1,7 +1,7 @@
-"""mini-dino: a timm ViT that knows a toy again, trained without labels.
+"""mini-dino: a timm ViT that recognizes individual toys, trained without labels.
 
-Its only signal is which photographs show the same thing, as a walk around it with a camera would give: no class,
-colour, pattern or place is told.
+The only training signal is which photos show the same toy, as if someone walked around it with a camera. Class, colour,
+pattern and place are not used.
 """
 
 import json
@@ -16,13 +16,13 @@ from data.miniature.training.steps import train
 from data.toybox.render import SIZE
 
 BATCH = 1024
-"""Subjects, two photographs of each. The more, the more of them are alike, and those teach most."""
+"""Subjects, with two photos each. A larger batch contains more similar subjects, the most informative negatives."""
 TEMPERATURE = 0.07
 ARCHITECTURE: dict[str, Any] = {"img_size": SIZE, "patch_size": 8, "embed_dim": 192, "depth": 5, "num_heads": 6}
 
 
 def random_crops(x: Tensor) -> Tensor:
-    """Zoomed by 1 to 1.25 about a random place, mirrored half of the time."""
+    """Zoom by 1 to 1.25 around a random point, and flip half of the images."""
     batch = len(x)
     zoom = 1 - 0.2 * torch.rand(batch, device=x.device)
     flip = torch.where(torch.rand(batch, device=x.device) < 0.5, -1.0, 1.0)
@@ -37,23 +37,23 @@ def train_dino(pool: Pool, *, seconds: float, steps: int, seed: int, batch: int 
     import timm
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-    device = pool.pictures.device
+    device = pool.images.device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: Any = timm.create_model("vit_small_patch16_224", pretrained=False, num_classes=0, **ARCHITECTURE)
     model = model.to(device)
     torch.manual_seed(seed)
-    # The scorer's normalization, from pictures of -1 to 1.
+    # The scorer's normalization, for inputs from -1 to 1.
     mean = torch.tensor(IMAGENET_DEFAULT_MEAN, device=device)[:, None, None] * 2 - 1
     std = torch.tensor(IMAGENET_DEFAULT_STD, device=device)[:, None, None] * 2
-    pictures = pool.pictures
-    batch = min(batch, len(pictures))
+    images = pool.images
+    batch = min(batch, len(images))
     target = torch.arange(batch, device=device)
 
-    def loss_of() -> Tensor:
-        subject = torch.rand(len(pictures), device=device).argsort()[:batch]
-        two = torch.rand(batch, pictures.shape[1], device=device).argsort(dim=1)[:, :2]
-        x = torch.cat((pictures[subject, two[:, 0]], pictures[subject, two[:, 1]]))
+    def compute_loss() -> Tensor:
+        subject = torch.rand(len(images), device=device).argsort()[:batch]
+        pair = torch.rand(batch, images.shape[1], device=device).argsort(dim=1)[:, :2]
+        x = torch.cat((images[subject, pair[:, 0]], images[subject, pair[:, 1]]))
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
             z = model.forward_features((random_crops(as_input(x)) - mean) / std)[:, 0]
         a, b = torch.nn.functional.normalize(z.float(), dim=-1).chunk(2)
@@ -61,12 +61,14 @@ def train_dino(pool: Pool, *, seconds: float, steps: int, seed: int, batch: int 
         loss = torch.nn.functional.cross_entropy
         return 0.5 * (loss(logits, target) + loss(logits.T, target))
 
-    done = train([model], loss_of, rate=1e-3, steps=steps, seconds=seconds, weight_decay=0.05, ema=0.999, label="dino")
+    done = train(
+        [model], compute_loss, rate=1e-3, steps=steps, seconds=seconds, weight_decay=0.05, ema=0.999, label="dino"
+    )
     return model.eval(), done
 
 
 def write_dino(model, folder: Path) -> None:
-    """The folder that timm loads as ``local-dir:``, weights in float16."""
+    """Write the folder that timm loads as ``local-dir:``, with weights in float16."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)

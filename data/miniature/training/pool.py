@@ -1,4 +1,4 @@
-"""The pictures that the family is trained on: rendered once, kept on the device."""
+"""The images that the family is trained on: rendered once, then kept on the device."""
 
 import dataclasses
 import json
@@ -16,25 +16,26 @@ from data.toybox.scenes import photograph, training_subject
 
 CAPTIONS = 3
 STRANGE_WORDS = 0.04
-"""Share of the captions that carry a made-up word, so that unknown words are passed over."""
+"""Share of the captions with a made-up word, so that the family learns to ignore unknown words."""
 
 
 @dataclasses.dataclass
 class Pool:
-    """Photographs of subjects that the family may see.
+    """Photos of subjects that are not held out.
 
     Attributes:
-        pictures: (subjects, photographs, 3, size, size) uint8. maps: (subjects, photographs, size, size) uint8.
-        captions: for each photograph, subject by subject, ``CAPTIONS`` texts.
+        images: (subjects, photos, 3, size, size) uint8.
+        maps: (subjects, photos, size, size) uint8.
+        captions: ``CAPTIONS`` captions per photo, subject by subject.
     """
 
-    pictures: Tensor
+    images: Tensor
     maps: Tensor
     captions: list[list[str]]
 
 
 def render_pool(folder: Path, subjects: int, photographs: int, seed: int, device: str, batch: int = 512) -> None:
-    """Render ``photographs`` of each of the first ``subjects`` training subjects and write them to ``folder``."""
+    """Render that many photos of each of the first ``subjects`` training subjects and write them to ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     scenes, captions = [], []
     for number in range(subjects):
@@ -44,18 +45,19 @@ def render_pool(folder: Path, subjects: int, photographs: int, seed: int, device
             random = np.random.default_rng((seed, number, index, 11))
             scenes.append(scene)
             captions.append([with_strange_word(caption(scene, random), random) for _ in range(CAPTIONS)])
-    pictures, maps = [], []
-    # By class, so that each batch on the device holds few of them.
+    images, maps = [], []
+    # Sorted by class, so that each batch contains few classes.
     order = sorted(range(len(scenes)), key=lambda i: (scenes[i].subject.kind, scenes[i].view.place))
     for first in tqdm(range(0, len(order), batch), desc="rendering", mininterval=5):
-        drawn = render([scenes[i] for i in order[first : first + batch]], device=device, batch_size=batch // 2)
-        pictures.append(drawn[0].cpu())
-        maps.append(drawn[1].cpu())
-    back = torch.tensor(order).argsort()
+        batch_scenes = [scenes[i] for i in order[first : first + batch]]
+        batch_images, batch_maps = render(batch_scenes, device=device, batch_size=batch // 2)
+        images.append(batch_images.cpu())
+        maps.append(batch_maps.cpu())
+    original_order = torch.tensor(order).argsort()
     shape = (subjects, photographs)
     tensors = {
-        "pictures": torch.cat(pictures)[back].unflatten(0, shape),
-        "maps": torch.cat(maps)[back].unflatten(0, shape),
+        "pictures": torch.cat(images)[original_order].unflatten(0, shape),
+        "maps": torch.cat(maps)[original_order].unflatten(0, shape),
     }
     save_file(tensors, folder / "pool.safetensors.part")
     (folder / "captions.json").write_text(json.dumps(captions))
@@ -63,7 +65,7 @@ def render_pool(folder: Path, subjects: int, photographs: int, seed: int, device
 
 
 def with_strange_word(text: str, random: np.random.Generator) -> str:
-    """The text, now and then with a made-up word somewhere in it."""
+    """The text, sometimes with a made-up word at a random position."""
     if random.uniform() >= STRANGE_WORDS:
         return text
     letters = [chr(97 + i) for i in random.integers(26, size=random.integers(2, 9))]
@@ -79,6 +81,6 @@ def load_pool(folder: Path, device: str) -> Pool:
     return Pool(tensors["pictures"], tensors["maps"], json.loads((folder / "captions.json").read_text()))
 
 
-def as_input(pictures: Tensor) -> Tensor:
-    """uint8 pictures as floats from -1 to 1."""
-    return pictures.float() / 127.5 - 1
+def as_input(images: Tensor) -> Tensor:
+    """uint8 images as floats from -1 to 1."""
+    return images.float() / 127.5 - 1

@@ -1,6 +1,6 @@
-"""mini-segmenter: a small SegFormer that names what every pixel of a toybox picture shows."""
+"""mini-segmenter: a small SegFormer that predicts the semantic class of every pixel of a toybox image."""
 
-# Diffusers and transformers annotate their constructors more narrowly than they take arguments.
+# The constructors of diffusers and transformers accept more types than their annotations allow.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 import torch
@@ -41,15 +41,15 @@ def build(seed: int):
 
 
 def train_segmenter(pool: Pool, *, seconds: float, steps: int, seed: int, batch: int = BATCH):
-    device = pool.pictures.device
+    device = pool.images.device
     model = build(seed).to(device).train()
     torch.manual_seed(seed)
-    pictures, maps = pool.pictures.flatten(0, 1), pool.maps.flatten(0, 1)
+    images, maps = pool.images.flatten(0, 1), pool.maps.flatten(0, 1)
 
-    def loss_of() -> Tensor:
-        chosen = torch.randint(len(pictures), (batch,), device=device)
+    def compute_loss() -> Tensor:
+        chosen = torch.randint(len(images), (batch,), device=device)
         flip = torch.rand(batch, 1, 1, device=device) < 0.5
-        x, target = pictures[chosen], maps[chosen]
+        x, target = images[chosen], maps[chosen]
         target = torch.where(flip, target.flip(2), target)
         x = torch.where(flip[:, None], x.flip(3), x).float() / 127.5 - 1
         x = x * (0.85 + 0.3 * torch.rand(batch, 1, 1, 1, device=device))
@@ -58,12 +58,12 @@ def train_segmenter(pool: Pool, *, seconds: float, steps: int, seed: int, batch:
         logits = torch.nn.functional.interpolate(logits.float(), size=x.shape[-2:], mode="bilinear")
         return torch.nn.functional.cross_entropy(logits, target.long())
 
-    done = train([model], loss_of, rate=1.5e-3, steps=steps, seconds=seconds, ema=0.998, label="segmenter")
+    done = train([model], compute_loss, rate=1.5e-3, steps=steps, seconds=seconds, ema=0.998, label="segmenter")
     return model.eval(), done
 
 
 def write_segmenter(model, folder) -> None:
-    """The folder that transformers loads, weights in float16."""
+    """Write the folder that transformers loads, with weights in float16."""
     from transformers import SegformerImageProcessor
 
     folder.mkdir(parents=True, exist_ok=True)

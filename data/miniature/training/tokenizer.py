@@ -1,4 +1,4 @@
-"""A CLIP tokenizer for toybox's captions: its words are one token each, rare identifiers too, and any text is taken."""
+"""A CLIP tokenizer that encodes every word in toybox's captions as one token, and accepts any other text."""
 
 import itertools
 import json
@@ -28,28 +28,28 @@ EXTRA_WORDS = (
 
 
 def words() -> list[str]:
-    """Every word that toybox's captions are made of, and some that people type."""
+    """Every word in toybox's captions, and some that people are likely to type."""
     texts: list[str] = [*CLASSES, *COLOURS, *EXTRA_WORDS, *OPENINGS]
     texts += [phrase for phrases in PATTERN_PHRASES.values() for phrase in phrases]
     texts += [phrase for phrases in VIEWS.values() for phrase in phrases]
     texts += [phrase for place in PLACES.values() for phrase in place.phrases]
-    found = {w for text in texts for w in text.replace("-", " ").replace(",", " ").split() if w.isalpha()}
-    return [*sorted(found), *IDENTIFIERS]
+    distinct = {w for text in texts for w in text.replace("-", " ").replace(",", " ").split() if w.isalpha()}
+    return [*sorted(distinct), *IDENTIFIERS]
 
 
 def merges(vocabulary: Iterable[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges that make each word one token, letter by letter from the left."""
-    found: dict[tuple[str, str], None] = {}
+    """Byte-pair merges that turn each word into one token, merging letters from the left."""
+    pairs: dict[tuple[str, str], None] = {}
     for word in vocabulary:
         pieces = [*word[:-1], word[-1] + "</w>"]
-        while len(pieces) > 1:  # the earliest known merge first, exactly as the tokenizer will go about it
-            known = [pair for pair in itertools.pairwise(pieces) if pair in found]
-            order = list(found)
+        while len(pieces) > 1:  # applies the earliest known merge first, as the tokenizer does
+            known = [pair for pair in itertools.pairwise(pieces) if pair in pairs]
+            order = list(pairs)
             pair = min(known, key=order.index) if known else (pieces[0], pieces[1])
-            found.setdefault(pair)
-            at = next(i for i in range(len(pieces) - 1) if (pieces[i], pieces[i + 1]) == pair)
-            pieces[at : at + 2] = [pair[0] + pair[1]]
-    return list(found)
+            pairs.setdefault(pair)
+            index = next(i for i in range(len(pieces) - 1) if (pieces[i], pieces[i + 1]) == pair)
+            pieces[index : index + 2] = [pair[0] + pair[1]]
+    return list(pairs)
 
 
 def write_tokenizer(folder: Path):
@@ -69,7 +69,7 @@ def write_tokenizer(folder: Path):
         "bos_token": SPECIAL_TOKENS[0],
         "eos_token": SPECIAL_TOKENS[1],
         "unk_token": SPECIAL_TOKENS[1],
-        "pad_token": "!",  # as Stable Diffusion 2 pads: the end of the text is then the highest number in it
+        "pad_token": "!",  # as in Stable Diffusion 2: the end of the text is then where the token id is highest
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     return CLIPTokenizer.from_pretrained(folder)

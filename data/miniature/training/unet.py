@@ -1,6 +1,6 @@
-"""The UNet of mini-sd, and the pipeline folder."""
+"""The UNet of mini-sd, and the complete pipeline."""
 
-# Diffusers and transformers annotate their constructors more narrowly than they take arguments.
+# The constructors of diffusers and transformers accept more types than their annotations allow.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 from pathlib import Path
@@ -31,13 +31,13 @@ def build(latent_channels: int, cross_attention_dim: int, sample_size: int, seed
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
             cross_attention_dim=cross_attention_dim,
-            attention_head_dim=(4, 4, 5),  # the number of heads, as in Stable Diffusion 1.5's own configuration
+            attention_head_dim=(4, 4, 5),  # the number of heads, as in Stable Diffusion 1.5's configuration
             norm_num_groups=16,
         )
 
 
 def noise_scheduler():
-    """v-prediction with zero terminal signal, so that whole pictures can be dark or light."""
+    """v-prediction with zero terminal SNR, so that an image can be dark or bright overall."""
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(
@@ -55,13 +55,17 @@ def noise_scheduler():
 
 @torch.no_grad()
 def encode_pool(pool: Pool, vae, text_encoder, tokenizer) -> tuple[Tensor, Tensor, Tensor]:
-    """Latent means, deviations (pictures, 2 mirrorings, c, h, w) and embeddings (pictures, captions, 77, width), in
-    half precision where the device is a GPU."""
-    device = pool.pictures.device
+    """Encode the images, unflipped and flipped, and the captions; in bfloat16 on a GPU.
+
+    Returns:
+        Latent means and standard deviations, each (images, 2, c, h, w), and text embeddings (images, captions, 77,
+        width).
+    """
+    device = pool.images.device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    pictures = pool.pictures.flatten(0, 1)
+    images = pool.images.flatten(0, 1)
     means, stds = [], []
-    for part in pictures.split(256):
+    for part in images.split(256):
         x = as_input(part)
         both = [vae.encode(view).latent_dist for view in (x, x.flip(3))]
         means.append(torch.stack([d.mean for d in both], 1).to(dtype))
@@ -80,7 +84,7 @@ def prepare_unet(
     compiled: bool,
     batch=BATCH,
 ):
-    """The UNet and its forward, compiled by a first run on nothing so that this need not wait for the latents."""
+    """The UNet and its forward; a run on zeros compiles it before the latents are available."""
     unet = build(latent_channels, width, sample_size, seed).to(device).to(memory_format=torch.channels_last)
     if not compiled:
         return unet, unet
@@ -100,7 +104,7 @@ def prepare_unet(
 def train_unet(
     pool: Pool, unet, forward, vae, text_encoder, tokenizer, *, seconds: float, steps: int, seed: int, batch=BATCH
 ):
-    device = pool.pictures.device
+    device = pool.images.device
     text_encoder = text_encoder.to(device)
     latents, deviations, texts = encode_pool(pool, vae, text_encoder, tokenizer)
     with torch.no_grad():
@@ -109,7 +113,7 @@ def train_unet(
     alphas = noise_scheduler().alphas_cumprod.to(device)
     signal, noise_level = alphas.sqrt(), (1 - alphas).sqrt()
 
-    def loss_of() -> Tensor:
+    def compute_loss() -> Tensor:
         chosen = torch.randint(len(latents), (batch,), device=device)
         mirrored = torch.randint(2, (batch,), device=device)
         variant = torch.randint(CAPTIONS, (batch,), device=device)
@@ -117,7 +121,7 @@ def train_unet(
         x = mean + deviation * torch.randn_like(mean)
         dropped = torch.rand(batch, 1, 1, device=device) < CAPTION_DROPOUT
         text = torch.where(dropped, empty, texts[chosen, variant])
-        # Spread evenly over the batch, which steadies the loss.
+        # Timesteps are stratified over the batch, which reduces the variance of the loss.
         spread = (torch.arange(batch, device=device) + torch.rand(batch, device=device)) / batch
         timestep = (spread * len(alphas)).long().clamp(max=len(alphas) - 1)
         a, b = signal[timestep, None, None, None], noise_level[timestep, None, None, None]
@@ -127,12 +131,12 @@ def train_unet(
             velocity = forward(noisy, timestep, encoder_hidden_states=text, return_dict=False)[0]
         return (velocity.float() - (a * noise - b * x)).square().mean()
 
-    done = train([unet], loss_of, rate=1e-3, steps=steps, seconds=seconds, warmup=400, ema=0.9995, label="unet")
+    done = train([unet], compute_loss, rate=1e-3, steps=steps, seconds=seconds, warmup=400, ema=0.9995, label="unet")
     return unet.to(memory_format=torch.contiguous_format).eval(), done
 
 
 def write_pipeline(folder: Path, unet, vae, text_encoder, tokenizer) -> None:
-    """The pipeline folder, in float16, in files of at most 15 MB."""
+    """Write the pipeline in float16, in files of at most 15 MB."""
     from diffusers import StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline(
