@@ -1,4 +1,4 @@
-"""Flags that several commands have."""
+"""Flags that several commands share."""
 
 import argparse
 from pathlib import Path
@@ -14,15 +14,15 @@ def add_adapter_arguments(parser: argparse.ArgumentParser, required: bool = True
         nargs="+",
         required=required,
         default=[],
-        help="an output folder, the file in it, or a hub id; several are summed",
+        help="output folder, the file in it, or hub id; the updates of several adapters are added",
     )
-    parser.add_argument("--adapter_weights", type=float, nargs="+", help="one per adapter; default: 1 for each")
+    parser.add_argument("--adapter_weights", type=float, nargs="+", help="one weight per adapter; default: 1 each")
 
 
 def add_base_model_arguments(parser: argparse.ArgumentParser, required: bool = False) -> None:
     """``--pretrained_model_name_or_path``, ``--revision`` and ``--variant``."""
-    what = "the base model the adapter belongs to" if required else "instead of the base model recorded in the adapter"
-    parser.add_argument("--pretrained_model_name_or_path", required=required, help=what)
+    help_text = "the base model of the adapter" if required else "default: the base model recorded in the adapter"
+    parser.add_argument("--pretrained_model_name_or_path", required=required, help=help_text)
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument("--variant", help="file variant, for example fp16")
 
@@ -31,11 +31,11 @@ def weighted_adapters(options: argparse.Namespace) -> list[tuple[Path, float]]:
     """The adapters with their weights.
 
     Raises:
-        InputError: the number of weights is not the number of adapters.
+        InputError: the numbers of weights and of adapters differ.
     """
     weights = options.adapter_weights or [1.0] * len(options.adapter)
     if len(weights) != len(options.adapter):
         raise InputError(
-            f"--adapter_weights has {len(weights)} numbers for {len(options.adapter)} adapters; give one per adapter."
+            f"--adapter_weights has {len(weights)} values for {len(options.adapter)} adapters; give one per adapter."
         )
     return list(zip(options.adapter, weights))

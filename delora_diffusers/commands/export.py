@@ -1,4 +1,4 @@
-"""Write an adapter, or several as one, in the format of another tool: diffusers, peft, kohya or peft-delora."""
+"""Export one adapter, or several combined, to another tool's format: diffusers, peft, kohya or peft-delora."""
 
 import argparse
 from pathlib import Path
@@ -19,10 +19,12 @@ SHOWN_ERRORS = 1e-12
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_adapter_arguments(parser)
-    parser.add_argument("--format", choices=list(FORMATS), required=True, help=str(FORMATS)[1:-1].replace("'", ""))
-    parser.add_argument("--output", type=Path, required=True, help="a new file, or a new folder")
-    parser.add_argument("--rank", type=int, help="truncate to this rank; by default nothing is lost")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument(
+        "--format", choices=list(FORMATS), required=True, help="; ".join(map(": ".join, FORMATS.items()))
+    )
+    parser.add_argument("--output", type=Path, required=True, help="new file, or new folder for the peft formats")
+    parser.add_argument("--rank", type=int, help="truncate to this rank; default: full rank, without loss")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="default: fp32")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -30,12 +32,15 @@ def run(options: argparse.Namespace) -> None:
     if options.rank is not None and options.rank < 1:
         raise InputError(f"--rank is {options.rank}; give at least 1.")
     if options.output.exists():
-        raise InputError(f"--output {options.output} exists already; name a new file or folder.")
-    folder = options.format.startswith("peft")
-    if folder and options.output.suffix == ".safetensors":
-        raise InputError(f"--output {options.output} is a file, but {options.format} is a folder; name a folder.")
+        raise InputError(f"--output {options.output} already exists; give a new file or folder.")
+    writes_folder = options.format.startswith("peft")
+    if writes_folder and options.output.suffix == ".safetensors":
+        raise InputError(f"--output {options.output} is a file, but {options.format} writes a folder; give a folder.")
     if options.format == "peft-delora" and (len(adapters) > 1 or adapters[0][1] != 1 or options.rank is not None):
-        raise InputError("peft-delora holds one whole adapter; leave out --rank and --adapter_weights, name one.")
+        raise InputError(
+            "--format peft-delora exports a single complete adapter; give one --adapter without --rank and "
+            "--adapter_weights."
+        )
 
     from delora_diffusers.files import formats
 
@@ -51,11 +56,11 @@ def run(options: argparse.Namespace) -> None:
         "peft": formats.write_peft,
     }
     written = writers[options.format](source, options.output, dtype)
-    ranks = [one.rank for modules in source.factors.values() for one in modules.values()]
+    ranks = [factors.rank for modules in source.factors.values() for factors in modules.values()]
     if max(errors.values()) > SHOWN_ERRORS:
-        print("relative error |dW - dW'| / |dW| of each layer:")
+        print("relative error |dW - dW'| / |dW| per layer:")
         for name, error in errors.items():
             print(f"  {error:.3e}  {name}")
     else:
-        print("nothing is lost: every layer has its whole rank")
+        print("exported without loss: every layer has its full rank")
     print(f"wrote {written}: {len(ranks)} layers of rank {' and '.join(map(str, sorted(set(ranks))))}")

@@ -1,4 +1,4 @@
-"""Read a DeLoRA that PEFT saved (a DeloraConfig folder of a UNet) into an adapter file."""
+"""Convert a UNet's DeLoRA adapter saved by PEFT (a DeloraConfig folder) to an adapter file."""
 
 import argparse
 from pathlib import Path
@@ -9,17 +9,20 @@ from delora_diffusers.errors import InputError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--peft_dir", type=Path, required=True, help="adapter_config.json and adapter_model.safetensors"
+        "--peft_dir",
+        type=Path,
+        required=True,
+        help="folder with adapter_config.json and adapter_model.safetensors",
     )
     add_base_model_arguments(parser, required=True)
-    parser.add_argument("--output_dir", type=Path, required=True, help="a new folder")
+    parser.add_argument("--output_dir", type=Path, required=True, help="new folder")
 
 
 def run(options: argparse.Namespace) -> None:
     if not options.peft_dir.is_dir():
-        raise InputError(f"--peft_dir {options.peft_dir} is not a folder; name one that PEFT saved.")
+        raise InputError(f"--peft_dir {options.peft_dir} is not a folder; give a folder that PEFT saved.")
     if options.output_dir.exists():
-        raise InputError(f"--output_dir {options.output_dir} exists already; name a new folder.")
+        raise InputError(f"--output_dir {options.output_dir} already exists; give a new folder.")
     from torch import nn
 
     from delora_diffusers.files.formats import read_peft_delora
@@ -28,4 +31,5 @@ def run(options: argparse.Namespace) -> None:
     name = options.pretrained_model_name_or_path
     pipeline = load_pipeline(name, revision=options.revision, variant=options.variant)
     weights = {n: m.weight.detach() for n, m in pipeline.unet.named_modules() if isinstance(m, nn.Linear)}
+
     print(f"wrote {read_peft_delora(options.peft_dir, weights, name, options.output_dir)}")

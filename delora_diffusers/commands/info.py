@@ -1,14 +1,14 @@
-"""Say what an adapter file is: base model, method, settings, how it was trained, size, lambda and distance by layer."""
+"""Describe an adapter file: base model, method, settings, training, size, and lambda and distance by layer."""
 
 import argparse
 from pathlib import Path
 
 BAR = 30
-"""Characters of the longest bar."""
+"""Length of the longest bar, in characters."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("adapter", type=Path, help="an output folder, the file in it, or a hub id")
+    parser.add_argument("adapter", type=Path, help="output folder, the file in it, or hub id")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -37,25 +37,26 @@ def run(options: argparse.Namespace) -> None:
             _chart(lambdas)
         if METHODS[config.method].has_factors:
             print("  distance |W' - W|_F:")
-            _chart({name: one.norm() for name, one in low_rank_factors(component, config, tensors).items()})
+            _chart({name: factors.norm() for name, factors in low_rank_factors(component, config, tensors).items()})
     if header.get("training"):
         print("training: " + ", ".join(f"{key} {value}" for key, value in header["training"].items()))
     if "control_encoder" in header:
         palette = header["control_encoder"]["palette"]
-        kind = "maps in colour" if palette is None else f"index maps, a palette of {len(palette)} colours"
+        kind = "maps in colour" if palette is None else f"index maps with a palette of {len(palette)} colours"
         print(f"control encoder: follows {kind}")
 
 
 def _chart(values: dict[str, float]) -> None:
-    """A bar for each block of the model and projection, the mean of its layers."""
+    """Print a bar per block and projection, the mean over its layers."""
     groups: dict[str, list[float]] = {}
     for name, value in values.items():
         block = name.split(".attentions")[0].split(".layers")[0]
         projection = ".".join(name.replace("to_out.0", "to_out").split(".")[-2:])
         groups.setdefault(f"{block} {projection}", []).append(value)
-    means = {name: sum(some) / len(some) for name, some in groups.items()}
-    width, most = max(map(len, means)), max(max(means.values()), 1e-30)
+    means = {name: sum(layers) / len(layers) for name, layers in groups.items()}
+    width, highest = max(map(len, means)), max(max(means.values()), 1e-30)
     for name, mean in means.items():
-        print(f"    {name:{width}} {'█' * round(BAR * mean / most):{BAR}} {mean:.4g}")
-    every = list(values.values())
-    print(f"    mean {sum(every) / len(every):.4g}, {min(every):.4g} to {max(every):.4g}")
+        print(f"    {name:{width}} {'█' * round(BAR * mean / highest):{BAR}} {mean:.4g}")
+    all_values = list(values.values())
+    overall = sum(all_values) / len(all_values)
+    print(f"    mean {overall:.4g}, range {min(all_values):.4g} to {max(all_values):.4g}")

@@ -1,4 +1,4 @@
-"""Write a complete pipeline folder with adapters merged into its weights."""
+"""Merge adapters into the base model and write the complete pipeline folder."""
 
 import argparse
 from pathlib import Path
@@ -9,7 +9,7 @@ from delora_diffusers.errors import InputError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_adapter_arguments(parser)
-    parser.add_argument("--output_dir", type=Path, required=True, help="a new folder")
+    parser.add_argument("--output_dir", type=Path, required=True, help="new folder")
     add_base_model_arguments(parser)
 
 

@@ -1,1 +1,1 @@
-"""Base models: loading a pipeline, encoding prompts, sampling images, with adapters or without."""
+"""Base models: load a pipeline, encode prompts and sample images, with or without adapters."""

@@ -1,4 +1,4 @@
-"""Load a Stable Diffusion pipeline from a folder or the hub, with one sentence where it cannot be had."""
+"""Load a Stable Diffusion pipeline from a folder or the hub, with a clear error if that fails."""
 
 import logging
 from pathlib import Path
@@ -18,13 +18,13 @@ def load_pipeline(
     revision: str | None = None,
     variant: str | None = None,
 ):
-    """A Stable Diffusion 1.x, 2.x or XL pipeline without its safety checker, in float32.
+    """Load a Stable Diffusion 1.x, 2.x or XL pipeline without its safety checker, in float32.
 
     Args:
-        name_or_path: a pipeline folder or a hub id; None or ``"mini-sd"`` for the one that ships here.
+        name_or_path: a pipeline folder or a hub id; None or ``"mini-sd"`` for the included miniature.
 
     Raises:
-        InputError: a folder that is not a pipeline (naming what is missing), a hub id that cannot be loaded.
+        InputError: the folder is not a complete pipeline, or the hub id cannot be loaded.
     """
     check_model_folder(name_or_path)
     folder_or_id = _MINIATURE_FOLDER if name_or_path is None or is_miniature(name_or_path) else name_or_path
@@ -33,11 +33,11 @@ def load_pipeline(
     import transformers
     from diffusers import DiffusionPipeline
 
-    # It warns at every cast of "modules that should be kept in float32: []".
+    # This logger warns about "modules that should be kept in float32: []" at every cast.
     logging.getLogger("diffusers.models.modeling_utils").setLevel(logging.ERROR)
     loggers = (diffusers.utils.logging, transformers.utils.logging)
     verbosities = [logger.get_verbosity() for logger in loggers]
-    for logger in loggers:  # quiet while loading only: later warnings, of a prompt cut short say, are for the user
+    for logger in loggers:  # only while loading: the user should see later warnings, such as of a truncated prompt
         logger.set_verbosity_error()
         logger.disable_progress_bar()
     try:
@@ -49,7 +49,7 @@ def load_pipeline(
             requires_safety_checker=False,
         )
     except (OSError, ValueError) as error:
-        raise _cannot_be_loaded(name_or_path, error) from error
+        raise _loading_error(name_or_path, error) from error
     finally:
         for logger, verbosity in zip(loggers, verbosities):
             logger.set_verbosity(verbosity)
@@ -57,11 +57,11 @@ def load_pipeline(
         raise InputError(
             f"the base model {name_or_path} is a {type(pipeline).__name__}; give a {' or '.join(PIPELINES)}."
         )
-    return pipeline.to(dtype=torch.float32)  # transformers loads in the dtype of the file
+    return pipeline.to(dtype=torch.float32)  # transformers loads weights in the file's dtype
 
 
 def pipeline_folder(name_or_path: str | None, *, revision: str | None = None, variant: str | None = None) -> Path:
-    """The folder of a pipeline; one of the hub is downloaded, its parts that are in safetensors.
+    """The folder of a pipeline. A hub id is downloaded, weights in safetensors only.
 
     Raises:
         InputError: see ``load_pipeline``.
@@ -74,13 +74,13 @@ def pipeline_folder(name_or_path: str | None, *, revision: str | None = None, va
     from diffusers import DiffusionPipeline
 
     try:
-        found = DiffusionPipeline.download(name_or_path, revision=revision, variant=variant, use_safetensors=True)
+        folder = DiffusionPipeline.download(name_or_path, revision=revision, variant=variant, use_safetensors=True)
     except (OSError, ValueError) as error:
-        raise _cannot_be_loaded(name_or_path, error) from error
-    return Path(found)
+        raise _loading_error(name_or_path, error) from error
+    return Path(folder)
 
 
-def _cannot_be_loaded(name_or_path: str | None, error: Exception) -> InputError:
+def _loading_error(name_or_path: str | None, error: Exception) -> InputError:
     return InputError(
         f"the base model {name_or_path} could not be loaded ({' '.join(str(error).split())}); "
         "give --pretrained_model_name_or_path a Stable Diffusion pipeline folder or hub id."
@@ -88,7 +88,7 @@ def _cannot_be_loaded(name_or_path: str | None, error: Exception) -> InputError:
 
 
 def check_model_folder(name_or_path: str | None) -> None:
-    """Refuse at once what cannot be a pipeline. A name that is no folder here may be a hub id and passes.
+    """Reject at once what cannot be a pipeline. A name that is not a local folder may be a hub id and is accepted.
 
     Raises:
         InputError
@@ -97,7 +97,7 @@ def check_model_folder(name_or_path: str | None) -> None:
         return
     assert name_or_path is not None
     if not name_or_path:
-        raise InputError("--pretrained_model_name_or_path is empty; name a folder or a hub id, or leave it out.")
+        raise InputError("--pretrained_model_name_or_path is empty; give a folder or a hub id, or leave it out.")
     folder = Path(name_or_path)
     if not folder.is_dir():
         if not may_be_hub_id(name_or_path):
@@ -106,6 +106,6 @@ def check_model_folder(name_or_path: str | None) -> None:
     for part in ("model_index.json", "unet/config.json", "vae/config.json", "text_encoder/config.json", "tokenizer"):
         if not (folder / part).exists():
             raise InputError(
-                f"the base model folder {name_or_path} has no {part.split('/')[0]}; give a whole Stable Diffusion "
-                "pipeline folder, as pipeline.save_pretrained writes it."
+                f"the base model folder {name_or_path} has no {part.split('/')[0]}; give a complete Stable "
+                "Diffusion pipeline folder, as pipeline.save_pretrained writes it."
             )

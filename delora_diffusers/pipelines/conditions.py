@@ -1,4 +1,4 @@
-"""What a UNet is told of a prompt: the text encoders' outputs, of Stable Diffusion 1.x and 2.x, and of XL's two."""
+"""Prompts as conditions for the UNet: the outputs of the text encoders of Stable Diffusion 1.x, 2.x and XL."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,25 +13,25 @@ TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 def text_encoders(pipeline: Any) -> dict[str, Any]:
     """The pipeline's text encoders by name."""
-    found = {name: getattr(pipeline, name, None) for name in TEXT_ENCODERS}
-    return {name: model for name, model in found.items() if model is not None}
+    encoders = {name: getattr(pipeline, name, None) for name in TEXT_ENCODERS}
+    return {name: encoder for name, encoder in encoders.items() if encoder is not None}
 
 
 def tokenize(pipeline: Any, prompts: Sequence[str], device: torch.device | str) -> dict[str, Tensor]:
-    """What each text encoder takes, (prompts, tokens), by the encoder's name."""
-    found = {}
+    """Token ids for each text encoder, (prompts, tokens), by the encoder's name."""
+    tokens = {}
     for name in text_encoders(pipeline):
         tokenizer = getattr(pipeline, name.replace("text_encoder", "tokenizer"))
         padded = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
-        found[name] = tokenizer(list(prompts), return_tensors="pt", **padded).input_ids.to(device)
-    return found
+        tokens[name] = tokenizer(list(prompts), return_tensors="pt", **padded).input_ids.to(device)
+    return tokens
 
 
 def encode_tokens(pipeline: Any, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``encoder_hidden_states`` (prompts, tokens, width).
+    """Encode prompts as ``encoder_hidden_states`` (prompts, tokens, width).
 
-    For XL the last but one layers of both encoders side by side, and ``text_embeds`` (prompts, pooled), which is the
-    second one's projection.
+    For XL these are the penultimate hidden states of both encoders, concatenated, and there are also ``text_embeds``
+    (prompts, pooled), the projection of the second encoder.
     """
     if not is_xl(type(pipeline).__name__):
         return {"encoder_hidden_states": pipeline.text_encoder(tokens["text_encoder"])[0]}
@@ -41,21 +41,21 @@ def encode_tokens(pipeline: Any, tokens: Mapping[str, Tensor]) -> dict[str, Tens
 
 
 def encode_prompts(pipeline: Any, prompts: Sequence[str], device: torch.device | str) -> dict[str, Tensor]:
-    """The conditions of each prompt, in the text encoders' dtype; see ``encode_tokens``."""
+    """Encode prompts in the text encoders' dtype; see ``encode_tokens``."""
     return encode_tokens(pipeline, tokenize(pipeline, prompts, device))
 
 
 def guided(pipeline: Any, prompts: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Conditions as arguments of the pipeline: of prompts, and of the empty one, zeros for XL's base model."""
+    """Encoded prompts and the encoded empty prompt (zeros for XL's base model) as arguments of the pipeline."""
     if getattr(pipeline.config, "force_zeros_for_empty_prompt", False):
         negative = {name: torch.zeros_like(tensor) for name, tensor in negative.items()}
-    found = {
+    arguments = {
         "prompt_embeds": prompts["encoder_hidden_states"],
         "negative_prompt_embeds": negative["encoder_hidden_states"],
     }
     if "text_embeds" in prompts:
-        found |= {
+        arguments |= {
             "pooled_prompt_embeds": prompts["text_embeds"],
             "negative_pooled_prompt_embeds": negative["text_embeds"],
         }
-    return found
+    return arguments

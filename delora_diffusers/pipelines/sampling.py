@@ -1,4 +1,4 @@
-"""Draw pictures from a pipeline, each from a seed of its own."""
+"""Sample images from a pipeline, one seed per image."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,15 +19,15 @@ def sample_images(
     maps: Sequence[np.ndarray] | None = None,
     **arguments: Any,
 ) -> list[Image.Image]:
-    """One batch: a picture for each seed, whose noise is drawn on the CPU from that seed alone.
+    """Sample a batch of images, one per seed. Each image's noise is sampled on the CPU from its seed alone.
 
     The autoencoder decodes in its own dtype, which may be wider than the UNet's.
 
     Args:
-        pipeline: a ``StableDiffusionPipeline``.
-        seeds: one for each prompt (or embedding) given in ``arguments``.
-        resolution: side of the pictures, pixels; None for the model's own, or for that of the maps.
-        maps: one for each seed, all of one size, for a UNet with a control signal.
+        pipeline: a ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline``.
+        seeds: one per prompt (or embedding) in ``arguments``.
+        resolution: side length in pixels; None for the model's default, or for that of the maps.
+        maps: one per seed, all of the same size, for a UNet with a control signal.
         arguments: for the pipeline: ``prompt`` or ``prompt_embeds``, ``num_inference_steps``, ``guidance_scale``, ...
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -45,6 +45,7 @@ def sample_images(
         control.see(None)
     vae = pipeline.vae
     if vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
-        vae.to(torch.float32)  # the autoencoder of Stable Diffusion XL overflows in fp16
+        vae.to(torch.float32)  # Stable Diffusion XL's autoencoder overflows in fp16
+
     decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
     return pipeline.image_processor.postprocess(decoded, output_type="pil")
