@@ -1,4 +1,4 @@
-"""DeLoRA for diffusers: attach, train, save, load and merge adapters of Stable Diffusion."""
+"""DeLoRA for diffusers: attach, train, save, load and merge adapters for Stable Diffusion models."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Importing torch and diffusers takes seconds, which a command that rejects its arguments should not take.
+    # Modules are imported on first use: a command that rejects its arguments should not wait seconds for torch.
     if name not in _MODULES:
         raise AttributeError(f"module {__name__} has no attribute {name}")
     import importlib

@@ -1,4 +1,4 @@
-"""``python -m delora_diffusers COMMAND``."""
+"""The command line: ``python -m delora_diffusers COMMAND``."""
 
 from delora_diffusers.commands import export, generate, import_peft, info, merge
 from delora_diffusers.dispatch import run_command

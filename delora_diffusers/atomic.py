@@ -1,4 +1,4 @@
-"""Files and folders that are written completely or not at all. Imports no torch."""
+"""Write files and folders completely or not at all. Imports no torch."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary path beside ``path`` to write to; moved to ``path`` on success, removed on failure.
 
     Raises:
-        InputError: the disk is full, or the folder is not writable.
+        InputError: the disk is full or the folder is not writable.
     """
     path = Path(path)
     temporary = _temporary(path)
@@ -35,7 +35,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside ``path`` to fill; renamed to ``path`` on success, removed on failure.
 
     Raises:
-        InputError: the disk is full, the parent folder is not writable, or ``path`` has appeared in the meantime.
+        InputError: the disk is full, the parent folder is not writable, or ``path`` was created in the meantime.
     """
     temporary = _temporary(path)
     shutil.rmtree(temporary, ignore_errors=True)

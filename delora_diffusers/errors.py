@@ -1,5 +1,5 @@
-"""The one exception of this project for input that the user can correct."""
+"""The exception for input that the user can correct."""
 
 
 class InputError(ValueError):
-    """Bad input from the user; the message is one sentence that names what is wrong and the remedy."""
+    """Invalid user input; the message is one sentence that says what is wrong and how to fix it."""

@@ -1,4 +1,4 @@
-"""Image files: which are listed, how they are decoded, which way is up, the caption beside them. Imports no torch."""
+"""Image files: listing, decoding, EXIF orientation and captions. Imports no torch."""
 
 from pathlib import Path
 
@@ -9,18 +9,18 @@ from delora_diffusers.errors import InputError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-"""What Pillow raises for a file that is not an image, or not a complete one."""
+"""What Pillow raises for a file that is not an image or is truncated."""
 ORIENTATION = 0x0112
-"""The EXIF tag; from 5 on, width and height are swapped."""
+"""The EXIF orientation tag; values of 5 and above swap width and height."""
 
 
 def list_images(folder: Path, extensions: tuple[str, ...] = EXTENSIONS) -> list[Path]:
-    """The image files of a folder in order of name, without hidden ones."""
+    """The image files in a folder, sorted by name, without hidden files."""
     return sorted(p for p in folder.iterdir() if p.suffix.lower() in extensions and not p.name.startswith("."))
 
 
 def load_rgb(path: Path) -> Image.Image:
-    """Decode an image of any mode, turn it upright by its EXIF tag and convert it to RGB; transparency becomes white.
+    """Decode an image of any mode, apply its EXIF orientation and convert it to RGB; transparency becomes white.
 
     Raises:
         InputError: the file cannot be decoded.
@@ -42,10 +42,10 @@ def load_rgb(path: Path) -> Image.Image:
 
 
 def upright_size(source: Path | Image.Image, name: str) -> tuple[int, int]:
-    """(width, height) of an image after it is turned upright, without decoding it.
+    """(width, height) of an image with its EXIF orientation applied, without decoding it.
 
     Args:
-        source: a file, or an image that is upright already. name: for the message.
+        source: a file, or an image that is already upright. name: how the error message refers to it.
 
     Raises:
         InputError: the file cannot be read.
@@ -54,13 +54,13 @@ def upright_size(source: Path | Image.Image, name: str) -> tuple[int, int]:
         return source.size
     try:
         with Image.open(source) as image:
-            turned = image.getexif().get(ORIENTATION, 1) >= 5
-            return image.size[::-1] if turned else image.size
+            swapped = image.getexif().get(ORIENTATION, 1) >= 5
+            return image.size[::-1] if swapped else image.size
     except UNREADABLE as error:
         raise InputError(f"{name} is not a readable image ({error}); replace or remove it.") from error
 
 
 def read_caption(image: Path) -> str | None:
-    """The text of the ``.txt`` file beside an image; None if there is none or it is empty."""
+    """The text of the ``.txt`` file beside an image; None if it is missing or empty."""
     file = image.with_suffix(".txt")
     return file.read_text(encoding="utf-8").strip() or None if file.is_file() else None

@@ -1,4 +1,4 @@
-"""Grids of labelled pictures."""
+"""Grids of labelled images."""
 
 import textwrap
 from collections.abc import Sequence
@@ -7,18 +7,18 @@ from PIL import Image, ImageDraw, ImageFont
 
 
 def labelled_grid(rows: Sequence[tuple[str, Sequence[Image.Image]]], size: int = 256, title: str = "") -> Image.Image:
-    """One picture with a row for each label.
+    """One image with a row for each label.
 
     Args:
-        rows: (label, pictures) for each row; labels are wrapped above their row.
-        size: side of each cell, pixels.
-        title: a line above everything.
+        rows: (label, images) for each row; a label is wrapped and printed above its row.
+        size: side length of each cell in pixels.
+        title: a line at the top.
 
     Returns:
-        RGB picture.
+        RGB image.
     """
     gap, font = 8, ImageFont.load_default(16)
-    columns = max(len(pictures) for _, pictures in rows)
+    columns = max(len(images) for _, images in rows)
     width = max(columns * (size + gap) + gap, 320)
     wrapped = [textwrap.wrap(label, max(16, width // 9)) or [""] for label, _ in rows]
     heights = [len(lines) * 20 + gap // 2 + size + gap for lines in wrapped]
@@ -27,11 +27,11 @@ def labelled_grid(rows: Sequence[tuple[str, Sequence[Image.Image]]], size: int =
     draw = ImageDraw.Draw(grid)
     if title:
         draw.text((gap, 7), title, "black", font)
-    for (_, pictures), lines, height in zip(rows, wrapped, heights):
+    for (_, images), lines, height in zip(rows, wrapped, heights):
         for number, line in enumerate(lines):
             draw.text((gap, top + number * 20), line, "#333", font)
-        for column, picture in enumerate(pictures):
-            cell = picture.convert("RGB")
+        for column, image in enumerate(images):
+            cell = image.convert("RGB")
             cell.thumbnail((size, size), Image.Resampling.LANCZOS)
             if max(cell.size) < size:
                 scale = size // max(cell.size)

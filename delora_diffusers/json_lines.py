@@ -1,4 +1,4 @@
-"""Files with one JSON object per line: the one reader and writer, and the keys of every such file. Imports no torch."""
+"""JSON Lines files, one JSON object per line: reading, writing and the schema of each file. Imports no torch."""
 
 import dataclasses
 import json
@@ -23,17 +23,17 @@ TYPES: dict[str, tuple[type, ...]] = {
     "class_prompt": (str, type(None)),
     "source": (str,),
 }
-"""What the value of each key may be."""
+"""The types that each key's value may have."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LineFormat:
-    """The keys of the objects in a file.
+    """The schema of a JSON Lines file.
 
     Attributes:
-        required: keys that every line has. optional: further keys that mean something.
+        required: keys that every line must have. optional: keys that are used if present.
         example: one line, for error messages.
-        closed: whether any other key is an error; image metadata may hold anything else.
+        closed: whether any other key is an error; image metadata may contain other keys.
     """
 
     required: tuple[str, ...]
@@ -46,7 +46,7 @@ class LineFormat:
         return (*self.required, *self.optional)
 
     def problem(self, record: Any) -> str | None:
-        """What is wrong with a parsed line, or None."""
+        """What is wrong with a parsed line; None if it is valid."""
         if not isinstance(record, dict):
             return "it is not a JSON object"
         missing = [key for key in self.required if key not in record]
@@ -62,36 +62,36 @@ class LineFormat:
 
 
 PHOTOS = LineFormat(("file_name", "text"), (), '{"file_name": "01.jpg", "text": "a photo of sks dog"}')
-"""``metadata.jsonl`` beside photos: captions."""
+"""``metadata.jsonl`` in a folder of photos: their captions."""
 IMAGES_WITH_MAPS = LineFormat(("file_name",), ("map", "text"), '{"file_name": "1.jpg", "map": "1.png", "text": "..."}')
-"""``metadata.jsonl`` beside pairs of an image and a map."""
+"""``metadata.jsonl`` in a folder of images with their maps."""
 GENERATED = LineFormat(("file_name", "prompt"), (), '{"file_name": "000.png", "prompt": "a sks dog"}')
 """``metadata.jsonl`` of generated images; it also records how each was generated."""
 GENERATED_FROM_MAPS = LineFormat(("file_name", "prompt", "map"), (), '{"file_name": "1.png", "map": "maps/1.png", ...}')
 """``metadata.jsonl`` of images that were generated from maps."""
 OFT_PROMPTS = LineFormat(("source", "prompt"), (), '{"source": "source/1.png", "prompt": "a street"}')
-"""``prompt_*_blip.json`` of OFT's prepared ADE20K."""
+"""``prompt_*_blip.json`` in OFT's preprocessed ADE20K."""
 SUBJECTS = LineFormat(
     ("instance_data_dir", "instance_prompt", "output_dir"),
     ("seed", "class_prompt"),
     '{"instance_data_dir": "dog", "instance_prompt": "a sks dog", "output_dir": "runs/dog"}',
     closed=True,
 )
-"""``--subjects_file`` of the DreamBooth script: subjects that are trained at once."""
+"""``--subjects_file`` of the DreamBooth script: subjects that are trained together."""
 REQUESTS = LineFormat(
     ("prompts", "output_dir"),
     ("adapter", "seed"),
     '{"adapter": "runs/dog", "prompts": ["a sks dog"], "output_dir": "images/dog"}',
     closed=True,
 )
-"""``--requests_file`` of generate: images of several adapters."""
+"""``--requests_file`` of generate: images to generate with several adapters."""
 
 
 def read_json_lines(file: Path, line_format: LineFormat) -> list[tuple[int, dict[str, Any]]]:
-    """(line number, object) of every line that is not blank.
+    """(line number, object) of every non-blank line.
 
     Raises:
-        InputError: a line is not an object of this format; names the line and what is wrong with it.
+        InputError: a line does not match the format; the message gives its number and what is wrong with it.
     """
     records = []
     for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):

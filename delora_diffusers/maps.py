@@ -1,4 +1,4 @@
-"""Semantic maps: where a folder keeps them, how a file is decoded, painted in colour and cropped. Imports no torch."""
+"""Semantic maps: finding, decoding, colouring and cropping them. Imports no torch."""
 
 from pathlib import Path
 
@@ -11,21 +11,21 @@ from delora_diffusers.json_lines import IMAGES_WITH_MAPS, read_json_lines
 from delora_diffusers.names import METADATA_NAME
 
 IGNORED = 255
-"""The index of pixels that belong to no class."""
+"""The class index of unlabelled pixels."""
 EXTENSIONS = (".png", ".bmp", ".tif", ".tiff", ".gif")
-"""Formats that keep class indices intact."""
+"""Formats that store class indices without loss."""
 FOLDERS = ("maps", "segm")
-"""Where a folder of images may keep its maps; ``segm`` is OFT's."""
+"""Subfolders that may contain the maps; ``segm`` is OFT's name."""
 
 
 def read_map(source: Path | Image.Image, name: str) -> np.ndarray:
-    """A map as class indices (height, width) or as colours (height, width, 3), uint8.
+    """A map as class indices (height, width) or colours (height, width, 3), uint8.
 
     Args:
-        source: a file, or a decoded image. name: for the message.
+        source: a file, or a decoded image. name: how the error message refers to it.
 
     Raises:
-        InputError: it cannot be read, or has indices above 255.
+        InputError: the map cannot be read or has indices above 255.
     """
     try:
         image = source if isinstance(source, Image.Image) else Image.open(source)
@@ -41,13 +41,13 @@ def read_map(source: Path | Image.Image, name: str) -> np.ndarray:
 
 
 def find_maps(folder: Path, default_caption: str | None) -> list[tuple[Path, str]]:
-    """(map file, caption) in order of name.
+    """(map file, caption) pairs, sorted by name or in the order of a ``metadata.jsonl`` that lists the maps.
 
-    The folder is laid out as for training (``metadata.jsonl`` with ``map`` and ``text``, or ``maps/`` beside
-    ``images/``), or contains the maps themselves; captions are in its ``metadata.jsonl`` or in ``NAME.txt`` files.
+    The folder has the layout of training data (``metadata.jsonl`` with ``map`` and ``text``, or ``maps/`` next to
+    ``images/``) or contains the maps directly. Captions are in its ``metadata.jsonl`` or in ``NAME.txt`` files.
 
     Raises:
-        InputError: no such folder, no map in it, a map without a caption.
+        InputError: the folder does not exist or contains no map, or a map has no caption.
     """
     if not folder.is_dir():
         raise InputError(f"--map_dir {folder} is not a folder; give the folder that contains the maps.")
@@ -60,7 +60,7 @@ def find_maps(folder: Path, default_caption: str | None) -> list[tuple[Path, str
         if any("map" in record for record in records):
             without = next((record["file_name"] for record in records if "map" not in record), None)
             if without is not None:
-                raise InputError(f"{file} names no map for {without}; add one to every line.")
+                raise InputError(f"{file} has no map for {without}; add a map to every line.")
             paths = [folder / record["map"] for record in records]
             captions = {Path(record["map"]).stem: record.get("text") for record in records}
     missing = [str(path) for path in paths if not path.is_file()]
@@ -75,25 +75,25 @@ def find_maps(folder: Path, default_caption: str | None) -> list[tuple[Path, str
         captioned.append((path, caption or ""))
     if bare:
         raise InputError(
-            f"{len(bare)} maps have no caption, the first is {bare[0]}; add captions, or give --default_caption."
+            f"{len(bare)} maps have no caption, the first is {bare[0]}; add captions, or pass --default_caption."
         )
     return captioned
 
 
 def paint(values: np.ndarray, palette: np.ndarray | None, name: str = "the map") -> np.ndarray:
-    """A map in colour, (height, width, 3) uint8. Index 255 is black unless the palette has such an entry.
+    """A map in colour, (height, width, 3) uint8. Index 255 is black unless the palette has 256 entries.
 
     Args:
-        values: class indices (height, width), or colours, which are returned as they are.
-        palette: (classes, 3) uint8, or None if only maps in colour are accepted. name: for the message.
+        values: class indices (height, width), or colours, which are returned unchanged.
+        palette: (classes, 3) uint8, or None to accept only maps in colour. name: how the error message refers to it.
 
     Raises:
-        InputError: an index map without a palette, or an index outside it.
+        InputError: an index map is given without a palette, or has an index outside the palette.
     """
     if values.ndim == 3:
         return values
     if palette is None:
-        raise InputError(f"{name} has class indices, but this adapter was trained on maps in colour; give such maps.")
+        raise InputError(f"{name} has class indices, but this adapter was trained on maps in colour; use those.")
     colours = np.zeros((256, 3), np.uint8)
     colours[: len(palette)] = palette
     outside = sorted(set(np.unique(values).tolist()) - set(range(len(palette))) - {IGNORED})
@@ -103,7 +103,7 @@ def paint(values: np.ndarray, palette: np.ndarray | None, name: str = "the map")
 
 
 def crop_square(values: np.ndarray, side: int) -> np.ndarray:
-    """The centre square of a map whose short side is scaled to ``side`` pixels by nearest neighbour, as in training."""
+    """Scale a map's short side to ``side`` pixels (nearest neighbour) and crop the centre square, as in training."""
     height, width = values.shape[:2]
     scale = side / min(height, width)
     size = max(side, round(width * scale)), max(side, round(height * scale))

@@ -1,9 +1,9 @@
-"""Names that several packages must agree on: files in an output folder, model names, hub ids. Imports no torch."""
+"""Names that several packages share: files in an output folder, model names, hub ids. Imports no torch."""
 
 from pathlib import Path
 
 WEIGHTS_NAME = "pytorch_delora_weights.safetensors"
-"""The adapter in an output folder. It is written last, so a run is finished where it exists."""
+"""The adapter in an output folder. It is written last, so a run that has it is finished."""
 CONFIG_NAME = "config.json"
 """The flags, versions and results of a training run."""
 METADATA_NAME = "metadata.jsonl"
@@ -11,17 +11,17 @@ METADATA_NAME = "metadata.jsonl"
 CHECKPOINT_PREFIX = "checkpoint-"
 
 MINIATURE = "mini-sd"
-"""The base model that ships with the repository, and the default."""
+"""The base model that ships with the repository; the default."""
 SD_PIPELINE, SDXL_PIPELINE = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
 
 
 def is_miniature(name_or_path: str | None) -> bool:
-    """Whether no model, or the shipped one by its name, was asked for."""
+    """Whether the model is the one that ships with the repository: no name was given, or its name."""
     return name_or_path is None or (name_or_path == MINIATURE and not Path(name_or_path).exists())
 
 
 def is_xl(pipeline_class: str | None) -> bool:
-    """Whether a pipeline of this class takes pooled embeddings and image sizes as Stable Diffusion XL does."""
+    """Whether a pipeline of this class takes pooled embeddings and image sizes, like Stable Diffusion XL."""
     return pipeline_class == SDXL_PIPELINE
 
 
@@ -43,5 +43,5 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """The number of optimizer steps before a checkpoint was written."""
+    """The optimizer step after which a checkpoint was written."""
     return int(checkpoint.name.removeprefix(CHECKPOINT_PREFIX))

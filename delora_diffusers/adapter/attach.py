@@ -25,7 +25,7 @@ class Attachment:
     """What ``detach`` needs to undo ``attach``.
 
     Attributes:
-        handles: of the hooks. trainable: the model's parameters that required gradients before.
+        handles: the handles of the hooks. trainable: the model's parameters that required gradients before.
     """
 
     adapter: Adapter
@@ -38,25 +38,26 @@ def attach(
 ) -> Adapter:
     """Adapt the targeted linear modules of a model and freeze everything else.
 
-    Attention with diffusers' scaled dot-product processors gets an ``AdaptedAttnProcessor``. Any other target (the text
-    encoder, feed-forward layers, attention with another processor) keeps its code and gets its weight from the same
-    adapter through ``torch.nn.utils.parametrize`` (a forward hook on the split path).
+    Attention modules with diffusers' scaled dot-product processors get an ``AdaptedAttnProcessor``. All other targets
+    (the text encoder, feed-forward layers, attention with another processor) keep their code and get their weights from
+    the same adapter through ``torch.nn.utils.parametrize`` (through a forward hook on the split path).
 
     Args:
-        model: a UNet, text encoder or any module with ``nn.Linear`` inside; changed in place.
-        config: what to attach.
-        generator: source of the random start, on the CPU; None is torch's global one. A sequence means several
-            subjects: ``model(...)`` then takes a batch with equally many samples of each, ordered by subject.
+        model: a UNet, a text encoder or any other module that contains ``nn.Linear`` modules; modified in place.
+        config: the adapter's configuration.
+        generator: CPU generator for the random initialization; None means torch's global generator. A sequence has
+            one per subject: ``model(...)`` then takes batches with the same number of samples per subject, ordered by
+            subject.
 
     Returns:
-        The adapter, whose parameters are all that trains. ``model(...)`` now computes with W'.
+        The adapter. Only its parameters are trainable, and ``model(...)`` now computes with W'.
 
     Raises:
-        InputError: a target that matches nothing or a module that is not linear, a rank too large, an adapter attached
-            already, several subjects with an adapted module outside attention or on the split path.
+        InputError: a target matches no module or one that is not linear, the rank is too large, an adapter is already
+            attached, or there are several subjects and a target outside attention or the split path.
     """
     if attached_adapter(model) is not None:
-        raise InputError("the model has an adapter attached already; call detach(model) or merge(model) first.")
+        raise InputError("the model already has an adapter attached; call detach(model) or merge(model) first.")
     if EVERYTHING in config.targets:
         return _attach(model, config, [], _every_parameter(model), generator)
     linears = find_targets(model, config.targets)
@@ -65,18 +66,18 @@ def attach(
         for name, module in model.named_modules()
         if isinstance(module, Attention) and type(module.processor) in (AttnProcessor2_0, FusedAttnProcessor2_0)
     }
-    attended: list[tuple[str, Attention, list[Projection]]] = []
+    by_attention: list[tuple[str, Attention, list[Projection]]] = []
     for prefix, attention in attentions.items():
         members = {
             name: linears.pop(f"{prefix}.{name}") for name in (*FUSED, "to_out.0") if f"{prefix}.{name}" in linears
         }
-        parts = [
+        projections = [
             Projection(tuple(f"{prefix}.{name}" for name in names), tuple(members[name] for name in names))
             for names in _same_input(attention, members)
         ]
-        attended += [(prefix, attention, parts)] if parts else []
-    alone = [Projection((name,), (linear,)) for name, linear in linears.items()]
-    return _attach(model, config, attended, alone, generator)
+        by_attention += [(prefix, attention, projections)] if projections else []
+    standalone = [Projection((name,), (linear,)) for name, linear in linears.items()]
+    return _attach(model, config, by_attention, standalone, generator)
 
 
 def _every_parameter(model: nn.Module) -> list[Projection]:
@@ -90,24 +91,26 @@ def _every_parameter(model: nn.Module) -> list[Projection]:
 def _attach(
     model: nn.Module,
     config: AdapterConfig,
-    attended: list[tuple[str, Attention, list[Projection]]],
-    alone: list[Projection],
+    by_attention: list[tuple[str, Attention, list[Projection]]],
+    standalone: list[Projection],
     generator: torch.Generator | Sequence[torch.Generator] | None,
 ) -> Adapter:
-    """Build the adapter and attach it: ``attended`` by one processor per attention, ``alone`` module by module."""
-    projections = [part for _, _, parts in attended for part in parts]
+    """Build the adapter and attach it: one processor per attention, a parametrization or hook per standalone module."""
+    attention_projections = [projection for _, _, projections in by_attention for projection in projections]
     generators = generator if isinstance(generator, Sequence) else [generator or torch.default_generator]
-    if len(generators) > 1 and (alone or config.path == "split"):
-        reason = f"{alone[0].names[0]} is not a projection of attention" if alone else "path is 'split'"
-        raise InputError(f"several subjects can share one model only in attention and on the fast path, but {reason}.")
-    adapter = Adapter(config, projections + alone, generators)
+    if len(generators) > 1 and (standalone or config.path == "split"):
+        reason = f"{standalone[0].names[0]} is not an attention projection" if standalone else "path is 'split'"
+        raise InputError(
+            f"several subjects can be trained together only with attention targets on the fast path, but {reason}."
+        )
+    adapter = Adapter(config, attention_projections + standalone, generators)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
-    for prefix, attention, parts in attended:
-        processor: Any = AdaptedAttnProcessor(adapter, attention.processor, parts, prefix)
+    for prefix, attention, projections in by_attention:
+        processor: Any = AdaptedAttnProcessor(adapter, attention.processor, projections, prefix)
         attention.set_processor(processor)
     handles = []
-    for projection in alone:
+    for projection in standalone:
         linear = projection.linears[0]
         if config.path == "split":
             handles.append(linear.register_forward_hook(_LowRankHook(adapter, projection)))
@@ -122,14 +125,14 @@ def _attach(
         adapter.prepared = False
 
     handles.append(model.register_forward_pre_hook(refresh_once))  # pyright: ignore[reportArgumentType]
-    # nn.Module's __setattr__ would register the adapter as a submodule, but neither the model's state dict nor its
-    # parameters may change.
+    # nn.Module's __setattr__ would register the adapter as a submodule, which would change the model's state dict and
+    # parameters.
     model.__dict__[_ATTACHMENT] = Attachment(adapter, handles, trainable)
     return adapter
 
 
 def attachment(model: nn.Module) -> Attachment:
-    """What was attached to a model.
+    """The record of what ``attach`` did to a model.
 
     Raises:
         InputError: nothing is attached.
@@ -141,7 +144,7 @@ def attachment(model: nn.Module) -> Attachment:
 
 
 def forget_attachment(model: nn.Module) -> None:
-    """The last step of ``detach``."""
+    """Delete the record of an attachment; the last step of ``detach``."""
     del model.__dict__[_ATTACHMENT]
 
 
@@ -155,7 +158,7 @@ def find_targets(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Lin
     """The linear modules whose name is a target or ends with ``.target``, in the model's order.
 
     Raises:
-        InputError: no module's name ends with a target, or the module is not linear.
+        InputError: a target matches no module's name, or the module is not linear.
     """
     linears: dict[str, nn.Linear] = {}
     unused = set(targets)
@@ -163,14 +166,16 @@ def find_targets(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Lin
         for target in targets:
             if name == target or name.endswith("." + target):
                 if not isinstance(module, nn.Linear):
-                    raise InputError(f"target {target} is {name}, a {type(module).__name__}; name linear modules only.")
+                    raise InputError(
+                        f"target {target} matches {name} of type {type(module).__name__}; give linear modules only."
+                    )
                 linears[name] = module
                 unused.discard(target)
     if unused:
         endings = sorted({name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise InputError(
             f"target {sorted(unused)[0]} matches no module of {type(model).__name__}; "
-            f"its linear modules end with {', '.join(endings)}."
+            f"the names of its linear modules end in {', '.join(endings)}."
         )
     return linears
 
@@ -191,7 +196,7 @@ def parametrized_by_adapter(module: nn.Module) -> list[str]:
 
 
 def _same_input(attention: Attention, members: dict[str, nn.Linear]) -> list[list[str]]:
-    """The adapted modules of one attention in groups of one input and one shape, which are computed as one product."""
+    """Group the adapted modules of an attention by input and shape; each group is computed as one product."""
     groups: list[list[str]] = []
     for name, linear in members.items():
         if groups and name in FUSED and not (attention.is_cross_attention and groups[-1] == ["to_q"]):

@@ -1,8 +1,8 @@
-"""The control signal: a semantic map, encoded, added to the UNet's features after its first convolution.
+"""The control signal: an encoded semantic map that is added to the UNet's features after its first convolution.
 
-The encoder is ControlNet's (Zhang et al., ICCV 2023): a few convolutions that bring a picture to the latents' size. Its
-last layer starts at zero, so that training starts at the base model. Unlike ControlNet, nothing of the UNet is copied;
-what follows the map is the adapted UNet itself (DeLoRA section 3.1, after OFT).
+The encoder is ControlNet's (Zhang et al., ICCV 2023): a few convolutions that downsample an image to the latents' size.
+Its last layer is initialized to zero, so training starts at the base model. Unlike ControlNet, no part of the UNet is
+copied: the adapted UNet itself learns to follow the map (DeLoRA section 3.1, after OFT).
 """
 
 import dataclasses
@@ -20,20 +20,20 @@ from delora_diffusers.errors import InputError
 from delora_diffusers.maps import paint
 
 BLOCK_OUT_CHANNELS = (16, 32, 96, 256)
-"""Of Stable Diffusion's ControlNets, which halve the map three times; another factor takes fewer or more of them."""
+"""The widths in Stable Diffusion's ControlNets, which halve the map three times; other factors need fewer or more."""
 
 START_GAIN = 1.6
-"""Over the start that keeps activations' size after ReLU: every layer passes on a third more, so that the last layer,
-which starts at zero, soon shows something at a rate of 1e-4."""
+"""Multiplies He initialization, which preserves the activations' size after ReLU: every layer amplifies them by a
+third, so the zero-initialized last layer soon has an effect at a learning rate of 1e-4."""
 
 
 class Control:
-    """The control signal of one UNet; made by ``attach_control``.
+    """The control signal of one UNet; created by ``attach_control``.
 
     Attributes:
-        encoder: makes (batch, channels, height / factor, width / factor) of maps (batch, 3, height, width), 0 to 1.
-        palette: (classes, 3) uint8, the colours that index maps are painted in, or None for maps in colour.
-        features: what is added, for the maps of the coming forward; None for nothing.
+        encoder: maps (batch, 3, height, width), 0 to 1, to (batch, channels, height / factor, width / factor).
+        palette: (classes, 3) uint8, the colours for index maps; None if the maps are in colour.
+        features: what the next forward adds, computed from its maps; None to add nothing.
         strength: scales the features.
     """
 
@@ -44,15 +44,15 @@ class Control:
         self.strength = 1.0
 
     def see(self, maps: Tensor | None) -> None:
-        """Encode maps (batch, 3, height, width), 0 to 1, for the forwards to come; None for no map."""
+        """Encode maps (batch, 3, height, width), 0 to 1, for the following forwards; None removes the map."""
         self.features = None if maps is None else self.encoder(maps)
 
     def _add(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if self.features is None or self.strength == 0:
             return output
         features = self.features if self.strength == 1 else self.features * self.strength
-        times = len(output) // len(features)  # classifier-free guidance runs every latent twice
-        return output + features.repeat(times, 1, 1, 1).to(output.dtype)
+        repeats = len(output) // len(features)  # classifier-free guidance runs every latent twice
+        return output + features.repeat(repeats, 1, 1, 1).to(output.dtype)
 
 
 _ATTACHMENT = "_delora_control"
@@ -67,20 +67,20 @@ class Attachment:
 
 
 def new_encoder(unet: nn.Module, factor: int, generator: torch.Generator | None = None) -> nn.Module:
-    """A fresh encoder for a UNet whose latents are ``factor`` times smaller than pictures; it gives zeros.
+    """A new encoder for a UNet whose latents are ``factor`` times smaller than images; its output is zero.
 
     Raises:
-        InputError: the factor is no power of two from 2 to 16.
+        InputError: the factor is not a power of two from 2 to 16.
     """
     halvings = int(math.log2(factor))
     if 2**halvings != factor or not 1 <= halvings <= 4:
-        raise InputError(f"the autoencoder's factor is {factor}; maps can be brought to a power of two from 2 to 16.")
+        raise InputError(f"the autoencoder downsamples by {factor}; use a model with a power of two from 2 to 16.")
     channels = (*BLOCK_OUT_CHANNELS, BLOCK_OUT_CHANNELS[-1])[: halvings + 1]
     with torch.random.fork_rng(devices=[]):
         if generator is not None:
             torch.manual_seed(generator.initial_seed())
         encoder: Any = ControlNetConditioningEmbedding(_width(unet), block_out_channels=channels)
-        # Torch's own start makes what five layers pass on 16 times smaller; at a rate of 1e-4 little would be learnt.
+        # Torch's default initialization shrinks activations 16x over five layers; at a rate of 1e-4 little is learned.
         for convolution in (encoder.conv_in, *encoder.blocks):
             nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
             convolution.weight.data *= START_GAIN
@@ -97,7 +97,7 @@ def pretrained_encoder(name_or_path: str, unet: nn.Module, factor: int) -> nn.Mo
     """The encoder of a pretrained ControlNet.
 
     Raises:
-        InputError: it cannot be loaded, or was made for another UNet.
+        InputError: it cannot be loaded, or was trained for a different UNet.
     """
     from diffusers import ControlNetModel
 
@@ -106,20 +106,20 @@ def pretrained_encoder(name_or_path: str, unet: nn.Module, factor: int) -> nn.Mo
     except (OSError, ValueError) as error:
         raise InputError(
             f"--controlnet_model_name_or_path {name_or_path} could not be loaded ({' '.join(str(error).split())}); "
-            "name a ControlNet folder or hub id."
+            "give a ControlNet folder or hub id."
         ) from error
-    wanted = (3, _width(unet), factor)
-    found = (encoder.conv_in.in_channels, encoder.conv_out.out_channels, 2 ** (len(encoder.blocks) // 2))
-    if found != wanted:
+    expected = (3, _width(unet), factor)
+    actual = (encoder.conv_in.in_channels, encoder.conv_out.out_channels, 2 ** (len(encoder.blocks) // 2))
+    if actual != expected:
         raise InputError(
-            f"--controlnet_model_name_or_path {name_or_path} takes {found[0]} channels to {found[1]} at 1/{found[2]} "
-            f"of the size, but this model needs {wanted[0]} to {wanted[1]} at 1/{wanted[2]}; choose one made for it."
+            f"--controlnet_model_name_or_path {name_or_path} maps {actual[0]} channels to {actual[1]} at 1/{actual[2]} "
+            f"of the size, but this model needs {expected[0]} to {expected[1]} at 1/{expected[2]}; choose another."
         )
     return encoder
 
 
 def saved_encoder(tensors: dict[str, Tensor]) -> nn.Module:
-    """The encoder whose state dict this is."""
+    """The encoder with this state dict."""
     widened = [f"blocks.{i}.weight" for i in range(1, len(tensors), 2) if f"blocks.{i}.weight" in tensors]
     channels = tuple(len(tensors[name]) for name in ("conv_in.weight", *widened))
     encoder = ControlNetConditioningEmbedding(len(tensors["conv_out.weight"]), block_out_channels=channels)
@@ -128,18 +128,18 @@ def saved_encoder(tensors: dict[str, Tensor]) -> nn.Module:
 
 
 def attach_control(unet: nn.Module, encoder: nn.Module, palette: np.ndarray | None = None) -> Control:
-    """Let a UNet follow maps, beside an adapter or without one. Its code and weights stay as they are.
+    """Make a UNet follow maps, with or without an adapter. Its code and weights stay unchanged.
 
     Args:
         unet: a ``UNet2DConditionModel``.
-        encoder: of ``new_encoder`` or ``pretrained_encoder``.
+        encoder: from ``new_encoder`` or ``pretrained_encoder``.
         palette: see ``Control``.
 
     Raises:
-        InputError: a control signal is attached already.
+        InputError: a control signal is already attached.
     """
     if attached_control(unet) is not None:
-        raise InputError("the model has a control signal attached already; call detach_control(model) first.")
+        raise InputError("the model already has a control signal attached; call detach_control(model) first.")
     control = Control(encoder, palette)
     handle = unet.get_submodule("conv_in").register_forward_hook(control._add)
     unet.__dict__[_ATTACHMENT] = Attachment(control, handle)
@@ -153,10 +153,10 @@ def attached_control(unet: nn.Module) -> Control | None:
 
 
 def detach_control(unet: nn.Module) -> None:
-    """Take the control signal off.
+    """Remove the control signal.
 
     Raises:
-        InputError: none is attached.
+        InputError: no control signal is attached.
     """
     if attached_control(unet) is None:
         raise InputError("no control signal is attached to this model; call attach_control or load_control first.")
@@ -164,11 +164,12 @@ def detach_control(unet: nn.Module) -> None:
 
 
 def as_signal(maps: Sequence[np.ndarray], palette: np.ndarray | None) -> Tensor:
-    """(maps, 3, height, width), 0 to 1, of index maps (height, width) or maps in colour (height, width, 3), uint8.
+    """The encoder's input, (maps, 3, height, width), 0 to 1.
 
-    Index 255 is black where the palette has no such entry.
+    The maps are uint8: class indices (height, width) or colours (height, width, 3). Index 255 is black unless the
+    palette has 256 entries.
 
     Raises:
-        InputError: an index map without a palette, an index outside it.
+        InputError: an index map is given without a palette, or has an index outside the palette.
     """
     return torch.from_numpy(np.stack([paint(values, palette) for values in maps])).permute(0, 3, 1, 2).float() / 255

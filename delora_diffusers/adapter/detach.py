@@ -10,7 +10,7 @@ from delora_diffusers.adapter.processors import AdaptedAttnProcessor
 
 
 def detach(model: nn.Module) -> None:
-    """Restore the base model, with its stock processors and exactly its weights.
+    """Restore the base model: its stock processors and exactly its original weights.
 
     Raises:
         InputError: no adapter is attached.
@@ -32,7 +32,7 @@ def detach(model: nn.Module) -> None:
 
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
-    """Write W' into the weights (computed in float32, rounded once) and detach the adapter.
+    """Write W' (computed in float32, rounded once) into the weights and detach the adapter.
 
     Raises:
         InputError: no adapter is attached.

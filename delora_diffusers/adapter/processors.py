@@ -1,4 +1,4 @@
-"""What an adapted attention runs in place of diffusers' ``AttnProcessor2_0`` and ``FusedAttnProcessor2_0``."""
+"""The attention processor that replaces diffusers' ``AttnProcessor2_0`` and ``FusedAttnProcessor2_0``."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,20 +14,20 @@ from delora_diffusers.adapter.tensors import Adapter
 class AdaptedAttnProcessor:
     """Scaled dot-product attention whose adapted projections are computed by the adapter.
 
-    Projections that read the same input (q, k and v of self-attention; k and v of cross-attention) are one product.
-    At strength 0 the stock processor runs, so that the output is the base model's bit for bit.
+    Projections that read the same input (q, k and v of self-attention; k and v of cross-attention) are computed
+    as one product. At strength 0 the stock processor runs, so the output equals the base model's bit for bit.
 
     Args:
         adapter: the adapter that refreshes the projections.
         stock: the processor this one replaces.
         projections: the adapted products of this attention.
-        prefix: the attention's name in the model, which the projections' names start with.
+        prefix: the attention's name in the model, a prefix of the projections' names.
     """
 
     def __init__(self, adapter: Adapter, stock: Any, projections: list[Projection], prefix: str):
         self.adapter = adapter
         self.stock = stock
-        self._places = {
+        self._projections = {
             name.removeprefix(prefix + "."): (projection, index)
             for projection in projections
             for index, name in enumerate(projection.names)
@@ -35,13 +35,13 @@ class AdaptedAttnProcessor:
 
     def _project(self, attn: Attention, x: Tensor, *names: str) -> Sequence[Tensor]:
         """The outputs of the named linear modules of ``attn`` for one input x (batch, tokens, in)."""
-        places = [self._places.get(name) for name in names]
-        first = places[0]
-        if first is not None and all(place is not None and place[0] is first[0] for place in places):
+        members = [self._projections.get(name) for name in names]
+        first = members[0]
+        if first is not None and all(member is not None and member[0] is first[0] for member in members):
             return first[0](x, first[1], len(names))
         return [
-            attn.get_submodule(name)(x) if place is None else place[0](x, place[1], 1)[0]
-            for name, place in zip(names, places)
+            attn.get_submodule(name)(x) if member is None else member[0](x, member[1], 1)[0]
+            for name, member in zip(names, members)
         ]
 
     def __call__(

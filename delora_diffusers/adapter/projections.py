@@ -1,4 +1,4 @@
-"""One adapted product: a linear module, or several that read the same input, computed with the adapted weight."""
+"""Adapted projections: a linear module, or several that read the same input, computed with the adapted weight."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,21 +9,21 @@ from torch.nn.utils import parametrize
 
 
 def base_parameter(module: nn.Module, name: str = "weight") -> Tensor:
-    """The pretrained parameter of a module, (out, in) for a linear one, parametrized or not."""
+    """The pretrained parameter of a module, (out, in) if linear, whether or not it is parametrized."""
     if parametrize.is_parametrized(module, name):
         return module.get_parameter(f"parametrizations.{name}.original")
     return module.get_parameter(name)
 
 
 class Projection:
-    """One product: a linear module, or several of one shape that read the same input and are computed as one.
+    """One matrix product: a linear module, or several of the same shape that read the same input.
 
-    Keeps the current adapted weights; the adapter refreshes them. Not a module: it has no state of its own to save.
+    Stores the current adapted weights, which the adapter refreshes. Not an ``nn.Module``: it has no state to save.
 
     Args:
-        names: of the modules; full fine-tuning also takes one parameter of any module, under the parameter's name.
+        names: the modules' names; full fine-tuning also adapts single parameters of any module, by parameter name.
         linears: the modules.
-        parameter: which of their parameters is adapted.
+        parameter: the parameter that is adapted.
     """
 
     def __init__(self, names: tuple[str, ...], linears: tuple[nn.Module, ...], parameter: str = "weight"):
@@ -36,7 +36,7 @@ class Projection:
         self.b: Tensor | None = None  # (g, out, k), split path only
 
     def __call__(self, x: Tensor, first: int = 0, count: int | None = None) -> Sequence[Tensor]:
-        """The outputs (..., out) of ``count`` modules starting with number ``first``, in one product.
+        """The outputs (..., out) of ``count`` modules starting at index ``first``, computed as one product.
 
         Args:
             x: (..., in).
@@ -44,7 +44,7 @@ class Projection:
         assert self.weight is not None, "the adapter has not computed its weights yet; call adapter.refresh() first"
         weight, a, b, linears = self.weight, self.a, self.b, self.linears
         if count is not None and count != len(linears):
-            # Sliced only where needed: the backward of a slice fills a whole tensor with zeros.
+            # Slice only if necessary: the backward of a slice fills a full-size tensor with zeros.
             members, out_features = slice(first, first + count), linears[0].out_features
             weight = weight[..., first * out_features : (first + count) * out_features, :]
             linears = linears[members]
@@ -60,7 +60,7 @@ class Projection:
 
 
 def linear_by_subject(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x W'^T`` with the W' of each sample's subject: x (subjects * batch, ..., in), W' (subjects, out, in)."""
+    """``x W'^T`` where each sample uses its subject's W': x (subjects * batch, ..., in), W' (subjects, out, in)."""
     y = x.reshape(len(weight), -1, x.shape[-1]) @ weight.mT
     return (y if bias is None else y + bias).view(*x.shape[:-1], weight.shape[1])
 

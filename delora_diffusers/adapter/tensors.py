@@ -1,10 +1,10 @@
-"""The adapter: all trainable tensors of one adapted model, stacked by shape, and the adapted weights made from them.
+"""The adapter: all trainable tensors of an adapted model, stacked by shape, and the adapted weights computed from them.
 
-Once per step the adapter computes W' of every adapted projection, a few kernels for each distinct shape, and hands each
+Once per step the adapter computes W' of every adapted projection, with a few kernels per distinct shape, and gives each
 projection its slice. Stable Diffusion's 128 attention projections have 6 shapes.
 
-An adapter can hold several subjects that are trained at once on one frozen model. Each stack then contains the n
-tensors of the first subject, then those of the second and so on, and a batch is ordered by subject in the same way.
+An adapter can train several subjects at once on one frozen model. Each stack then contains the n tensors of the first
+subject, then those of the second and so on, and batches are ordered by subject in the same way.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,7 +21,7 @@ from delora_diffusers.methods.table import METHODS
 
 
 class Stack(nn.Module):
-    """The tensors of n adapted weights of one shape, (out, in) where linear, stacked: (n, ...), (subjects * n, ...)."""
+    """The stacked tensors of n adapted weights of one shape: pretrained (n, ...), the adapter's (subjects * n, ...)."""
 
     def __init__(self, projections: Sequence[Projection], config: AdapterConfig, generators: Sequence[torch.Generator]):
         super().__init__()
@@ -44,8 +44,8 @@ class Stack(nn.Module):
     def base_weight(self) -> Tensor:
         """The pretrained weights, (n, out, in) or (n, ...), in the model's dtype and on its device.
 
-        The model's parameters are views of this one tensor, so it costs no memory. If the model has been moved or cast
-        since, they are stacked again, and the adapter's tensors follow to the new device.
+        The model's parameters are views of this tensor, so it takes no extra memory. If the model has been moved or
+        cast since, they are stacked again and the adapter's tensors move to the new device.
         """
         parameters = [base_parameter(*site) for site in self.sites]
         if self._weight is None or [p.data_ptr() for p in parameters] != self._pointers:
@@ -57,7 +57,7 @@ class Stack(nn.Module):
         return self._weight
 
     def release(self) -> None:
-        """Give each module of the model its separate weight back."""
+        """Give each module of the model a separate weight again."""
         for site in self.sites:
             parameter = base_parameter(*site)
             parameter.data = parameter.data.clone()
@@ -74,17 +74,17 @@ class Stack(nn.Module):
 
 
 class Adapter(nn.Module):
-    """Everything that trains in one adapted model. Made by ``attach``.
+    """All trainable tensors of one adapted model. Created by ``attach``.
 
-    The adapted weights must be computed before each forward of the model, and only once: with gradients a second
-    ``refresh`` would build a second graph. So a hook on the model calls ``refresh`` before each forward, unless it has
-    been called since the last one, which ``prepared`` records. User code need not do anything. The training loop calls
-    ``refresh`` itself, so that the weights of all components are part of what it records as a CUDA graph.
+    The adapted weights must be computed exactly once before each forward of the model: with gradients, a second
+    ``refresh`` would build a second graph. A hook on the model therefore calls ``refresh`` before each forward, unless
+    ``prepared`` shows that it was already called. User code does not have to call it. The training loop does, so that
+    computing the weights of all components is part of the step that it records as a CUDA graph.
 
     Args:
-        config: what to build.
-        projections: the products to adapt, in the model's order.
-        generators: source of each subject's random start, on the CPU.
+        config: the adapter's configuration.
+        projections: the projections to adapt, in the model's order.
+        generators: one CPU generator per subject, for its random initialization.
 
     Attributes:
         prepared: whether ``refresh`` has been called since the last forward of the model.
@@ -109,7 +109,7 @@ class Adapter(nn.Module):
             Stack(members, config, generators) for members in by_shape.values()
         )
         self._strength = 1.0
-        self._made_from: tuple | None = None
+        self._computed_from: tuple | None = None
         self.prepared = False
 
     @property
@@ -120,7 +120,7 @@ class Adapter(nn.Module):
     @strength.setter
     def strength(self, value: float) -> None:
         self._strength = float(value)
-        self._made_from = None
+        self._computed_from = None
 
     @property
     def names(self) -> list[str]:
@@ -128,25 +128,25 @@ class Adapter(nn.Module):
         return [name for stack in self.stacks for name in stack.names]
 
     def refresh(self) -> None:
-        """Compute the adapted weights and hand each projection its slice.
+        """Compute the adapted weights and give each projection its slice.
 
-        With gradients enabled they are always computed again, since a graph serves one backward; without, only if
-        something they are computed from has changed.
+        With gradients enabled they are always recomputed, since a graph supports one backward only; without, only if
+        a tensor that they depend on has changed.
         """
         if self._strength != 0:
             bases = [stack.base_weight() for stack in self.stacks]
-            made_from = None
+            computed_from = None
             if not (torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())):
-                made_from = tuple((id(base), *stack.versions()) for base, stack in zip(bases, self.stacks))
-            if made_from is None or made_from != self._made_from:
+                computed_from = tuple((id(base), *stack.versions()) for base, stack in zip(bases, self.stacks))
+            if computed_from is None or computed_from != self._computed_from:
                 for base, stack in zip(bases, self.stacks):
                     with torch.autocast(base.device.type, enabled=False):
                         self._refresh(base, stack)
-                self._made_from = made_from
+                self._computed_from = computed_from
         self.prepared = True
 
     def _refresh(self, base: Tensor, stack: Stack) -> None:
-        # Sliced with split, whose backward is one concatenation; indexing would add up n padded gradients.
+        # split's backward is a single concatenation; indexing would add n zero-padded gradients.
         sizes = [len(projection.names) for projection in stack.projections]
         rows = [size * base.shape[1] for size in sizes]
         if self.config.path == "split":
@@ -156,14 +156,14 @@ class Adapter(nn.Module):
                 projection.weight, projection.a, projection.b = weight, a_piece, b_piece
         else:
             adapted = self._adapted_weight(self._repeated(base), stack.tensors()).flatten(0, 1)
-            several = self.subjects > 1
-            if several:
+            several_subjects = self.subjects > 1
+            if several_subjects:
                 adapted = adapted.unflatten(0, (self.subjects, -1))
-            for projection, weight in zip(stack.projections, adapted.split(rows, dim=1 if several else 0)):
+            for projection, weight in zip(stack.projections, adapted.split(rows, dim=1 if several_subjects else 0)):
                 projection.weight = weight
 
     def _repeated(self, base: Tensor) -> Tensor:
-        """The pretrained weights (n, ...) once per subject, (subjects * n, ...)."""
+        """The pretrained weights (n, ...) repeated for every subject, (subjects * n, ...)."""
         return base if self.subjects == 1 else base.repeat(self.subjects, *[1] * (base.ndim - 1))
 
     def _factors(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -178,14 +178,14 @@ class Adapter(nn.Module):
         return torch.lerp(exact, adapted, self._strength).to(weight.dtype)
 
     def _locate(self, name: str, subject: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The pretrained weight (1, out, in) of one module, and its tensors."""
+        """The pretrained weight (1, out, in) and the tensors of one module."""
         for stack in self.stacks:
             if name in stack.names:
                 index = stack.names.index(name)
                 row = subject * len(stack.names) + index
                 tensors = {key: tensor[row : row + 1] for key, tensor in stack.tensors().items()}
                 return stack.base_weight()[index : index + 1], tensors
-        raise InputError(f"{name} is not an adapted module; the first is {self.names[0]}.")
+        raise InputError(f"{name} is not an adapted module; choose one of adapter.names, such as {self.names[0]}.")
 
     @torch.no_grad()
     def weight(self, name: str, subject: int = 0) -> Tensor:
@@ -222,17 +222,17 @@ class Adapter(nn.Module):
         return torch.cat(norms, dim=1)
 
     def lambdas(self, subject: int = 0) -> dict[str, float]:
-        """The boundary lambda of every adapted module; empty for methods that have none."""
+        """The boundary lambda of every adapted module; empty for methods without a boundary."""
         lambdas = self.all_lambdas()
         return {} if lambdas is None else dict(zip(self.names, lambdas[subject].tolist()))
 
     def all_lambdas(self) -> Tensor | None:
-        """The boundaries, (subjects, modules); None for methods that have none."""
+        """The boundaries, (subjects, modules); None for methods without a boundary."""
         stacked = [stack.trainable["lambda"].detach() for stack in self.stacks if "lambda" in stack.trainable]
         return torch.cat([lambdas.view(self.subjects, -1) for lambdas in stacked], dim=1) if stacked else None
 
     def sites(self) -> Iterator[tuple[str, nn.Module, str]]:
-        """Name, module and parameter of everything that is adapted."""
+        """Name, module and parameter name of every adapted weight."""
         for stack in self.stacks:
             for name, (module, parameter) in zip(stack.names, stack.sites):
                 yield name, module, parameter
@@ -240,7 +240,7 @@ class Adapter(nn.Module):
     def parameter_groups(
         self, learning_rate: float, lambda_learning_rate: float, weight_decay: float
     ) -> list[dict[str, object]]:
-        """Optimizer groups: the factors, and the boundaries with their own rate and without weight decay."""
+        """Optimizer groups: the factors, and the boundaries with a separate learning rate and no weight decay."""
         exempt = self.method.no_weight_decay
         keyed = [(key, p) for stack in self.stacks for key, p in stack.trainable.items()]
         groups: list[dict[str, object]] = [
@@ -257,7 +257,7 @@ class Adapter(nn.Module):
         return groups
 
     def named_tensors(self, subject: int = 0) -> Iterator[tuple[str, Tensor]]:
-        """``("NAME.delora_A", (r, in))`` and so on: the contents of a file, one entry per tensor of each module."""
+        """The tensors as a file contains them, one per module and key: ``("NAME.delora_A", (r, in))`` and so on."""
         for stack in self.stacks:
             for key, stacked in stack.tensors().items():
                 for name, tensor in zip(stack.names, stacked[subject * len(stack.names) :]):

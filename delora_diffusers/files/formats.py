@@ -38,12 +38,12 @@ DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SDXL_WIDTH, SD2_WIDTH = 2048, 1024
-"""Of the text embeddings that cross-attention reads; 768 for Stable Diffusion 1.x."""
+"""Widths of the text embeddings that cross-attention reads; Stable Diffusion 1.x has 768."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Adapters as plain factors, by component and module, and where they came from."""
+    """Adapters as plain low-rank factors, by component and module, with their base model and its pipeline class."""
 
     factors: dict[str, dict[str, Factors]]
     base_model: str | None
@@ -57,19 +57,19 @@ class Source:
 
     @property
     def version(self) -> str:
-        """As sd-scripts calls it."""
+        """The base model's version, as sd-scripts names it."""
         return "sdxl_base_v1-0" if self.is_sdxl else "sd_v2" if self._width() == SD2_WIDTH else "sd_v1"
 
     def _width(self) -> int | None:
-        of_unet = self.factors.get("unet", {})
-        return next((one.a.shape[1] for name, one in of_unet.items() if name.endswith("attn2.to_k")), None)
+        unet = self.factors.get("unet", {})
+        return next((factors.a.shape[1] for name, factors in unet.items() if name.endswith("attn2.to_k")), None)
 
 
 def read_source(adapters: Sequence[tuple[Path, float]], rank: int | None) -> tuple[Source, dict[str, float]]:
-    """Adapters, summed with their weights, as plain factors of at most ``rank``, and each module's relative error.
+    """The weighted sum of adapters as plain factors of at most ``rank``, and each module's relative error.
 
     Raises:
-        InputError: a file is not right, its update is not of low rank, it follows maps, or two do not fit.
+        InputError: a file is invalid, its update is not low-rank, it was trained on maps, or the models differ.
     """
     terms: dict[str, list[tuple[dict[str, Factors], float]]] = {}
     bases, pipelines = [], []
@@ -77,50 +77,50 @@ def read_source(adapters: Sequence[tuple[Path, float]], rank: int | None) -> tup
         file = adapter_path(path)
         header, tensors = read_adapter(file)
         if "control_encoder" in header:
-            raise InputError(f"{file} follows maps, for which other tools have no place; use it with generate.")
+            raise InputError(f"{file} was trained on maps, which other tools do not support; use it with generate.")
         bases.append(header["base_model"])
         pipelines.append(header.get("pipeline"))
         for component, values in header["config"].items():
-            found = low_rank_factors(component, parse_config(file, values), tensors)
-            terms.setdefault(component, []).append((found, weight))
+            by_module = low_rank_factors(component, parse_config(file, values), tensors)
+            terms.setdefault(component, []).append((by_module, weight))
     factors: dict[str, dict[str, Factors]] = {}
     errors = {}
-    for component, some in terms.items():
-        for module, one in summed(some).items():
-            kept, error = truncated(one, rank)
+    for component, component_terms in terms.items():
+        for module, total in summed(component_terms).items():
+            kept, error = truncated(total, rank)
             factors.setdefault(component, {})[module] = balanced(kept)
             errors[f"{component}.{module}"] = error
     return Source(factors, bases[0], pipelines[0]), errors
 
 
 def long_name(component: str, module: str) -> str:
-    """A module's name as other tools know it: they keep the ``text_model`` that newer transformers leave out."""
+    """A module's name in other tools, which keep the ``text_model`` prefix that newer transformers omit."""
     if component.startswith("text_encoder") and not module.startswith("text_model."):
         return f"text_model.{module}"
     return module
 
 
 def write_diffusers(source: Source, path: Path, dtype: torch.dtype) -> Path:
-    """For ``pipe.load_lora_weights``: ``unet.NAME.lora_A.weight`` (k, in) and ``.lora_B.weight`` (out, k)."""
+    """A file for ``pipe.load_lora_weights``: ``unet.NAME.lora_A.weight`` (k, in) and ``.lora_B.weight`` (out, k)."""
     tensors = {}
     for component, modules in source.factors.items():
-        for module, one in modules.items():
+        for module, factors in modules.items():
             name = f"{component}.{long_name(component, module)}"
-            tensors |= {f"{name}.lora_A.weight": one.a, f"{name}.lora_B.weight": one.b}
+            tensors |= {f"{name}.lora_A.weight": factors.a, f"{name}.lora_B.weight": factors.b}
     file = path if path.suffix == ".safetensors" else path / DIFFUSERS_NAME
     _save(tensors, file, dtype, {"format": "pt"})
     return file
 
 
 def write_kohya(source: Source, path: Path, dtype: torch.dtype) -> Path:
-    """For AUTOMATIC1111, ComfyUI and sd-scripts.
+    """A file for AUTOMATIC1111, ComfyUI and sd-scripts.
 
     ``lora_unet_NAME.lora_down.weight`` (k, in), ``.lora_up.weight`` (out, k), ``.alpha`` (), with underscores for the
-    dots of NAME; ``lora_te_NAME`` for the text encoder, ``lora_te1_`` and ``lora_te2_`` for SDXL's two. SDXL's UNet has
-    the names of its original code. Alpha is the rank, so that the scale alpha / rank is one.
+    dots in NAME; ``lora_te_NAME`` for the text encoder, ``lora_te1_`` and ``lora_te2_`` for SDXL's two. SDXL's UNet has
+    the names from its original code. Alpha is the rank, so the scale alpha / rank is 1.
 
     Raises:
-        InputError: it is a transformer's, whose names there are others.
+        InputError: the adapter is a transformer's, for which this export has no names.
     """
     prefixes = {"unet": "lora_unet", "text_encoder": "lora_te"}
     if source.is_sdxl:
@@ -128,20 +128,20 @@ def write_kohya(source: Source, path: Path, dtype: torch.dtype) -> Path:
     tensors, ranks = {}, set()
     for component, modules in source.factors.items():
         if component not in prefixes:
-            raise InputError(f"the kohya format here has no names for a {component}; export --format diffusers.")
-        for module, one in modules.items():
+            raise InputError(f"the kohya export has no names for a {component}; use --format diffusers.")
+        for module, factors in modules.items():
             name = long_name(component, module)
             if component == "unet" and source.is_sdxl:
                 name = sgm_name(name)
             name = f"{prefixes[component]}_{name.replace('.', '_')}"
-            tensors |= {f"{name}.lora_down.weight": one.a, f"{name}.lora_up.weight": one.b}
-            tensors[f"{name}.alpha"] = torch.tensor(float(one.rank))
-            ranks.add(one.rank)
-    said = str(max(ranks))
+            tensors |= {f"{name}.lora_down.weight": factors.a, f"{name}.lora_up.weight": factors.b}
+            tensors[f"{name}.alpha"] = torch.tensor(float(factors.rank))
+            ranks.add(factors.rank)
+    rank = str(max(ranks))
     metadata = {
         "ss_network_module": "networks.lora",
-        "ss_network_dim": said,
-        "ss_network_alpha": said,
+        "ss_network_dim": rank,
+        "ss_network_alpha": rank,
         "ss_base_model_version": source.version,
         "ss_v2": str(source.version == "sd_v2"),
     }
@@ -151,36 +151,36 @@ def write_kohya(source: Source, path: Path, dtype: torch.dtype) -> Path:
 
 
 def sgm_name(module: str) -> str:
-    """A UNet module's name in the original code of SDXL, whose blocks, three to a level, are numbered through."""
+    """A UNet module's name in SDXL's original code, which numbers the blocks, three per level, consecutively."""
     per_level = 3
-    for pattern, place in (
+    for pattern, new_prefix in (
         (r"down_blocks\.(\d+)\.attentions\.(\d+)\.", lambda i, j: f"input_blocks.{1 + i * per_level + j}.1."),
         (r"up_blocks\.(\d+)\.attentions\.(\d+)\.", lambda i, j: f"output_blocks.{i * per_level + j}.1."),
         (r"mid_block\.attentions\.(\d+)\.()", lambda i, j: "middle_block.1."),
     ):
-        found = re.match(pattern, module)
-        if found:
-            numbers = [int(group or 0) for group in found.groups()]
-            return place(*numbers) + module[found.end() :]
-    raise InputError(f"{module} has no name in the kohya format; export --format diffusers.")
+        match = re.match(pattern, module)
+        if match:
+            numbers = [int(group or 0) for group in match.groups()]
+            return new_prefix(*numbers) + module[match.end() :]
+    raise InputError(f"{module} has no name in the kohya format; use --format diffusers.")
 
 
 def write_peft(source: Source, path: Path, dtype: torch.dtype) -> Path:
-    """A LoraConfig folder for ``PeftModel.from_pretrained``; one in it for each component where there are several."""
+    """A LoraConfig folder for ``PeftModel.from_pretrained``, with one subfolder per component if there are several."""
     with atomic_folder(path) as folder:
         for component, modules in source.factors.items():
-            ranks = {module: one.rank for module, one in modules.items()}
-            most = max(ranks.values())
+            ranks = {module: factors.rank for module, factors in modules.items()}
+            max_rank = max(ranks.values())
             config = {
                 "peft_type": "LORA",
-                "r": most,
-                "lora_alpha": most,
-                "rank_pattern": {module: rank for module, rank in ranks.items() if rank != most},
-                "alpha_pattern": {module: rank for module, rank in ranks.items() if rank != most},
+                "r": max_rank,
+                "lora_alpha": max_rank,
+                "rank_pattern": {module: rank for module, rank in ranks.items() if rank != max_rank},
+                "alpha_pattern": {module: rank for module, rank in ranks.items() if rank != max_rank},
             }
             tensors = {}
-            for module, one in modules.items():
-                tensors |= {f"{module}.lora_A.weight": one.a, f"{module}.lora_B.weight": one.b}
+            for module, factors in modules.items():
+                tensors |= {f"{module}.lora_A.weight": factors.a, f"{module}.lora_B.weight": factors.b}
             _write_peft_component(folder, component, source.factors, config, tensors, dtype, source.base_model)
     return path
 
@@ -189,7 +189,7 @@ def write_peft_delora(adapter: Path, path: Path, dtype: torch.dtype) -> Path:
     """A DeloraConfig folder; a frozen start becomes a zero start of twice the rank, exactly.
 
     Raises:
-        InputError: another method, or a scale that PEFT does not have.
+        InputError: the method is not DeLoRA, or its scale is not supported by PEFT.
     """
     file = adapter_path(adapter)
     header, tensors = read_adapter(file)
@@ -197,15 +197,17 @@ def write_peft_delora(adapter: Path, path: Path, dtype: torch.dtype) -> Path:
         for component, values in header["config"].items():
             config = parse_config(file, values)
             if config.method != "delora" or config.weight_norm != "column":
-                what = config.method if config.method != "delora" else f"DeLoRA with weight_norm {config.weight_norm}"
-                raise InputError(f"{file} is {what}; PEFT's DeLoRA has the column scale only, so use --format peft.")
-            own = {n.removeprefix(component + "."): t for n, t in tensors.items() if n.startswith(component + ".")}
+                kind = config.method if config.method != "delora" else f"DeLoRA with weight_norm {config.weight_norm}"
+                raise InputError(f"{file} is {kind}; PEFT has only DeLoRA with the column scale, so use --format peft.")
+            component_tensors = {
+                n.removeprefix(component + "."): t for n, t in tensors.items() if n.startswith(component + ".")
+            }
             written: dict[str, Tensor] = {}
             rank = config.rank
-            for module, keys in module_tensors(own).items():
-                found = as_peft_delora(config, {key: own[name] for key, name in keys.items()})
-                rank = found.pop("rank")
-                written |= {f"{module}.delora_{key}": tensor for key, tensor in found.items()}
+            for module, keys in module_tensors(component_tensors).items():
+                converted = as_peft_delora(config, {key: component_tensors[name] for key, name in keys.items()})
+                rank = converted.pop("rank")
+                written |= {f"{module}.delora_{key}": tensor for key, tensor in converted.items()}
             settings = {"peft_type": "DELORA", "r": rank, "delora_lambda": 15, "bias": "none", "module_dropout": 0.0}
             components = dict.fromkeys(header["config"])
             base = header["base_model"]
@@ -222,60 +224,67 @@ def _write_peft_component(
     dtype: torch.dtype,
     base_model: str | None,
 ) -> None:
-    place = folder if len(components) == 1 else folder / component
-    place.mkdir(parents=True, exist_ok=True)
+    subfolder = folder if len(components) == 1 else folder / component
+    subfolder.mkdir(parents=True, exist_ok=True)
     modules = sorted({name.rpartition(".lora_")[0] or name.rpartition(".delora_")[0] for name in tensors})
-    said = {"base_model_name_or_path": base_model, "target_modules": modules, "inference_mode": True, "task_type": None}
-    (place / PEFT_FILES[0]).write_text(json.dumps(config | said, indent=2, sort_keys=True) + "\n")
+    common = {
+        "base_model_name_or_path": base_model,
+        "target_modules": modules,
+        "inference_mode": True,
+        "task_type": None,
+    }
+    (subfolder / PEFT_FILES[0]).write_text(json.dumps(config | common, indent=2, sort_keys=True) + "\n")
     named = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
-    _save(named, place / PEFT_FILES[1], dtype, {"format": "pt"})
+    _save(named, subfolder / PEFT_FILES[1], dtype, {"format": "pt"})
 
 
 def read_peft_delora(folder: Path, base_weights: Mapping[str, Tensor], base_model: str, output: Path) -> Path:
-    """Read a DeloraConfig folder of a UNet into an adapter file, with a zero start.
+    """Convert a UNet's DeloraConfig folder to an adapter file with a zero start.
 
     Args:
-        base_weights: of the UNet by module name, for the scale, where the folder has none.
+        base_weights: the UNet's weights by module name, to compute the scale if the folder does not have it.
 
     Raises:
-        InputError: it is not such a folder, or does not fit the model.
+        InputError: the folder is not a DeLoRA that PEFT saved, or does not fit the model.
     """
     files = [folder / name for name in PEFT_FILES]
     for file in files:
         if not file.is_file():
-            raise InputError(f"{folder} has no {file.name}; name a folder that PEFT saved.")
+            raise InputError(f"{folder} has no {file.name}; give a folder saved by PEFT.")
     try:
         config = json.loads(files[0].read_text())
     except ValueError as error:
         raise InputError(f"{files[0]} is not JSON ({error}); save the adapter again.") from error
     if config.get("peft_type") != "DELORA":
-        raise InputError(f"{folder} holds a {config.get('peft_type')} adapter, not DELORA; only that is read.")
-    found: dict[str, dict[str, Tensor]] = {}
+        raise InputError(f"{folder} contains a {config.get('peft_type')} adapter; only DELORA can be imported.")
+    by_module: dict[str, dict[str, Tensor]] = {}
     for name, tensor in read_tensors(files[1])[1].items():
         module, _, key = name.removeprefix("base_model.model.").rpartition(".delora_")
-        found.setdefault(module, {})[key] = tensor.float()
+        by_module.setdefault(module, {})[key] = tensor.float()
     tensors, ranks = {}, set()
-    for module, one in found.items():
-        if module not in base_weights or not {"A", "B", "lambda"} <= one.keys():
-            raise InputError(f"{folder} does not fit {base_model}: it adapts {module}; name its own base model.")
-        weight, (a, b) = base_weights[module], (one["A"], one["B"])
+    for module, saved in by_module.items():
+        if module not in base_weights or not {"A", "B", "lambda"} <= saved.keys():
+            raise InputError(f"{folder} does not fit {base_model}: it adapts {module}; give its base model.")
+        weight, (a, b) = base_weights[module], (saved["A"], saved["B"])
         if (b.shape[0], a.shape[1]) != tuple(weight.shape):
             raise InputError(
-                f"{folder} does not fit {base_model}: {module} is {(b.shape[0], a.shape[1])} there and "
-                f"{tuple(weight.shape)} in the model."
+                f"{folder} does not fit {base_model}: {module} is {(b.shape[0], a.shape[1])} in the folder "
+                f"and {tuple(weight.shape)} in the model; give its base model."
             )
-        scale = one.get("w_norm")
+        scale = saved.get("w_norm")
         if scale is None:
             norm = update.weight_norm(weight[None], "column")
             assert norm is not None
             scale = norm[0]
         ranks.add(a.shape[0])
         prefix = f"unet.{module}.delora_"
-        tensors |= {f"{prefix}A": a, f"{prefix}B": b, f"{prefix}lambda": one["lambda"].reshape(())}
+        tensors |= {f"{prefix}A": a, f"{prefix}B": b, f"{prefix}lambda": saved["lambda"].reshape(())}
         tensors[f"{prefix}w_norm"] = scale
     if len(ranks) != 1:
-        raise InputError(f"{folder} has ranks {sorted(ranks)}; an adapter here has one rank for all modules.")
-    adapter = AdapterConfig(rank=ranks.pop(), start="zero", targets=tuple(sorted(found)))
+        raise InputError(
+            f"{folder} has ranks {sorted(ranks)}; import an adapter that has the same rank in all modules."
+        )
+    adapter = AdapterConfig(rank=ranks.pop(), start="zero", targets=tuple(sorted(by_module)))
     header = {
         "format_version": FORMAT_VERSION,
         "base_model": base_model,
@@ -290,6 +299,6 @@ def _save(tensors: Mapping[str, Tensor], file: Path, dtype: torch.dtype, metadat
     cast = {name: tensor.to(dtype).contiguous().clone() for name, tensor in tensors.items()}
     for name, tensor in cast.items():
         if not torch.isfinite(tensor).all():
-            raise InputError(f"{name} does not fit into {str(dtype)[6:]}; export with --dtype fp32 or bf16.")
+            raise InputError(f"{name} overflows in {str(dtype)[6:]}; export with --dtype fp32 or bf16.")
     with atomic_write(file) as temporary:
         save_file(cast, temporary, metadata=metadata)

@@ -18,30 +18,32 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, component: str = "un
     """Attach a saved adapter to a model.
 
     Args:
-        model: the model that the component belongs to; left as it was when the file is refused.
-        path: the file, or the output folder that holds it.
-        component: ``"unet"`` or ``"text_encoder"``.
+        model: the model to adapt; left unchanged if the file is rejected.
+        path: the file, the output folder that contains it, or a hub id.
+        component: the part of the file to load: ``"unet"``, ``"transformer"``, ``"text_encoder"`` or
+            ``"text_encoder_2"``.
 
     Raises:
-        InputError: the file is not an adapter, is truncated, holds NaN, has a newer format version, or was made for
-            another architecture (naming the first key that does not fit, and both shapes).
+        InputError: the file is not an adapter, is truncated, contains NaN, has a newer format version, or was trained
+            for another architecture (the message gives the first key that does not fit and both shapes).
     """
     file = adapter_path(path)
     header, tensors = read_adapter(file)
     if component not in header["config"]:
-        raise InputError(f"{file} holds no {component}; it has {', '.join(header['config'])}.")
+        raise InputError(f"{file} has no {component}; choose from {', '.join(header['config'])}.")
     prefix = component + "."
     saved = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     for name, tensor in saved.items():
         if not torch.isfinite(tensor).all():
             raise InputError(
-                f"{file} holds values that are not finite in {prefix}{name}; train again from a checkpoint."
+                f"{file} contains values that are not finite in {prefix}{name}; resume training from a checkpoint."
             )
     config = parse_config(file, header["config"][component])
-    saved = _named_as_here(saved, model)
+    saved = _match_names(saved, model)
     adapter = attach(model, config, torch.Generator())
     try:
-        _copy_into(adapter, saved, f"{file} was made for another architecture than this {type(model).__name__}", prefix)
+        mismatch = f"{file} was trained for a different architecture than this {type(model).__name__}"
+        _copy_into(adapter, saved, mismatch, prefix)
     except InputError:
         detach(model)
         raise
@@ -49,7 +51,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, component: str = "un
 
 
 def load_control(unet: nn.Module, path: str | os.PathLike) -> Control | None:
-    """Attach the control signal of a saved adapter to a UNet; None where the adapter has none.
+    """Attach the control signal of a saved adapter to a UNet; None if the adapter has none.
 
     Raises:
         InputError: the file is not an adapter, or its encoder does not fit the UNet.
@@ -63,18 +65,21 @@ def load_control(unet: nn.Module, path: str | os.PathLike) -> Control | None:
         encoder = saved_encoder(saved)
     except (KeyError, IndexError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{file} holds a control encoder that is not whole ({reason}); save it again.") from error
-    there, here = encoder.get_parameter("conv_out.bias").shape, unet.get_parameter("conv_in.bias").shape
-    if there != here:
+        raise InputError(f"{file} contains an incomplete control encoder ({reason}); save it again.") from error
+    saved_width, width = (
+        len(m.get_parameter(name)) for m, name in ((encoder, "conv_out.bias"), (unet, "conv_in.bias"))
+    )
+    if saved_width != width:
         raise InputError(
-            f"{file} was made for another UNet: its control encoder gives {there[0]}, not {here[0]} channels."
+            f"{file} was trained for another UNet: its control encoder outputs {saved_width} channels, not {width}; "
+            "use the adapter's base model."
         )
     palette = header["control_encoder"]["palette"]
     return attach_control(unet, encoder, None if palette is None else np.array(palette, np.uint8))
 
 
-def _named_as_here(saved: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """With the names of this model: CLIP's text encoder has a ``text_model`` in it or not, by transformers' version."""
+def _match_names(saved: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Match this model's names: whether CLIP's have the prefix ``text_model`` depends on transformers' version."""
     outer = "text_model."
     if any(name.startswith(outer) for name, _ in model.named_modules()):
         return {name if name.startswith(outer) else outer + name: tensor for name, tensor in saved.items()}
@@ -82,12 +87,15 @@ def _named_as_here(saved: dict[str, Tensor], model: nn.Module) -> dict[str, Tens
 
 
 @torch.no_grad()
-def _copy_into(adapter: Adapter, saved: dict[str, Tensor], refusal: str, prefix: str) -> None:
-    here = dict(adapter.named_tensors())
-    for name in sorted(saved.keys() | here.keys()):
-        there_shape = tuple(saved[name].shape) if name in saved else "missing"
-        here_shape = tuple(here[name].shape) if name in here else "missing"
-        if there_shape != here_shape:
-            raise InputError(f"{refusal}: {prefix}{name} is {there_shape} in the file and {here_shape} in the model.")
+def _copy_into(adapter: Adapter, saved: dict[str, Tensor], mismatch: str, prefix: str) -> None:
+    current = dict(adapter.named_tensors())
+    for name in sorted(saved.keys() | current.keys()):
+        file_shape = tuple(saved[name].shape) if name in saved else "missing"
+        model_shape = tuple(current[name].shape) if name in current else "missing"
+        if file_shape != model_shape:
+            raise InputError(
+                f"{mismatch}: {prefix}{name} is {file_shape} in the file and {model_shape} in the model; "
+                "use the adapter's base model."
+            )
     for name, tensor in saved.items():
-        here[name].copy_(tensor)
+        current[name].copy_(tensor)

@@ -1,7 +1,7 @@
-"""A saved adapter as plain low-rank factors, exact or truncated; several adapters as one.
+"""Saved adapters as plain low-rank factors: extracted, summed and truncated.
 
 DeLoRA's update is low-rank by construction, ``W' - W = B~ A~`` of rank r from a zero start and 2r from a frozen one,
-and LoRA's is of rank r, so both are written as a plain LoRA with no loss and without the pretrained weights.
+and LoRA's is of rank r, so both convert to a plain LoRA without loss and without the pretrained weights.
 """
 
 import dataclasses
@@ -30,19 +30,19 @@ class Factors:
         return self.a.shape[0]
 
     def norm(self) -> float:
-        """``|b a|_F``, from two k x k products."""
+        """``|b a|_F``, computed from two k x k products."""
         b, a = self.b.double(), self.a.double()
         return math.sqrt(max(0.0, float(((b.mT @ b) * (a @ a.mT)).sum())))
 
 
 def module_tensors(names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Tensors' names by module and by key: ``{"unet.mid...to_q": {"A": "unet.mid...to_q.delora_A", ...}}``."""
-    found: dict[str, dict[str, str]] = {}
+    """Tensor names by module and key: ``{"unet.mid...to_q": {"A": "unet.mid...to_q.delora_A", ...}}``."""
+    by_module: dict[str, dict[str, str]] = {}
     for name in names:
         module, _, last = name.rpartition(".")
         if "_" in last:
-            found.setdefault(module, {})[last.partition("_")[2]] = name
-    return found
+            by_module.setdefault(module, {})[last.partition("_")[2]] = name
+    return by_module
 
 
 def low_rank_factors(component: str, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
@@ -50,48 +50,48 @@ def low_rank_factors(component: str, config: AdapterConfig, tensors: Mapping[str
 
     Args:
         component: ``"unet"``, ...; the names of its tensors begin with it.
-        config: the component's. tensors: all of the file's.
+        config: the component's configuration. tensors: all tensors of the file.
 
     Raises:
-        InputError: the method's update is no low-rank sum.
+        InputError: the method's update is not low-rank.
     """
     if not METHODS[config.method].has_factors:
         raise InputError(
-            f"the update of {METHODS[config.method].title} is not of low rank and no LoRA can hold it; use merge."
+            f"the update of {METHODS[config.method].title} is not low-rank and cannot be stored as LoRA; use merge."
         )
-    own = [name for name in tensors if name.startswith(component + ".")]
-    found = {}
-    for module, keys in module_tensors(own).items():
+    names = [name for name in tensors if name.startswith(component + ".")]
+    by_module = {}
+    for module, keys in module_tensors(names).items():
         stacked = {key: tensors[name].float()[None] for key, name in keys.items()}
         b, a = low_rank_functions(config.method).factors(stacked, config)
-        found[module.removeprefix(component + ".")] = Factors(b[0], a[0])
-    return found
+        by_module[module.removeprefix(component + ".")] = Factors(b[0], a[0])
+    return by_module
 
 
 def summed(terms: Iterable[tuple[Mapping[str, Factors], float]]) -> dict[str, Factors]:
-    """``sum_i s_i (W_i' - W)`` of each module: the factors side by side, of rank ``sum_i k_i``."""
-    parts: dict[str, list[Factors]] = {}
-    for factors, strength in terms:
-        for module, one in factors.items():
-            parts.setdefault(module, []).append(Factors(one.b * strength, one.a))
-    for module, some in parts.items():
-        shapes = {(one.b.shape[0], one.a.shape[1]) for one in some}
+    """``sum_i s_i (W_i' - W)`` of each module: the concatenated factors, of rank ``sum_i k_i``."""
+    scaled: dict[str, list[Factors]] = {}
+    for by_module, strength in terms:
+        for module, factors in by_module.items():
+            scaled.setdefault(module, []).append(Factors(factors.b * strength, factors.a))
+    for module, members in scaled.items():
+        shapes = {(factors.b.shape[0], factors.a.shape[1]) for factors in members}
         if len(shapes) > 1:
-            said = " and ".join(f"{out} x {wide}" for out, wide in sorted(shapes))
-            raise InputError(f"the adapters do not belong to one model: {module} is {said}.")
+            sizes = " and ".join(f"{out} x {in_features}" for out, in_features in sorted(shapes))
+            raise InputError(f"the adapters are for different models: {module} is {sizes}; give adapters of one model.")
     return {
-        module: Factors(torch.cat([one.b for one in some], dim=1), torch.cat([one.a for one in some], dim=0))
-        for module, some in parts.items()
+        module: Factors(torch.cat([f.b for f in members], dim=1), torch.cat([f.a for f in members], dim=0))
+        for module, members in scaled.items()
     }
 
 
 def truncated(factors: Factors, rank: int | None) -> tuple[Factors, float]:
-    """The best factors of a rank (Eckart, Young) and the relative error ``|b a - b' a'|_F / |b a|_F``.
+    """The best factors of a given rank (Eckart-Young) and the relative error ``|b a - b' a'|_F / |b a|_F``.
 
-    A singular value decomposition of the k x k core between the factors' QR decompositions; ``b a`` is never formed.
+    Computed by an SVD of the k x k core between the factors' QR decompositions; ``b a`` is never formed.
 
     Args:
-        rank: None, or at least that of the factors, leaves them as they are, with error 0.
+        rank: None, or a rank of at least the factors', returns them unchanged with error 0.
     """
     if rank is None or rank >= factors.rank:
         return factors, 0.0
@@ -100,12 +100,12 @@ def truncated(factors: Factors, rank: int | None) -> tuple[Factors, float]:
     u, s, vh = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
     root = s[:rank].sqrt()
     b, a = q_b @ (u[:, :rank] * root), (root[:, None] * vh[:rank]) @ q_a.mT
-    whole = float(s.norm())
-    return Factors(b.float(), a.float()), float(s[rank:].norm()) / whole if whole else 0.0
+    total = float(s.norm())
+    return Factors(b.float(), a.float()), float(s[rank:].norm()) / total if total else 0.0
 
 
 def balanced(factors: Factors) -> Factors:
-    """The same product with both factors about equally large, as fp16 and bf16 need it; scaled by a power of two."""
+    """The same product with factors of similar magnitude, for fp16 and bf16; the scale is a power of two."""
     sizes = [float(factor.abs().max()) for factor in (factors.b, factors.a)]
     if min(sizes) <= 0 or not all(map(math.isfinite, sizes)):
         return factors
@@ -114,10 +114,10 @@ def balanced(factors: Factors) -> Factors:
 
 
 def as_peft_delora(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """A, B, lambda and rank of PEFT's DeLoRA, which starts from B = 0, for the tensors of one module by key.
+    """Convert the tensors of one module, by key, to those of PEFT's DeLoRA, which starts from B = 0.
 
-    A frozen start subtracts r further rank-1 terms of the same size; with -B0 for B0 they are terms like the others of
-    a DeLoRA of rank 2r with twice the lambda, exactly.
+    A frozen start subtracts r more rank-1 terms of the same size. With -B0 in place of B0 they are ordinary terms of a
+    DeLoRA of rank 2r with twice the lambda, so the conversion is exact.
     """
     a, b, rank = tensors["A"], tensors["B"], config.rank
     strength = tensors["lambda"]

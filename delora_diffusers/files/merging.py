@@ -1,7 +1,7 @@
-"""Write adapters into the weights of a pipeline folder, file by file and tensor by tensor.
+"""Merge adapters into the weights of a pipeline folder, file by file and tensor by tensor.
 
-Every part of the pipeline is copied as it is; then the adapted tensors are written over in the copy, where they lie, in
-the dtype that they have. So at no time is more than one weight matrix and the adapters in memory.
+Every part of the pipeline is copied unchanged; the adapted tensors are then overwritten in place in the copy, in the
+dtype that they have. At no time is more than the adapters and one weight matrix in memory.
 """
 
 import json
@@ -23,12 +23,12 @@ from delora_diffusers.methods.config import AdapterConfig
 from delora_diffusers.methods.functions import method_functions
 
 OTHER_WEIGHTS = ("*.bin", "*.ckpt", "*.pt", "*.msgpack", "*.h5", "*.onnx", "*.pb")
-"""Weights in formats that are not read here; left out of the parts that the adapters change."""
+"""Weights in formats that merging does not read; not copied for components that the adapters change."""
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class Change:
-    """What several adapters make of one weight."""
+    """The combined change that several adapters make to one weight."""
 
     def __init__(self):
         self.terms: list[tuple[AdapterConfig, dict[str, Tensor], float]] = []
@@ -45,82 +45,85 @@ class Change:
 
 
 def read_changes(adapters: Sequence[tuple[Path, float]]) -> dict[str, dict[str, Change]]:
-    """By component and module.
+    """The changes that the adapters make, by component and module.
 
     Raises:
-        InputError: an adapter is not right, or follows maps.
+        InputError: an adapter is invalid or was trained on maps.
     """
-    found: dict[str, dict[str, Change]] = {}
+    changes: dict[str, dict[str, Change]] = {}
     for path, strength in adapters:
         file = adapter_path(path)
         header, tensors = read_adapter(file)
         if "control_encoder" in header:
-            raise InputError(f"{file} follows maps, which a pipeline folder has no place for; use generate.")
+            raise InputError(f"{file} was trained on maps, which a merged pipeline cannot take; use generate.")
         for component, values in header["config"].items():
             config = parse_config(file, values)
-            own = [name for name in tensors if name.startswith(component + ".")]
-            for module, keys in module_tensors(own).items():
-                change = found.setdefault(component, {}).setdefault(module.removeprefix(component + "."), Change())
+            names = [name for name in tensors if name.startswith(component + ".")]
+            for module, keys in module_tensors(names).items():
+                change = changes.setdefault(component, {}).setdefault(module.removeprefix(component + "."), Change())
                 change.terms.append((config, {key: tensors[name] for key, name in keys.items()}, strength))
-    return found
+    return changes
 
 
 def merge_folder(folder: Path, adapters: Sequence[tuple[Path, float]], output_dir: Path) -> None:
-    """Write the pipeline of a folder with the adapters in its weights to a new folder, whole or not at all.
+    """Write a copy of a pipeline folder with the adapters merged into its weights, completely or not at all.
 
     Raises:
-        InputError: a weight that is adapted is not there, has another shape or is no float; no room on the disk.
+        InputError: an adapted weight is missing, has another shape or is not floating point, or the disk is full.
     """
     changes = read_changes(adapters)
-    for component, of_modules in changes.items():
+    for component, module_changes in changes.items():
         seen = set()
         for file in _weights(folder, component):
-            for module, _ in _places(file, of_modules):
+            for module, _ in _adapted_weights(file, module_changes):
                 seen.add(module)
-        lacking = sorted(of_modules.keys() - seen)
-        if lacking:
+        missing = sorted(module_changes.keys() - seen)
+        if missing:
             raise InputError(
-                f"{folder / component} has no weight of {lacking[0]} in a safetensors file; name the adapter's own "
-                "model, in safetensors."
+                f"{folder / component} has no safetensors weight for {missing[0]}; give the adapter's base model, "
+                "saved as safetensors."
             )
 
-    def ignore(place: str, names: list[str]) -> set[str]:
-        changed = Path(place).name in changes and Path(place).parent == folder
+    def ignore(directory: str, names: list[str]) -> set[str]:
+        changed = Path(directory).name in changes and Path(directory).parent == folder
         hidden = {name for name in names if name == ".cache"}
-        return hidden | (set(shutil.ignore_patterns(*OTHER_WEIGHTS)(place, names)) if changed else set())
+        return hidden | (set(shutil.ignore_patterns(*OTHER_WEIGHTS)(directory, names)) if changed else set())
 
-    with atomic_folder(output_dir) as part:
-        shutil.copytree(folder, part, ignore=ignore, dirs_exist_ok=True)  # follows the links of the hub's cache
-        todo = [(file, changes[component]) for component in changes for file in _weights(part, component)]
-        for file, of_modules in tqdm(todo, desc="merging", leave=False):
-            _write_over(file, of_modules)
+    with atomic_folder(output_dir) as copy:
+        shutil.copytree(folder, copy, ignore=ignore, dirs_exist_ok=True)  # follows the symlinks in the hub's cache
+        files = [(file, changes[component]) for component in changes for file in _weights(copy, component)]
+        for file, module_changes in tqdm(files, desc="merging", leave=False):
+            _overwrite(file, module_changes)
 
 
 def _weights(folder: Path, component: str) -> list[Path]:
     return sorted((folder / component).glob("*.safetensors"))
 
 
-def _places(file: Path, changes: dict[str, Change]) -> Iterator[tuple[str, str]]:
-    """(module, tensor's name) of the adapted weights in a file."""
+def _adapted_weights(file: Path, changes: dict[str, Change]) -> Iterator[tuple[str, str]]:
+    """(module, tensor name) of the adapted weights in a file."""
     with safe_open(file, "pt") as opened:
         names = set(opened.keys())
         for module, change in changes.items():
-            name = _name_in(names, module)
+            name = _weight_name(names, module)
             if name is None:
                 continue
             piece = opened.get_slice(name)
             shape, dtype = tuple(piece.get_shape()), piece.get_dtype()
             if dtype not in FLOATS:
-                raise InputError(f"{file} holds {name} as {dtype}; merge into a model in fp32, fp16 or bf16.")
+                raise InputError(f"{file} stores {name} as {dtype}; merge into a model in fp32, fp16 or bf16.")
             for config, tensors, _ in change.terms:
-                fitting = _fitting_shape(config, tensors)
-                if fitting is not None and fitting != shape:
-                    raise InputError(f"the adapter does not fit {file}: {name} is {shape} there and {fitting} in it.")
+                expected = _expected_shape(config, tensors)
+                if expected is not None and expected != shape:
+                    raise InputError(
+                        f"the adapter does not fit {file}: {name} is {shape} in the file and {expected} in the "
+                        "adapter; give the adapter's base model."
+                    )
             yield module, name
 
 
-def _name_in(names: set[str], module: str) -> str | None:
-    """The weight's name in a file: of a module or, with full fine-tuning, of a parameter; CLIP's outer name or not."""
+def _weight_name(names: set[str], module: str) -> str | None:
+    """The name in a file of a module's weight or, with full fine-tuning, of a parameter; ``text_model`` is optional."""
     for prefix in ("", "text_model."):
         for inner in (module, module.removeprefix("text_model.")):
             for name in (f"{prefix}{inner}.weight", prefix + inner):
@@ -129,8 +132,8 @@ def _name_in(names: set[str], module: str) -> str | None:
     return None
 
 
-def _fitting_shape(config: AdapterConfig, tensors: dict[str, Tensor]) -> tuple[int, ...] | None:
-    """The weight's shape, where the adapter's tensors tell it."""
+def _expected_shape(config: AdapterConfig, tensors: dict[str, Tensor]) -> tuple[int, ...] | None:
+    """The weight's shape, if the adapter's tensors determine it."""
     if config.method == "full":
         return tuple(tensors["W"].shape)
     if {"A", "B"} <= tensors.keys() and config.method != "delora_multiplicative":
@@ -138,11 +141,11 @@ def _fitting_shape(config: AdapterConfig, tensors: dict[str, Tensor]) -> tuple[i
     return None
 
 
-def _write_over(file: Path, changes: dict[str, Change]) -> None:
+def _overwrite(file: Path, changes: dict[str, Change]) -> None:
     with file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
         header: dict[str, Any] = json.loads(stream.read(size))
-    for module, name in list(_places(file, changes)):
+    for module, name in list(_adapted_weights(file, changes)):
         with safe_open(file, "pt") as opened:
             weight = opened.get_tensor(name).clone()
         merged = changes[module](weight).to(weight.dtype).contiguous()

@@ -1,7 +1,7 @@
-"""Save adapters: one safetensors file with an entry for each tensor of each adapted module.
+"""Save adapters: a safetensors file with one entry per tensor of each adapted module.
 
 The names are ``unet.NAME.delora_A`` and so on (``text_encoder.NAME...`` if it was trained). The header's only metadata
-entry, ``delora_diffusers``, is JSON with the format version, the base model and the configurations.
+entry, ``delora_diffusers``, contains the format version, the base model and the configurations as JSON.
 """
 
 import dataclasses
@@ -35,14 +35,14 @@ def save_adapter(
     """Write an adapter to one safetensors file.
 
     Args:
-        adapter: the UNet's adapter, or that of ``component``, which may be ``"transformer"``.
-        path: a folder (the file gets the name ``pytorch_delora_weights.safetensors``) or a ``.safetensors`` file.
-        text_encoders: their adapters by name, ``text_encoder`` and ``text_encoder_2``, where they were trained.
-        control: the control signal that was trained with it; its encoder and palette go into the file.
-        base_model: hub id or folder of the model that the adapter belongs to.
-        pipeline: class of the base model's pipeline, which tells the formats of other tools what it is.
-        training: settings to remember: steps, rates, prompt.
-        subject: which one, of an adapter that holds several.
+        adapter: the adapter of ``component``, which is ``"unet"`` or ``"transformer"``.
+        path: a folder (the file is named ``pytorch_delora_weights.safetensors``) or a ``.safetensors`` file.
+        text_encoders: the text encoders' adapters by name, ``text_encoder`` and ``text_encoder_2``, if trained.
+        control: the control signal that was trained with the adapter; its encoder and palette are saved too.
+        base_model: hub id or folder of the base model.
+        pipeline: class of the base model's pipeline, which exports to other formats need.
+        training: settings to record: steps, rates, prompt.
+        subject: index of the subject to save, if the adapter has several.
 
     Returns:
         The file's path. The same adapter always gives the same bytes.
@@ -68,6 +68,6 @@ def save_adapter(
             for name, tensor in control.encoder.state_dict().items()
         }
     with atomic_write(file) as temporary:
-        # One entry: several would come in an order that changes from one process to the next.
+        # A single entry, because the order of several entries would differ between processes.
         save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(header, sort_keys=True)})
     return file

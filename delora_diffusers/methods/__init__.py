@@ -1,1 +1,1 @@
-"""The methods: ``table.py`` lists them, ``functions.py`` says what each file defines, the other files are methods."""
+"""The methods: ``table.py`` lists them, ``functions.py`` defines their interface, the other files implement it."""

@@ -11,14 +11,14 @@ WEIGHT_NORMS = ("column", "frobenius", "none")
 PATHS = ("fast", "split")
 
 EVERYTHING = "*"
-"""The target that means every parameter of the model."""
+"""The target that selects every parameter of the model."""
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 MAP_TARGETS = (*UNET_TARGETS, "ff.net.0.proj", "ff.net.2")
-"""For semantic maps the feed-forward layers are adapted too."""
+"""Training on semantic maps adapts the feed-forward layers too."""
 TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 RELATIVE_BOUND = 0.35
-"""Default bound on the size of each start's update relative to the weight, |dW|_F / |W|_F, at any model width."""
+"""Default bound on |dW|_F / |W|_F at any model width; twice that with a frozen start, which subtracts a product."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,25 +26,25 @@ class AdapterConfig:
     """How the projections of one model are adapted.
 
     Args:
-        method: a name in ``methods.table.METHODS``; ``"delora"`` is the method of Bini et al., ICLR 2025.
-        rank: number of rank-1 terms r of each update.
-        delora_lambda: initial boundary, the paper's lambda, the same for every matrix. None chooses it for each
-            matrix by its width so that ``|dW|_F <= 0.35 |W|_F`` for each low-rank term: ``0.35 sqrt(in)`` with the
+        method: a key of ``methods.table.METHODS``; ``"delora"`` is the method of Bini et al., ICLR 2025.
+        rank: number r of rank-1 terms in each update.
+        delora_lambda: initial boundary (the paper's lambda), the same for every matrix. None derives it from each
+            matrix's width so that ``|dW|_F <= 0.35 |W|_F`` for each low-rank product: ``0.35 sqrt(in)`` with the
             column scale, ``0.35`` with the Frobenius scale, ``0.35 |W|_F`` without a scale. The multiplicative
             relaxations start at ETHER+'s boundary, 1.
-        start: ``"frozen"`` subtracts a frozen copy of the random start, ``"zero"`` starts from B = 0 as PEFT does.
+        start: ``"frozen"`` subtracts a frozen copy of the random start, ``"zero"`` starts from B = 0, as PEFT does.
         weight_norm: the scale c of the update: ``"column"`` (c_j = |W[:, j]|, the authors' code and PEFT),
             ``"frobenius"`` (c = |W|_F, equation 8) or ``"none"``.
         alpha: LoRA's and DoRA's alpha; None means 2 * rank, the paper's setting for its LoRA baseline.
-        blocks: diagonal blocks of ETHER, ETHER+ and OFT; None for the papers' 1, 1 and 4.
-        targets: endings of the names of the ``nn.Linear`` modules to adapt, as in ``model.named_modules()``; with full
-            fine-tuning ``("*",)`` is every parameter of the model.
+        blocks: number of diagonal blocks in ETHER, ETHER+ and OFT; None means the papers' 1, 1 and 4.
+        targets: suffixes of the names of the ``nn.Linear`` modules to adapt, as in ``model.named_modules()``; with full
+            fine-tuning, ``("*",)`` selects every parameter of the model.
         path: ``"fast"`` computes one product per projection with the adapted weight W'; ``"split"`` computes
-            ``x W^T + (x A~^T) B~^T`` with the second term in float32, which is exact where W' would be rounded to the
-            model's dtype.
+            ``x W^T + (x A~^T) B~^T`` with the second term in float32, so the update is not rounded to the model's
+            dtype as part of W'.
 
     Raises:
-        InputError: a value is not one of the above.
+        InputError: a value is invalid.
     """
 
     method: str = "delora"
@@ -69,23 +69,23 @@ class AdapterConfig:
                 raise InputError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}.")
         method = METHODS[self.method]
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise InputError(f"rank is {self.rank!r}; give a whole number of at least 1.")
+            raise InputError(f"rank is {self.rank!r}; give a positive integer.")
         if self.path == "split" and not method.has_factors:
             raise InputError(f"path is 'split', which {method.title} does not support; use 'fast'.")
         if self.blocks is not None and (isinstance(self.blocks, bool) or self.blocks < 1):
-            raise InputError(f"blocks is {self.blocks!r}; give a whole number of at least 1.")
+            raise InputError(f"blocks is {self.blocks!r}; give a positive integer.")
         for name in ("delora_lambda", "alpha"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise InputError(f"{name} is {value!r}; give a positive number.")
         if EVERYTHING in self.targets and self.method != "full":
-            raise InputError(f"targets is *, but {method.title} adapts linear modules only; name them.")
+            raise InputError(f"targets is *, but {method.title} adapts linear modules only; list them.")
         if not self.targets:
-            raise InputError("targets is empty; name at least one module, for example to_q.")
+            raise InputError("targets is empty; give at least one module name, for example to_q.")
 
     @property
     def number_of_blocks(self) -> int:
-        """Diagonal blocks of ETHER, ETHER+ and OFT."""
+        """The number of diagonal blocks in ETHER, ETHER+ and OFT."""
         return self.blocks or (4 if self.method == "oft" else 1)
 
     @property

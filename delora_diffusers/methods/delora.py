@@ -13,7 +13,7 @@ from delora_diffusers.methods.lora import kaiming
 def initialize(
     weight: Tensor, config: AdapterConfig, generator: torch.Generator
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Kaiming-uniform A (n, r, in) and B (n, out, r), or B = 0; lambda (n,); the scale, the start's frozen copy."""
+    """Kaiming-uniform A (n, r, in) and B (n, out, r), or B = 0; lambda (n,); fixed: scale, frozen start."""
     n, out_features, in_features = weight.shape
     a = kaiming((n, config.rank, in_features), in_features, generator)
     if config.start == "zero":
@@ -31,7 +31,7 @@ def initialize(
 
 
 def initial_lambda(weight: Tensor, config: AdapterConfig) -> Tensor:
-    """The initial boundary of each matrix (n,): the configured one, or the default by the width (``AdapterConfig``)."""
+    """The initial boundary of each matrix (n,): as configured, or the default for its width (see ``AdapterConfig``)."""
     n, _, in_features = weight.shape
     if config.delora_lambda is not None:
         return torch.full((n,), float(config.delora_lambda))

@@ -1,8 +1,8 @@
-"""DoRA: ``W' = m V / |V|``, ``V = W + (alpha / r) B A`` (Liu et al., ICML 2024, equation 5), with m learnt or fixed.
+"""DoRA: ``W' = m V / |V|``, ``V = W + (alpha / r) B A`` (Liu et al., ICML 2024, equation 5), with m learned or fixed.
 
-Norms and magnitudes are of V's rows, one for each output, as in PEFT. In the backward the norm counts as a constant
-(section 4.3 there). With the magnitude fixed at the pretrained weight's only the direction is learnt (Bini et al.,
-appendix C).
+Norms and magnitudes are taken over V's rows, one per output, as in PEFT. The backward treats the norm as a constant
+(section 4.3 of the paper). If the magnitude is fixed at that of the pretrained weight, only the direction is learned
+(Bini et al., appendix C).
 """
 
 import torch
@@ -15,7 +15,7 @@ from delora_diffusers.methods.config import AdapterConfig
 def initialize(
     weight: Tensor, config: AdapterConfig, generator: torch.Generator
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A (n, r, in) kaiming-uniform, B (n, out, r) zero, magnitude (n, out): the norms of the rows."""
+    """A (n, r, in) kaiming-uniform, B (n, out, r) zero, magnitude (n, out): the norms of W's rows."""
     trainable, fixed = lora.initialize(weight, config, generator)
     magnitude = {"magnitude": torch.linalg.vector_norm(weight.float(), dim=-1)}
     if config.method == "dora_fixed_magnitude":

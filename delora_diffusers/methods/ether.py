@@ -1,13 +1,13 @@
 """ETHER and ETHER+: reflections of the weight's inputs, and outputs (Bini et al., ICML 2024).
 
-ETHER reflects at a hyperplane, ``W' = W H`` with ``H = I - 2 u u^T``, |u| = 1: its distance from the identity is always
-``|H - I|_F = 2``, so that it cannot start at the pretrained model. ETHER+ relaxes it, ``H = I - u u^T + v v^T``, to a
-distance of at most 2 (sqrt 2, in fact), starts from ``v = -u`` where H is the identity, and acts on both sides,
-``W' = H2 W H``; ``etherplus_onesided`` acts on the inputs alone. With n blocks H is block-diagonal and each block has a
-vector, and a distance, of its own.
+ETHER reflects across a hyperplane, ``W' = W H`` with ``H = I - 2 u u^T``, |u| = 1: its distance from the identity is
+always ``|H - I|_F = 2``, so it cannot start at the pretrained model. ETHER+ relaxes it to ``H = I - u u^T + v v^T``,
+whose distance is at most 2 (sqrt 2, in fact), starts from ``v = -u``, where H is the identity, and acts on both sides,
+``W' = H2 W H``; ``etherplus_onesided`` acts on the inputs only. With n blocks, H is block-diagonal and each block has
+its own vector and its own distance.
 
-Layout: as in the authors' code H acts on the inputs. That code cuts the weight into blocks by ``reshape``, which
-for more than one block mixes rows; here a block is a range of inputs (or outputs), as the paper's equation says.
+Layout: H acts on the inputs, as in the authors' code. That code splits the weight into blocks with ``reshape``, which
+mixes rows if there is more than one block; here a block is a range of inputs (or outputs), as in the paper's equation.
 """
 
 import torch
@@ -25,7 +25,7 @@ def initialize(
     """u (n, blocks, in / blocks) kaiming-uniform; for ETHER+ also v = -u, and u2, v2 for the outputs.
 
     Raises:
-        InputError: a side that the number of blocks does not divide.
+        InputError: the number of blocks does not divide the input or output width.
     """
     n, out_features, in_features = weight.shape
     sides = {"": in_features}
@@ -41,10 +41,10 @@ def initialize(
 
 
 def block_size(width: int, blocks: int) -> int:
-    """How wide each of the blocks is.
+    """The width of each block.
 
     Raises:
-        InputError: they do not divide the width.
+        InputError: the number of blocks does not divide the width.
     """
     if width % blocks:
         raise InputError(f"blocks is {blocks}, which does not divide a projection of width {width}; choose a divisor.")
@@ -56,11 +56,11 @@ def adapted_weight(weight: Tensor, tensors: dict[str, Tensor], config: AdapterCo
     exact = weight.to(tensors["u"].dtype)
     if config.method == "ether":
         return (exact - 2 * projected(exact, tensors["u"])).to(weight.dtype)
-    # The two projections are subtracted first: at the start they are equal, and W' is W to the last bit.
+    # Subtract the two projections first: at the start they are equal, so that W' equals W bit for bit.
     exact = exact + (projected(exact, tensors["v"]) - projected(exact, tensors["u"]))
     if "u2" in tensors:
-        turned = exact.mT
-        exact = exact + (projected(turned, tensors["v2"]) - projected(turned, tensors["u2"])).mT
+        transposed = exact.mT
+        exact = exact + (projected(transposed, tensors["v2"]) - projected(transposed, tensors["u2"])).mT
     return exact.to(weight.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Full fine-tuning: ``W'`` itself is trained, as DreamBooth does (Ruiz et al., CVPR 2023). Weights of any shape."""
+"""Full fine-tuning: ``W'`` itself is trained, as in DreamBooth (Ruiz et al., CVPR 2023). Weights may have any shape."""
 
 import torch
 from torch import Tensor

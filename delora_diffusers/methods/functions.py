@@ -1,4 +1,4 @@
-"""What a method's file must define, as a typed protocol, and how to get at it."""
+"""The interface that a method's file implements, as typed protocols, and the functions that look it up."""
 
 import functools
 import importlib
@@ -11,7 +11,7 @@ from delora_diffusers.methods.config import AdapterConfig
 from delora_diffusers.methods.table import METHODS
 
 Tensors = dict[str, Tensor]
-"""The tensors of n stacked matrices of one shape by key; n is their first dimension."""
+"""The tensors of n stacked matrices of one shape, by key; n is the first dimension."""
 
 
 @runtime_checkable
@@ -19,7 +19,7 @@ class MethodFunctions(Protocol):
     """The functions of every method. W is (n, out, in): n stacked matrices of one shape."""
 
     def initialize(self, weight: Tensor, config: AdapterConfig, generator: torch.Generator) -> tuple[Tensors, Tensors]:
-        """Trainable and fixed tensors of the start, float32."""
+        """The initial trainable and fixed tensors, float32."""
         ...
 
     def adapted_weight(self, weight: Tensor, tensors: Tensors, config: AdapterConfig) -> Tensor:

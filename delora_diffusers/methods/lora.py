@@ -1,4 +1,4 @@
-"""LoRA: ``W' = W + (alpha / r) B A`` (Hu et al., ICLR 2022), started from B = 0."""
+"""LoRA: ``W' = W + (alpha / r) B A`` (Hu et al., ICLR 2022), initialized with B = 0."""
 
 import math
 
@@ -10,7 +10,7 @@ from delora_diffusers.methods.config import AdapterConfig
 
 
 def kaiming(shape: tuple[int, ...], fan_in: int, generator: torch.Generator) -> Tensor:
-    """Kaiming-uniform with a = sqrt(5), the start of ``nn.Linear``: uniform within 1 / sqrt(fan_in)."""
+    """Kaiming-uniform with a = sqrt(5), the default for ``nn.Linear``: uniform within +-1 / sqrt(fan_in)."""
     bound = 1 / math.sqrt(fan_in)
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 

@@ -1,7 +1,7 @@
-"""OFT: ``W' = W R^T`` with R orthogonal and block-diagonal (Qiu et al., NeurIPS 2023), by Cayley's parametrization.
+"""OFT: ``W' = W R^T`` with R orthogonal and block-diagonal (Qiu et al., NeurIPS 2023), by the Cayley parametrization.
 
-Each block is ``R = (I - Q) (I + Q)^-1`` with Q skew-symmetric, which is stored as its upper triangle; R rotates the
-inputs, ``y = W (x R)``, as in PEFT.
+Each block is ``R = (I - Q) (I + Q)^-1`` with Q skew-symmetric and stored as its upper triangle; R rotates the inputs,
+ ``y = W (x R)``, as in PEFT.
 """
 
 import torch
@@ -14,10 +14,10 @@ from delora_diffusers.methods.ether import block_size
 def initialize(
     weight: Tensor, config: AdapterConfig, generator: torch.Generator
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Q = 0: (n, blocks, size (size - 1) / 2), the rows of the upper triangle one after another.
+    """Q = 0: (n, blocks, size (size - 1) / 2), the upper triangle row by row.
 
     Raises:
-        InputError: the number of blocks does not divide the inputs.
+        InputError: the number of blocks does not divide the input width.
     """
     n, _, in_features = weight.shape
     size = block_size(in_features, config.number_of_blocks)
@@ -33,11 +33,11 @@ def adapted_weight(weight: Tensor, tensors: dict[str, Tensor], config: AdapterCo
 
 
 def cayley(upper: Tensor, size: int) -> Tensor:
-    """Orthogonal (..., size, size) from upper triangles (..., size (size - 1) / 2)."""
+    """Orthogonal matrices (..., size, size) from upper triangles (..., size (size - 1) / 2)."""
     rows, columns = torch.triu_indices(size, size, 1, device=upper.device)
     half = upper.new_zeros(*upper.shape[:-1], size, size)
     half[..., rows, columns] = upper
     skew = half - half.mT
     identity = torch.eye(size, dtype=upper.dtype, device=upper.device)
-    # I + Q is never singular, so there is nothing to check, and a check would wait for the device.
+    # I + Q is never singular, so solve_ex skips the check, which would synchronize with the device.
     return torch.linalg.solve_ex(identity + skew, identity - skew, left=False).result

@@ -1,10 +1,11 @@
-"""The steps between ETHER+ and DeLoRA (Bini et al., ICLR 2025, table 2): multiplicative, with a learnable boundary.
+"""The methods between ETHER+ and DeLoRA (Bini et al., ICLR 2025, table 2): multiplicative, with a learnable boundary.
 
-``delora_symmetric``: ``dW = (lambda / r) (U Sigma U^T - V Theta V^T) W``, whose case r = 1 is
+``delora_symmetric``: ``dW = (lambda / r) (U Sigma U^T - V Theta V^T) W``; for r = 1 this is
 ``lambda (u u^T - v v^T) W``. ``delora_multiplicative``: ``dW = (lambda / r) (B Xi A - D Phi C) W``. The diagonal
-matrices divide by norms, so that each half in brackets has Frobenius norm at most r and dW at most ``2 lambda |W|``.
+matrices divide by norms, so each of the two terms in the bracket has Frobenius norm at most r, and dW at most
+``2 lambda |W|``.
 
-The bracket acts on the inputs, as ETHER's reflection does: in torch's layout it stands to the right of W.
+The bracket acts on the inputs, like ETHER's reflection: in torch's layout it multiplies W from the right.
 """
 
 import torch
@@ -18,9 +19,9 @@ from delora_diffusers.methods.lora import kaiming
 def initialize(
     weight: Tensor, config: AdapterConfig, generator: torch.Generator
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Kaiming-uniform B (n, in, r) and A (n, r, in), with D and C their copies; or U with its copy V; lambda (n,).
+    """Kaiming-uniform B (n, in, r) and A (n, r, in), with their copies D and C; or U with its copy V; lambda (n,).
 
-    The default lambda is 1, ETHER+'s fixed boundary, so that what each row of the table changes is the only change.
+    The default lambda is 1, ETHER+'s fixed boundary, so that each row of the table changes one thing only.
     """
     n, _, in_features = weight.shape
     bound = 1.0 if config.delora_lambda is None else config.delora_lambda

@@ -1,6 +1,6 @@
-"""The table of methods: one row per ``--method``. Imports no torch, so that commands can check flags at once.
+"""The table of methods: one row per ``--method``. Imports no torch, so commands can check flags without delay.
 
-Adding a method takes a file in this folder with its functions (see ``functions.py``) and a row here.
+To add a method, add a file with its functions (see ``functions.py``) to this folder and a row here.
 """
 
 import dataclasses
@@ -11,13 +11,13 @@ class Method:
     """What the rest of the project needs to know about a method.
 
     Attributes:
-        title: for tables and figures.
-        module: the file in this folder; one file holds a method and its variants, which ``config.method`` tells apart.
+        title: the name in tables and figures.
+        module: the file in this folder; variants of a method share a file that tells them apart by ``config.method``.
         learning_rate: the default for subject-driven generation with Stable Diffusion.
-        key_prefix: what the last part of its tensors' names in an adapter file begins with.
-        has_rank: whether ``--rank`` means anything.
+        key_prefix: prefix of the last part of its tensors' names in an adapter file.
+        has_rank: whether ``--rank`` has an effect.
         has_factors: whether W' - W is a low-rank product, which the split path and the LoRA exports need.
-        no_weight_decay: keys of the tensors that weight decay leaves alone; they train at ``--lambda_learning_rate``.
+        no_weight_decay: keys of the tensors without weight decay; they are trained with ``--lambda_learning_rate``.
         capturable: whether a training step can be recorded as a CUDA graph.
     """
 
@@ -51,12 +51,12 @@ METHODS = {
 }
 """Default learning rates: DeLoRA's, LoRA's and DoRA's from DeLoRA (Bini et al., ICLR 2025); ETHER+'s, OFT's and full
 fine-tuning's from ETHER (Bini et al., ICML 2024, appendix C.1), whose setting DeLoRA follows. ETHER, one-sided ETHER+
-and the two relaxations have no published rate and take that of the closest method."""
+and the two relaxations have no published rate and use that of the closest method."""
 
 LAMBDA_LEARNING_RATE = 1e-3
-"""DeLoRA's rate for the boundary (Bini et al., ICLR 2025)."""
+"""DeLoRA's learning rate for the boundary (Bini et al., ICLR 2025)."""
 
 
 def title_of(name: str) -> str:
-    """The title of a method, and of ``none``, the base model without an adapter."""
+    """The title of a method; ``none`` is the base model without an adapter."""
     return "base model" if name == "none" else METHODS[name].title

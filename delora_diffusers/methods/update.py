@@ -1,10 +1,10 @@
-"""The update of DeLoRA as pure functions on stacked tensors, in float32 whatever the model's dtype.
+"""DeLoRA's update as pure functions on stacked tensors, in float32 regardless of the model's dtype.
 
 Shapes: n matrices of one shape are stacked; W is (n, out, in), A (n, r, in), B (n, out, r), lambda (n,). The update is
-kept as two factors, ``dW = B~ @ A~`` with B~ (n, out, k) and A~ (n, k, in), which serve both forms of the adapted
-product: materialised (``W' = W + B~ A~``, once a step) and split (``x W^T + (x A~^T) B~^T``, at every call).
+stored as two factors, ``dW = B~ @ A~`` with B~ (n, out, k) and A~ (n, k, in), which serve both forms of the adapted
+product: materialised (``W' = W + B~ A~``, once per step) and split (``x W^T + (x A~^T) B~^T``, at every call).
 
-Source: Bini, Girrbach, Akata, "Decoupling Angles and Strength in Low-rank Adaptation", ICLR 2025 (arXiv 2503.18225).
+Reference: Bini, Girrbach, Akata, "Decoupling Angles and Strength in Low-rank Adaptation", ICLR 2025 (arXiv 2503.18225).
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 MIN_NORM = 1e-4
-"""Norms are clamped from below here, as PEFT does: a vanishing row is scaled by at most 1e4, and so is its gradient."""
+"""The lower bound for norms, as in PEFT: a vanishing row is scaled by at most 1e4, and so is its gradient."""
 
 
 def weight_norm(weight: Tensor, kind: str) -> Tensor | None:
@@ -36,7 +36,7 @@ def weight_norm(weight: Tensor, kind: str) -> Tensor | None:
 
 
 def normalize(vectors: Tensor, dim: int) -> Tensor:
-    """Vectors along ``dim`` divided by their norms, the norms clamped at ``MIN_NORM`` from below."""
+    """Divide vectors along ``dim`` by their norms, which are clamped to at least ``MIN_NORM``."""
     return _Normalize.apply(vectors, dim)
 
 
@@ -71,18 +71,18 @@ def delora_factors(
 ) -> tuple[Tensor, Tensor]:
     """Factors of ``dW = (lambda / r) (B Xi A - B0 Xi0 A0) * c`` (section 3.1, equations 7 to 9).
 
-    With a frozen start the difference of the two products is written ``(B^ - B0^) A^ + B0^ (A^ - A0^)``, where ^
-    divides by norms: it is exactly zero, not zero up to rounding, while A, B equal A0, B0, and small differences are
-    not lost in the subtraction of large products.
+    With a frozen start, the difference of the two products is computed as ``(B^ - B0^) A^ + B0^ (A^ - A0^)``, where ^
+    divides by norms: it is exactly zero, not just up to rounding, while A and B equal A0 and B0, and small differences
+    are not lost in a subtraction of large products.
 
     Args:
         a: (n, r, in). b: (n, out, r). delora_lambda: (n,). All float32 (or float64).
         w_norm: (n, in), (n,) or None, from ``weight_norm``.
-        a0, b0: the frozen start, of the shapes of a and b; None for a start from B = 0.
+        a0, b0: the frozen start, with the shapes of a and b; None for a start from B = 0.
 
     Returns:
-        B~ (n, out, k) and A~ (n, k, in) with ``dW = B~ @ A~``; k is r, or 2r with a frozen start. Every one of the r
-        rank-1 terms of one start has Frobenius norm at most ``lambda / r * max(c)``.
+        B~ (n, out, k) and A~ (n, k, in) with ``dW = B~ @ A~``; k is r, or 2r with a frozen start. Each of the r
+        rank-1 terms of a product has Frobenius norm at most ``lambda / r * max(c)``.
     """
     rank = a.shape[-2]
     a_hat, b_hat = normalize(a, dim=-1), normalize(b, dim=-2)
@@ -101,7 +101,7 @@ def materialize(weight: Tensor, b: Tensor, a: Tensor) -> Tensor:
     """``W' = W + B~ A~`` in the dtype of the weight.
 
     Args:
-        weight: (n, out, in). b: (n, out, k). a: (n, k, in), the factors, cast to the weight's dtype here.
+        weight: (n, out, in). b: (n, out, k). a: (n, k, in). The factors are cast to the weight's dtype.
     """
     return torch.baddbmm(weight, b.to(weight.dtype), a.to(weight.dtype))
 
