@@ -1,4 +1,4 @@
-"""A whole benchmark as a user runs it: two processes, a subject that fails, damage, and going on from there."""
+"""A complete benchmark as a user runs it: two processes, a subject that fails, a damaged image, and continuing."""
 
 import json
 import os
@@ -15,75 +15,74 @@ from PIL import Image
 from tests.helpers import ROOT, write_photos
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+TWO_PROCESSES = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 
-def run(typed: list[object], environment: dict[str, str], launch: list[str] | None = None):
-    command = [*(launch or [sys.executable]), "-m", "eval", "benchmark", *map(str, typed)]
+def run(flags: list[object], environment: dict[str, str], launch: list[str] | None = None):
+    command = [*(launch or [sys.executable]), "-m", "eval", "benchmark", *map(str, flags)]
     return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
 
 
 def times(folder: Path) -> dict[str, int]:
-    """When each adapter and each picture was written."""
+    """When each adapter and each image was written."""
     files = [*folder.glob("seed-0/*/adapter/*.safetensors"), *folder.glob("seed-0/*/pictures/0*.png")]
     return {str(file.relative_to(folder)): file.stat().st_mtime_ns for file in files}
 
 
 def small_benchmark(tiny_sd, tiny_scorers, folder: Path) -> list[object]:
-    """Two subjects; the flags of a run of them, into ``folder / "run"``."""
+    """Flags of a run with two subjects that writes to ``folder / "run"``."""
     content = {"images_per_prompt": 2, "prompts": {"thing": ["a {identifier} {class} in the snow"]}}
     content |= {"drift_prompts": ["a {class}", "a tree"]}
     content["subjects"] = {n: {"class": c, "kind": "thing"} for n, c in (("one", "toy"), ("two", "mug"))}
     (folder / "small.yaml").write_text(yaml.safe_dump(content))
     for name, count in (("one", 4), ("two", 5)):
         write_photos(folder / "photographs" / name, count)
-    typed: list[object] = [folder / "small.yaml", "--photographs", folder / "photographs", "--output_dir"]
-    typed += [folder / "run", "--pretrained_model_name_or_path", tiny_sd, "--lpips", "none"]
-    typed += ["--train", "max_train_steps=3", "resolution=32", "rank=2", "report_to=none"]
-    typed += ["--generate", "num_inference_steps=2", "resolution=32", "--dino", f"local-dir:{tiny_scorers / 'dino'}"]
-    return [*typed, "--clip", f"local-dir:{tiny_scorers / 'clip'}"]
+    flags: list[object] = [folder / "small.yaml", "--photographs", folder / "photographs", "--output_dir"]
+    flags += [folder / "run", "--pretrained_model_name_or_path", tiny_sd, "--lpips", "none"]
+    flags += ["--train", "max_train_steps=3", "resolution=32", "rank=2", "report_to=none"]
+    flags += ["--generate", "num_inference_steps=2", "resolution=32", "--dino", f"local-dir:{tiny_scorers / 'dino'}"]
+    return [*flags, "--clip", f"local-dir:{tiny_scorers / 'clip'}"]
 
 
-def test_two_processes_make_the_files_of_one(tiny_sd, tiny_scorers, tmp_path):
-    typed, output = small_benchmark(tiny_sd, tiny_scorers, tmp_path), tmp_path / "run"
-    two = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = run(typed, two, LAUNCH)
-    assert done.returncode == 0, done.stderr[-2000:]
-    output.rename(tmp_path / "by-two")  # the same place again, since a picture says where its adapter was
-    # Two at once, so that each command has as many threads as before: on a CPU their number changes the sums.
-    done = run([*typed, "--jobs", 2], {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
-    made = [*times(output), "subjects.csv"]
-    assert len(made) == 2 + 2 * 6 + 6 + 1  # drift pictures of the subjects and of the base model too
-    for name in made:
-        assert (output / name).read_bytes() == (tmp_path / "by-two" / name).read_bytes(), name
+def test_two_processes_write_the_same_files_as_one(tiny_sd, tiny_scorers, tmp_path):
+    flags, output = small_benchmark(tiny_sd, tiny_scorers, tmp_path), tmp_path / "run"
+    result = run(flags, TWO_PROCESSES, LAUNCH)
+    assert result.returncode == 0, result.stderr[-2000:]
+    output.rename(tmp_path / "two-processes")  # the next run needs the same folder: images record their adapter's path
+    # Two jobs, so that each command has as many threads as before: on a CPU their number changes the sums.
+    result = run([*flags, "--jobs", 2], {"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr[-2000:]
+    files = [*times(output), "subjects.csv"]
+    assert len(files) == 2 + 2 * 6 + 6 + 1  # includes the drift images of the subjects and of the base model
+    for name in files:
+        assert (output / name).read_bytes() == (tmp_path / "two-processes" / name).read_bytes(), name
 
 
-def test_a_run_goes_on_past_a_failure_and_after_it(tiny_sd, tiny_scorers, tmp_path):
-    typed, output = small_benchmark(tiny_sd, tiny_scorers, tmp_path), tmp_path / "run"
-    alone = run([*typed, "--subjects", "one"], {})
-    assert alone.returncode == 0, alone.stderr[-2000:]
+def test_a_run_continues_past_a_failure_and_after_it(tiny_sd, tiny_scorers, tmp_path):
+    flags, output = small_benchmark(tiny_sd, tiny_scorers, tmp_path), tmp_path / "run"
+    single = run([*flags, "--subjects", "one"], {})
+    assert single.returncode == 0, single.stderr[-2000:]
     first = times(output)
-    # Then both, on two processes. The second one's folder holds somebody's other training.
+    # Then both subjects, on two processes. The folder of the second contains a different training.
     blocked = output / "seed-0" / "two" / "adapter"
     blocked.mkdir(parents=True)
     (blocked / "config.json").write_text(json.dumps({"arguments": {"rank": 64}}))
-    two = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    failing = run([*typed, "--subjects", "one", "two"], two, LAUNCH)
+    failing = run([*flags, "--subjects", "one", "two"], TWO_PROCESSES, LAUNCH)
     assert failing.returncode != 0 and "1 failed and are in no mean" in failing.stderr
     summary = json.loads((output / "summary.json").read_text())
-    ((place, problem),) = summary["failed"].items()
-    assert place.endswith("seed-0/two") and "rank" in problem and "log.txt" in problem
+    ((folder, problem),) = summary["failed"].items()
+    assert folder.endswith("seed-0/two") and "rank" in problem and "log.txt" in problem
     assert summary["protocols"]["delora"]["counts"]["subjects"] == 1
     assert first.items() <= times(output).items()
 
-    # Out of its way, and a picture of the finished subject cut short: both are made, the rest is kept.
+    # Without the obstacle, and with a truncated image of the finished subject: both are generated, the rest is kept.
     shutil.rmtree(blocked)
     damaged = sorted((output / "seed-0" / "one" / "pictures").glob("0*.png"))[1]
-    whole, before = damaged.read_bytes(), np.asarray(Image.open(damaged), dtype=int)
-    damaged.write_bytes(whole[: len(whole) * 2 // 3])
-    done = run([*typed, "--subjects", "one", "two"], two, LAUNCH)
-    assert done.returncode == 0, done.stderr[-2000:]
-    # Drawn alone instead of in a batch, whose sums may round otherwise.
+    content, before = damaged.read_bytes(), np.asarray(Image.open(damaged), dtype=int)
+    damaged.write_bytes(content[: len(content) * 2 // 3])
+    result = run([*flags, "--subjects", "one", "two"], TWO_PROCESSES, LAUNCH)
+    assert result.returncode == 0, result.stderr[-2000:]
+    # Generated alone instead of in a batch, so its sums may round differently.
     assert np.abs(np.asarray(Image.open(damaged), dtype=int) - before).max() <= 2
     after = times(output)
     changed = {name for name in first if after[name] != first[name]}

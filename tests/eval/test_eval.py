@@ -1,4 +1,4 @@
-"""Scores against loops written out, and the encoders against the libraries they are said to be."""
+"""Scores against loops written out, encoders against the libraries that they wrap, and the commands."""
 
 import itertools
 import json
@@ -19,7 +19,7 @@ def unit(rows: int, seed: int) -> torch.Tensor:
     return nn.functional.normalize(torch.randn(rows, 16, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
-def test_scores_are_the_loops_they_stand_for():
+def test_scores_equal_their_loops():
     generated, reference = unit(6, 0), unit(4, 1)
     pairs = [float(np.dot(g.double(), r.double())) for g in generated for r in reference]
     assert pair_scores(generated, reference).mean().item() == pytest.approx(np.mean(pairs), abs=1e-12)
@@ -27,17 +27,17 @@ def test_scores_are_the_loops_they_stand_for():
     assert real_score(reference) == pytest.approx(np.mean(real), abs=1e-12)
     assert real_score(reference[:1]) is None
     texts = unit(6, 2)
-    own = [float(np.dot(g.double(), t.double())) for g, t in zip(generated, texts)]
-    np.testing.assert_allclose(text_scores(generated, texts), own, atol=1e-12)
+    expected = [float(np.dot(g.double(), t.double())) for g, t in zip(generated, texts)]
+    np.testing.assert_allclose(text_scores(generated, texts), expected, atol=1e-12)
 
 
-def test_the_identifier_is_taken_out_as_a_word():
+def test_the_identifier_is_removed_as_a_word():
     assert without_identifier("a sks dog in the jungle") == "a dog in the jungle"
     assert without_identifier("qwe dog, tasks") == "dog, tasks"
     assert without_identifier("a zwx dog", ["zwx"]) == "a dog"
 
 
-def test_the_protocols_name_the_published_models():
+def test_the_protocols_use_the_published_models():
     delora, dreambooth = PROTOCOLS["delora"], PROTOCOLS["dreambooth"]
     assert (delora.clip, dreambooth.clip) == ("ViT-L-14", "ViT-B-32")
     assert delora.dino == dreambooth.dino == "vit_small_patch16_224.dino"
@@ -45,7 +45,7 @@ def test_the_protocols_name_the_published_models():
 
 
 def test_openai_clip_gets_the_activation_it_was_trained_with(monkeypatch):
-    """The weights cannot be fetched here; the model that would receive them can be built."""
+    """Without downloading the weights: the model that would load them is built."""
     import open_clip
 
     from eval.metrics.encoders import ClipEncoder
@@ -62,8 +62,8 @@ def test_openai_clip_gets_the_activation_it_was_trained_with(monkeypatch):
     assert activations == {"QuickGELU"}
 
 
-def test_straight_preprocessing_is_the_dino_models_own():
-    """facebook/dino-vits16's preprocessor: 224 x 224 whatever the aspect, bilinear, ImageNet's normalization."""
+def test_straight_preprocessing_equals_the_dino_processor():
+    """Of facebook/dino-vits16: 224 x 224 for any aspect ratio, bilinear, ImageNet's normalization."""
     from transformers import ViTImageProcessor
 
     from eval.metrics.encoders import dino_transform
@@ -74,10 +74,10 @@ def test_straight_preprocessing_is_the_dino_models_own():
         image_mean=[0.485, 0.456, 0.406],
         image_std=[0.229, 0.224, 0.225],
     )
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 451, 3), dtype=np.uint8))
-    expected = processor(picture, return_tensors="pt")["pixel_values"][0]
-    # Either may round the resized picture to whole levels.
-    torch.testing.assert_close(dino_transform("straight")(picture), expected, atol=0.02, rtol=0)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 451, 3), dtype=np.uint8))
+    expected = processor(image, return_tensors="pt")["pixel_values"][0]
+    # Either may round the resized image to integers.
+    torch.testing.assert_close(dino_transform("straight")(image), expected, atol=0.02, rtol=0)
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def flags(generated, photographs, tiny_scorers, output, *more: object) -> list[s
 
 
 @pytest.mark.parametrize("protocol", ["delora", "dreambooth"])
-def test_the_command_equals_the_encoders_called_by_hand(
+def test_the_command_equals_the_encoders_called_directly(
     generated, photographs, tiny_scorers, tmp_path, protocol, capsys
 ):
     output = tmp_path / "scores.json"
@@ -113,7 +113,7 @@ def test_the_command_equals_the_encoders_called_by_hand(
     from eval.metrics.encoders import dino_transform
 
     real = sorted(photographs.glob("*.png"))
-    drawn = sorted(generated.glob("*.png"))
+    images = sorted(generated.glob("*.png"))
     dino = timm.create_model(f"local-dir:{tiny_scorers / 'dino'}", pretrained=True, num_classes=0).eval()
     transform = dino_transform(PROTOCOLS[protocol].dino_transform)
     clip, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tiny_scorers / 'clip'}")
@@ -125,8 +125,8 @@ def test_the_command_equals_the_encoders_called_by_hand(
         def features(encode, transform, paths):
             return nn.functional.normalize(torch.cat([encode(transform(load_rgb(p))[None]) for p in paths]), dim=-1)
 
-        d = [features(lambda x: dino.forward_features(x)[:, 0], transform, paths) for paths in (drawn, real)]
-        c = [features(clip.encode_image, preprocess, paths) for paths in (drawn, real)]
+        d = [features(lambda x: dino.forward_features(x)[:, 0], transform, paths) for paths in (images, real)]
+        c = [features(clip.encode_image, preprocess, paths) for paths in (images, real)]
     expected = {
         "dino": (d[0] @ d[1].T).mean().item(),
         "clip_i": (c[0] @ c[1].T).mean().item(),
@@ -140,28 +140,28 @@ def test_the_command_equals_the_encoders_called_by_hand(
 def test_bad_input(generated, photographs, tiny_scorers, tmp_path):
     output = tmp_path / "scores.json"
 
-    def refused(message, *more, **changes):
+    def check_error(message, *more, **changes):
         arguments = {"generated": generated, "photographs": photographs} | changes
         with pytest.raises(SystemExit, match=message):
             main(flags(arguments["generated"], arguments["photographs"], tiny_scorers, output, *more))
         assert not output.exists()
 
-    refused("metadata.jsonl is missing", generated=tmp_path / "nowhere")
-    refused("nowhere is not a folder", photographs=tmp_path / "nowhere")
-    refused("has no config.json", "--dino", f"local-dir:{tmp_path}")
-    refused("has no open_clip_config.json", "--clip", f"local-dir:{tmp_path}")
-    refused("--dino no_such_model could not be loaded", "--dino", "no_such_model")
-    refused("--clip no_such_model could not be loaded", "--clip", "no_such_model")
+    check_error("metadata.jsonl is missing", generated=tmp_path / "nowhere")
+    check_error("nowhere is not a folder", photographs=tmp_path / "nowhere")
+    check_error("has no config.json", "--dino", f"local-dir:{tmp_path}")
+    check_error("has no open_clip_config.json", "--clip", f"local-dir:{tmp_path}")
+    check_error("--dino no_such_model could not be loaded", "--dino", "no_such_model")
+    check_error("--clip no_such_model could not be loaded", "--clip", "no_such_model")
     (generated / "1.png").unlink()
-    refused("1.png is missing, though metadata.jsonl names it")
+    check_error("1.png is missing, but metadata.jsonl lists it")
     (generated / "metadata.jsonl").write_text('{"file_name": "0.png"}\n')
-    refused("line 1 has no file_name and prompt")
+    check_error("line 1 is not a record like .*it has no prompt")
     (generated / "metadata.jsonl").write_text("")
-    refused("is empty")
-    output.write_text("mine")
-    with pytest.raises(SystemExit, match="exists already"):
+    check_error("is empty")
+    output.write_text("unchanged")
+    with pytest.raises(SystemExit, match="already exists"):
         main(flags(generated, photographs, tiny_scorers, output))
-    assert output.read_text() == "mine"
+    assert output.read_text() == "unchanged"
 
 
 def test_a_page_shows_before_and_after(generated, photographs, tmp_path, capsys):
@@ -173,19 +173,26 @@ def test_a_page_shows_before_and_after(generated, photographs, tmp_path, capsys)
     with SummaryWriter(str(tmp_path / "run" / "logs")) as log:
         for step in range(3):
             log.add_scalar("loss", 1 / (step + 1), step)
-    typed = ["page", "--generated_dir", generated, "--base_dir", before, "--reference_dir", photographs]
-    typed += ["--training_dir", tmp_path / "run", "--protocol", "toybox", "--output", tmp_path / "out" / "index.html"]
-    main([str(word) for word in typed])
+    arguments = ["page", "--generated_dir", generated, "--base_dir", before, "--reference_dir", photographs]
+    arguments += [
+        "--training_dir",
+        tmp_path / "run",
+        "--protocol",
+        "toybox",
+        "--output",
+        tmp_path / "out" / "index.html",
+    ]
+    main([str(word) for word in arguments])
     page = (tmp_path / "out" / "index.html").read_text()
     assert page.count("<img") == 5 + 2 * 2 + 1 and "http" not in page
     assert "Before and after: a sks toy number" in page
-    with Image.open(tmp_path / "out" / "index.png") as picture:
-        assert picture.width > 400
+    with Image.open(tmp_path / "out" / "index.png") as image:
+        assert image.width > 400
     assert "CLIP-T" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="exists already"):
-        main([str(word) for word in typed])
+    with pytest.raises(SystemExit, match="already exists"):
+        main([str(word) for word in arguments])
     (before / "metadata.jsonl").write_text('{"file_name": "0.png", "prompt": "something else"}\n')
-    typed[-1] = tmp_path / "other.html"
-    with pytest.raises(SystemExit, match="has no picture of 'a sks toy number 0'"):
-        main([str(word) for word in typed])
+    arguments[-1] = tmp_path / "other.html"
+    with pytest.raises(SystemExit, match="has no image of 'a sks toy number 0'"):
+        main([str(word) for word in arguments])
     assert not (tmp_path / "other.html").exists()

@@ -1,6 +1,6 @@
-"""The encoders at their true sizes against transformers' own models with the same, random, weights."""
+"""The encoders at full size against transformers' models with the same random weights."""
 
-# Transformers annotates its models and configurations more narrowly than they take arguments.
+# Transformers' annotations of its models and configurations are narrower than the arguments that they take.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 import dataclasses
@@ -19,9 +19,9 @@ WORDS = ["a dog", "a red backpack on top of a mirror", "a stuffed animal with th
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """Wide, tall and small pictures with structure at several scales."""
-    folder, random, paths = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0), []
+def images(tmp_path_factory):
+    """Wide, tall and small images with structure at several scales."""
+    folder, random, paths = tmp_path_factory.mktemp("images"), np.random.default_rng(0), []
     for number, size in enumerate([(640, 427), (300, 512), (97, 130)]):
         coarse = Image.fromarray(random.integers(0, 256, (12, 9, 3), dtype=np.uint8)).resize(
             size, Image.Resampling.BICUBIC
@@ -32,7 +32,7 @@ def pictures(tmp_path_factory):
     return paths
 
 
-def opened(paths):
+def load(paths):
     return [Image.open(path).convert("RGB") for path in paths]
 
 
@@ -40,8 +40,8 @@ def unit(features: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.normalize(features, dim=-1)
 
 
-def spread(model: torch.nn.Module) -> torch.nn.Module:
-    """Weights far enough from their start that every one of them counts."""
+def randomize(model: torch.nn.Module) -> torch.nn.Module:
+    """Move the weights that start at 0 or 1 away from their start, so that each affects the output."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "embed" in name or "cls_token" in name or "norm" in name:
@@ -50,44 +50,44 @@ def spread(model: torch.nn.Module) -> torch.nn.Module:
 
 
 @dataclasses.dataclass(frozen=True)
-class Same:
-    """A tensor of ours and those of transformers that it is made of, one below the other, or turned."""
+class Match:
+    """A tensor of our model and the tensors of transformers that it stacks, transposed or not."""
 
     ours: str
     theirs: tuple[str, ...]
-    turned: bool = False
+    transposed: bool = False
 
 
-def to_ours(pairs: list[Same], theirs: dict) -> dict:
-    found = {pair.ours: torch.cat([theirs[name] for name in pair.theirs]) for pair in pairs}
-    return found | {pair.ours: found[pair.ours].T for pair in pairs if pair.turned}
+def to_ours(pairs: list[Match], theirs: dict) -> dict:
+    state = {pair.ours: torch.cat([theirs[name] for name in pair.theirs]) for pair in pairs}
+    return state | {pair.ours: state[pair.ours].T for pair in pairs if pair.transposed}
 
 
-def to_theirs(pairs: list[Same], ours: dict) -> dict:
-    found = {}
+def to_theirs(pairs: list[Match], ours: dict) -> dict:
+    state = {}
     for pair in pairs:
-        tensor = ours[pair.ours].T if pair.turned else ours[pair.ours]
-        found |= dict(zip(pair.theirs, tensor.chunk(len(pair.theirs))))
-    return found
+        tensor = ours[pair.ours].T if pair.transposed else ours[pair.ours]
+        state |= dict(zip(pair.theirs, tensor.chunk(len(pair.theirs))))
+    return state
 
 
-def with_kinds(names: dict[str, tuple[str, ...]]) -> list[Same]:
-    """Weights and biases of modules."""
+def weights_and_biases(names: dict[str, tuple[str, ...]]) -> list[Match]:
+    """The pairs of tensors of each pair of modules."""
     return [
-        Same(f"{ours}.{kind}", tuple(f"{name}.{kind}" for name in theirs))
+        Match(f"{ours}.{kind}", tuple(f"{name}.{kind}" for name in theirs))
         for ours, theirs in names.items()
         for kind in ("weight", "bias")
     ]
 
 
-def shared_weights(pairs: list[Same], theirs: torch.nn.Module, ours: torch.nn.Module, direction: str) -> dict:
-    """Convert one model's random weights to the other's names, and back onto it; return ours."""
+def shared_weights(pairs: list[Match], theirs: torch.nn.Module, ours: torch.nn.Module, direction: str) -> dict:
+    """Load the random weights of one model into the other; returns them under our names."""
     if direction == "from transformers":
-        state = to_ours(pairs, spread(theirs).state_dict())
+        state = to_ours(pairs, randomize(theirs).state_dict())
         missing, unexpected = ours.load_state_dict(state, strict=False)
         assert not unexpected and set(missing) <= {"logit_scale", "attn_mask"}, missing
     else:
-        state = to_ours(pairs, to_theirs(pairs, spread(ours).state_dict()))
+        state = to_ours(pairs, to_theirs(pairs, randomize(ours).state_dict()))
         missing, unexpected = theirs.load_state_dict(to_theirs(pairs, ours.state_dict()), strict=False)
         assert not unexpected and set(missing) <= {"logit_scale"}, missing
     return {name: tensor.contiguous().clone() for name, tensor in state.items()}
@@ -97,7 +97,7 @@ DIRECTIONS = pytest.mark.parametrize("direction", ["from transformers", "to tran
 
 
 @DIRECTIONS
-def test_dino_is_the_transformers_model(pictures, tmp_path, direction):
+def test_dino_equals_the_transformers_model(images, tmp_path, direction):
     """facebook/dino-vits16's architecture and preprocessing, loaded here through timm."""
     import timm
     from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
@@ -106,7 +106,7 @@ def test_dino_is_the_transformers_model(pictures, tmp_path, direction):
     sizes = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
     theirs = ViTModel(ViTConfig(**sizes), add_pooling_layer=False)
     ours = timm.create_model("vit_small_patch16_224", num_classes=0)
-    pairs = [Same("cls_token", ("embeddings.cls_token",)), Same("pos_embed", ("embeddings.position_embeddings",))]
+    pairs = [Match("cls_token", ("embeddings.cls_token",)), Match("pos_embed", ("embeddings.position_embeddings",))]
     names = {"patch_embed.proj": ("embeddings.patch_embeddings.projection",), "norm": ("layernorm",)}
     for index in range(12):
         block, layer = f"blocks.{index}", f"layers.{index}"
@@ -119,7 +119,9 @@ def test_dino_is_the_transformers_model(pictures, tmp_path, direction):
             ("attn.proj", "attention.o_proj"),
         ):
             names[f"{block}.{name}"] = (f"{layer}.{source}",)
-    save_file(shared_weights(pairs + with_kinds(names), theirs, ours, direction), tmp_path / "model.safetensors")
+    save_file(
+        shared_weights(pairs + weights_and_biases(names), theirs, ours, direction), tmp_path / "model.safetensors"
+    )
     config = {"architecture": "vit_small_patch16_224", "num_classes": 0, "global_pool": "token"}
     config["pretrained_cfg"] = {"input_size": [3, 224, 224], "num_classes": 0, "classifier": "head"}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -127,13 +129,13 @@ def test_dino_is_the_transformers_model(pictures, tmp_path, direction):
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     processor = ViTImageProcessorPil(image_mean=mean, image_std=std)
     with torch.no_grad():
-        output = theirs.eval()(**processor(opened(pictures), return_tensors="pt"))
-    found = embed(pictures, {"dino": DinoEncoder(f"local-dir:{tmp_path}", "straight", "cpu")})["dino"]
-    torch.testing.assert_close(found, unit(output.last_hidden_state[:, 0]), atol=1e-5, rtol=0)
+        output = theirs.eval()(**processor(load(images), return_tensors="pt"))
+    features = embed(images, {"dino": DinoEncoder(f"local-dir:{tmp_path}", "straight", "cpu")})["dino"]
+    torch.testing.assert_close(features, unit(output.last_hidden_state[:, 0]), atol=1e-5, rtol=0)
 
 
 @DIRECTIONS
-def test_clip_is_the_transformers_model(pictures, tmp_path, direction):
+def test_clip_equals_the_transformers_model(images, tmp_path, direction):
     """openai/clip-vit-large-patch14's architecture and preprocessing, loaded here through open_clip."""
     import open_clip
     from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
@@ -150,19 +152,19 @@ def test_clip_is_the_transformers_model(pictures, tmp_path, direction):
         "ln_final": ("text_model.final_layer_norm",),
     }
     pairs = [
-        Same("visual.class_embedding", ("vision_model.embeddings.class_embedding",)),
-        Same("visual.positional_embedding", ("vision_model.embeddings.position_embedding.weight",)),
-        Same("visual.conv1.weight", ("vision_model.embeddings.patch_embedding.weight",)),
-        Same("visual.proj", ("visual_projection.weight",), turned=True),
-        Same("positional_embedding", ("text_model.embeddings.position_embedding.weight",)),
-        Same("token_embedding.weight", ("text_model.embeddings.token_embedding.weight",)),
-        Same("text_projection", ("text_projection.weight",), turned=True),
+        Match("visual.class_embedding", ("vision_model.embeddings.class_embedding",)),
+        Match("visual.positional_embedding", ("vision_model.embeddings.position_embedding.weight",)),
+        Match("visual.conv1.weight", ("vision_model.embeddings.patch_embedding.weight",)),
+        Match("visual.proj", ("visual_projection.weight",), transposed=True),
+        Match("positional_embedding", ("text_model.embeddings.position_embedding.weight",)),
+        Match("token_embedding.weight", ("text_model.embeddings.token_embedding.weight",)),
+        Match("text_projection", ("text_projection.weight",), transposed=True),
     ]
     for tower, target, layers in (("vision_model", "visual.transformer", 24), ("text_model", "transformer", 12)):
         for index in range(layers):
             source, block = f"{tower}.encoder.layers.{index}", f"{target}.resblocks.{index}"
             qkv = tuple(f"{source}.self_attn.{name}_proj" for name in "qkv")
-            pairs += [Same(f"{block}.attn.in_proj_{k}", tuple(f"{n}.{k}" for n in qkv)) for k in ("weight", "bias")]
+            pairs += [Match(f"{block}.attn.in_proj_{k}", tuple(f"{n}.{k}" for n in qkv)) for k in ("weight", "bias")]
             for name, theirs_name in (
                 ("ln_1", "layer_norm1"),
                 ("ln_2", "layer_norm2"),
@@ -171,7 +173,7 @@ def test_clip_is_the_transformers_model(pictures, tmp_path, direction):
                 ("mlp.c_proj", "mlp.fc2"),
             ):
                 names[f"{block}.{name}"] = (f"{source}.{theirs_name}",)
-    pairs += with_kinds(names)
+    pairs += weights_and_biases(names)
     scale = {"logit_scale": theirs.logit_scale.detach()}  # features do not depend on it
     save_file(shared_weights(pairs, theirs, ours, direction) | scale, tmp_path / "open_clip_model.safetensors")
     settings = {"mean": list(OPENAI_DATASET_MEAN), "std": list(OPENAI_DATASET_STD)}
@@ -179,10 +181,10 @@ def test_clip_is_the_transformers_model(pictures, tmp_path, direction):
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": settings}))
 
     encoder = ClipEncoder(f"local-dir:{tmp_path}", None, "cpu", "floor")
-    inputs = CLIPImageProcessorPil()(opened(pictures), return_tensors="pt")
+    inputs = CLIPImageProcessorPil()(load(images), return_tensors="pt")
     tokens = encoder.tokenizer(WORDS)
     with torch.no_grad():
         output = theirs.eval()(**inputs, input_ids=tokens, attention_mask=torch.ones_like(tokens))
-    found = embed(pictures, {"clip": encoder})["clip"]
-    torch.testing.assert_close(found, unit(output.image_embeds), atol=1e-5, rtol=0)
+    features = embed(images, {"clip": encoder})["clip"]
+    torch.testing.assert_close(features, unit(output.image_embeds), atol=1e-5, rtol=0)
     torch.testing.assert_close(encoder.encode_texts(WORDS), unit(output.text_embeds), atol=1e-5, rtol=0)

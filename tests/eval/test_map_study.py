@@ -1,4 +1,4 @@
-"""The ablation on semantic maps as a user runs it: trained, drawn, scored; continued, and refused when it differs."""
+"""The ablation on semantic maps as a user runs it: train, generate, score; continue; reject other settings."""
 
 import json
 import statistics
@@ -12,7 +12,8 @@ from tests.helpers import run_eval, write_map_folders
 
 
 @pytest.fixture(scope="module")
-def typed(tiny_sd, tmp_path_factory):
+def small_study(tiny_sd, tmp_path_factory):
+    """Flags of a small ablation, and its output folder."""
     folder = tmp_path_factory.mktemp("maps")
     words: list[object] = ["--train_data_dir", write_map_folders(folder / "train", ["a", "b", "c"])]
     words += ["--map_dir", write_map_folders(folder / "test", ["d", "e"]), "--output_dir", folder / "out"]
@@ -22,41 +23,41 @@ def typed(tiny_sd, tmp_path_factory):
     return [str(word) for word in [*words, "validation_inference_steps=1"]], folder / "out"
 
 
-def study(typed, *more: str) -> subprocess.CompletedProcess[str]:
-    return run_eval("study", "ablation-maps", *typed, *more)
+def study(flags, *more: str) -> subprocess.CompletedProcess[str]:
+    return run_eval("study", "ablation-maps", *flags, *more)
 
 
-def test_the_rows_on_maps(typed):
-    flags, out = typed
-    done = study(flags)
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_the_rows_on_maps(small_study):
+    flags, out = small_study
+    result = study(flags)
+    assert result.returncode == 0, result.stderr[-2000:]
     rows = pd.read_parquet(out / "ablation-maps.parquet")
     assert rows["label"].tolist() == ["LoRA", "LoRA"] and rows["seed"].tolist() == [0, 1]
     scores = [
         json.loads((out / "runs" / "maps-lora-learning_rate-0.0006" / f"seed-{seed}" / "scores.json").read_text())
         for seed in (0, 1)
     ]
-    found = [one["scores"]["miou"] for one in scores]
-    assert rows["miou"].tolist() == found and (rows["distance"] > 0).all()
+    miou = [record["scores"]["miou"] for record in scores]
+    assert rows["miou"].tolist() == miou and (rows["distance"] > 0).all()
     caption = (out / "ablation-maps.md").read_text()
-    assert caption in done.stdout
-    assert f"| LoRA | {statistics.mean(found):.3f} ± {statistics.stdev(found):.3f} |" in caption
-    assert f"| real pictures | {scores[0]['real']['miou']:.3f} |" in caption
+    assert caption in result.stdout
+    assert f"| LoRA | {statistics.mean(miou):.3f} ± {statistics.stdev(miou):.3f} |" in caption
+    assert f"| real images | {scores[0]['real']['miou']:.3f} |" in caption
     for name in ("ablation-maps.png", "ablation-maps-pictures.png"):
         with Image.open(out / name) as figure:
             assert figure.width > 200
-    made = {file: file.stat().st_mtime_ns for file in out.glob("runs/*/*/*/*.safetensors")}
-    assert len(made) == 2
-    (out / "runs" / "maps-lora-learning_rate-0.0006" / "seed-1" / "scores.json").unlink()  # as a kill leaves it
+    times = {file: file.stat().st_mtime_ns for file in out.glob("runs/*/*/*/*.safetensors")}
+    assert len(times) == 2
+    (out / "runs" / "maps-lora-learning_rate-0.0006" / "seed-1" / "scores.json").unlink()  # as if killed
     assert study(flags).returncode == 0
-    assert {file: file.stat().st_mtime_ns for file in made} == made, "what was there was trained anew"
-    assert pd.read_parquet(out / "ablation-maps.parquet")["miou"].tolist() == found
+    assert {file: file.stat().st_mtime_ns for file in times} == times, "a finished adapter was trained again"
+    assert pd.read_parquet(out / "ablation-maps.parquet")["miou"].tolist() == miou
 
-    refused = study([word.replace("max_train_steps=2", "max_train_steps=3") for word in flags])
-    assert "has runs made with train" in refused.stderr and refused.returncode == 1
+    result = study([word.replace("max_train_steps=2", "max_train_steps=3") for word in flags])
+    assert "has runs with train" in result.stderr and result.returncode == 1
 
 
-def test_one_folder_alone_is_refused(typed):
-    flags, _ = typed
-    refused = study([word for word in flags if word != "--map_dir" and not word.endswith("/test")])
-    assert "wants --train_data_dir and --map_dir" in refused.stderr and refused.returncode == 1
+def test_a_single_folder_is_rejected(small_study):
+    flags, _ = small_study
+    result = study([word for word in flags if word != "--map_dir" and not word.endswith("/test")])
+    assert "needs both --train_data_dir and --map_dir" in result.stderr and result.returncode == 1

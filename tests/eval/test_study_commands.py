@@ -1,4 +1,4 @@
-"""The command lines of docs/studies.md for Stable Diffusion 1.5, up to where its pretrained weights are needed."""
+"""The command lines of docs/studies.md for Stable Diffusion 1.5, up to the point that needs pretrained weights."""
 
 import argparse
 import os
@@ -37,38 +37,38 @@ COMMANDS = {
 
 @pytest.fixture(scope="module")
 def downloaded(tmp_path_factory):
-    """A folder in which the photographs lie as the dataset has them."""
+    """A folder with photos laid out like the downloaded dataset."""
     folder = tmp_path_factory.mktemp("sd15")
     for subject in load_benchmark("dreambooth").subjects:
         write_photos(folder / "dreambooth" / "dataset" / subject.name, 4)
     return folder
 
 
-def test_every_study_has_its_line():
+def test_every_study_has_a_command_line():
     assert set(COMMANDS) == {*STUDIES, "comparison", "norms", "ablation-maps"}
 
 
 @pytest.mark.parametrize("name", ["lr", "norms", "ablation-maps"])
-def test_as_typed_it_ends_at_the_missing_weights(name, downloaded):
+def test_the_command_line_stops_at_the_missing_weights(name, downloaded):
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PATH": path}
-    done = subprocess.run(
+    result = subprocess.run(
         ["bash", "-c", f"{VARIABLE}\n{COMMANDS[name]}"], cwd=downloaded, env=environment, capture_output=True, text=True
     )
-    assert done.returncode == 1
-    (refusal,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert MODEL in refusal and ("cannot be downloaded from the hub" in refusal or "could not be loaded" in refusal)
-    assert not (downloaded / "studies").exists(), "nothing is left behind"
+    assert result.returncode == 1
+    (message,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert MODEL in message and ("cannot be downloaded from the hub" in message or "could not be loaded" in message)
+    assert not (downloaded / "studies").exists(), "the output folder was created"
 
 
-def parsed(words: list[str]) -> argparse.Namespace:
+def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     return parser.parse_args(words)
 
 
-def test_with_the_weights_every_training_on_maps_is_one_that_the_script_takes(tmp_path):
-    options = parsed(shlex.split(COMMANDS["ablation-maps"].split(" study ")[1]))
+def test_the_script_accepts_every_training_on_maps(tmp_path):
+    options = parse(shlex.split(COMMANDS["ablation-maps"].split(" study ")[1]))
     palette = read_palette("ade20k")
     for part in ("images", "maps"):
         (tmp_path / "train" / part).mkdir(parents=True)
@@ -93,12 +93,12 @@ def test_with_the_weights_every_training_on_maps_is_one_that_the_script_takes(tm
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if "$SD15" in COMMANDS[name]])
-def test_with_the_weights_every_training_is_one_that_the_script_takes(name, downloaded, monkeypatch):
+def test_the_script_accepts_every_training(name, downloaded, monkeypatch):
     monkeypatch.chdir(downloaded)
     for module in (benchmark_plan, study_trials):
         monkeypatch.setattr(module, "check_base_model", lambda name_or_path: None)
-    typed = shlex.split(VARIABLE.removeprefix('SD15="').removesuffix('"'))
-    options = parsed([name, *typed])
+    flags = shlex.split(VARIABLE.removeprefix('SD15="').removesuffix('"'))
+    options = parse([name, *flags])
     if name == "comparison":
         settings = [setting for method in COMPARED for setting in settings_of(method, (0.5, 1, 2))]
     else:
@@ -107,18 +107,18 @@ def test_with_the_weights_every_training_is_one_that_the_script_takes(name, down
     assert len(trials) == len(settings)
     first = trials[0].plan
     assert len(first.benchmark.subjects) == 30 and len(first.benchmark.prompts_of(first.benchmark.subjects[0])) == 25
-    waiting = tasks_of_all([trial.plan for trial in trials], together=1)
-    results = [result for task in waiting for result in task.results]
+    tasks = tasks_of_all([trial.plan for trial in trials], together=1)
+    results = [result for task in tasks for result in task.results]
     folders = {trial.plan.folder for trial in trials}
     assert len(results) == 30 * 3 * len(folders)
     checked = set()
-    for task in waiting:
-        for step in task.steps[::2]:  # of a training and a drawing each
+    for task in tasks:
+        for step in task.steps[::2]:  # training and generating alternate
             _, script, *flags = step.command()
             assert script.endswith("train_dreambooth_delora.py")
-            same = " ".join(flags[: flags.index("--instance_data_dir")])  # the flags that all subjects have in common
-            if same not in checked:
-                checked.add(same)
+            shared = " ".join(flags[: flags.index("--instance_data_dir")])  # the flags that all subjects share
+            if shared not in checked:
+                checked.add(shared)
                 args = parse_arguments(flags)
                 check_arguments(args)
                 (subject,) = find_subjects(args)
