@@ -109,7 +109,7 @@ def load_benchmark(name_or_file: str | Path) -> Benchmark:
         entry = entry if isinstance(entry, dict) else {}
         require(
             isinstance(entry.get("class"), str) and not set(entry) - {"class", "kind", "toybox"},
-            f"the subject {name!r} needs a class and a kind, and may have only toybox besides",
+            f"the subject {name!r} needs a class and a kind (the only other key is toybox)",
         )
         require(
             entry.get("kind") in prompts,

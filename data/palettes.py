@@ -116,6 +116,6 @@ def indices_of(colours: np.ndarray, palette: np.ndarray, what: str) -> np.ndarra
         share = float((indices < 0).mean())
         raise InputError(
             f"{what} has the colour {tuple(colour)}, which is not in the palette ({share:.1%} of its pixels are not); "
-            "give the palette the map was made with, and save maps without lossy compression."
+            "give the palette of this map, and save maps without lossy compression."
         )
     return indices.astype(np.uint8)
