@@ -1,4 +1,4 @@
-"""The adapter in a model: paths, processors, mechanisms, attach, detach and merge."""
+"""An adapter in a model: paths, processors, parametrization and hooks, attach, detach and merge."""
 
 import copy
 
@@ -20,7 +20,7 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.method}-{c.start}")
-def test_a_unet_with_an_adapter(unet, unet_inputs, config):
+def test_unet_with_an_adapter(unet, unet_inputs, config):
     before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
     with torch.no_grad():
         base = unet(*unet_inputs).sample
@@ -36,7 +36,7 @@ def test_a_unet_with_an_adapter(unet, unet_inputs, config):
         assert torch.equal(unet(*unet_inputs).sample, adapted)
     assert (adapted - base).abs().max() > 1e-3
 
-    # The distances and W' are those of delta_weight, which stands for itself in test_update.
+    # Distances and W' agree with delta_weight, which test_update checks by itself.
     name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     delta = adapter.delta_weight(name)
     assert adapter.distances()[name] == pytest.approx(delta.norm().item(), rel=1e-4)
@@ -51,7 +51,7 @@ def test_a_unet_with_an_adapter(unet, unet_inputs, config):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.method}-{c.start}")
-def test_merged_is_unmerged(unet, unet_inputs, config):
+def test_merging_keeps_the_output(unet, unet_inputs, config):
     adapter = attach(unet, config)
     randomize(adapter)
     adapter.strength = 0.7
@@ -81,7 +81,7 @@ def test_paths_agree_in_bfloat16_within_its_rounding(unet, unet_inputs):
             assert (rounded[1][name] - gradient).norm() / gradient.norm() < 0.06, name
 
 
-def test_the_paths_agree_with_pefts_lora(unet, unet_inputs):
+def test_lora_agrees_with_peft(unet, unet_inputs):
     import peft
 
     reference = copy.deepcopy(unet)
@@ -108,7 +108,7 @@ def test_gradient_checkpointing_changes_nothing(unet, unet_inputs):
 
 
 @pytest.mark.parametrize("targets", [("to_q", "to_v"), ("to_k", "to_v"), ("to_out.0",), ("attn1.to_q",)])
-def test_some_targets_only(unet, unet_inputs, targets):
+def test_subsets_of_the_targets(unet, unet_inputs, targets):
     with torch.no_grad():
         base = unet(*unet_inputs).sample
     adapter = attach(unet, AdapterConfig(rank=4, targets=targets))
@@ -122,7 +122,7 @@ def test_some_targets_only(unet, unet_inputs, targets):
 
 
 @pytest.mark.parametrize("path", ["fast", "split"])
-def test_feed_forward_layers_share_the_mechanism(unet, unet_inputs, path):
+def test_feed_forward_layers(unet, unet_inputs, path):
     targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
     with torch.no_grad():
         base = unet(*unet_inputs).sample
@@ -155,7 +155,7 @@ ATTENTIONS = {
 @pytest.mark.parametrize("mask", [False, True])
 @pytest.mark.parametrize("kind", ATTENTIONS)
 @torch.no_grad()
-def test_attention_of_every_kind(kind, mask, fused):
+def test_every_kind_of_attention(kind, mask, fused):
     torch.manual_seed(0)
     attention = Attention(query_dim=32, heads=4, dim_head=8, **ATTENTIONS[kind]).eval()
     model = nn.ModuleDict({"attention": attention})
@@ -191,7 +191,7 @@ def test_attention_of_every_kind(kind, mask, fused):
 
 
 @torch.no_grad()
-def test_attention_with_another_processor_keeps_it(unet, unet_inputs):
+def test_attention_keeps_other_processors(unet, unet_inputs):
     unet.set_attn_processor(AttnProcessor())
     base = unet(*unet_inputs).sample
     adapter = attach(unet, AdapterConfig(rank=4))
@@ -202,9 +202,9 @@ def test_attention_with_another_processor_keeps_it(unet, unet_inputs):
     detach(unet)
     assert torch.equal(unet(*unet_inputs).sample, base)
     unet.set_attn_processor(AttnProcessor2_0())
-    again = attach(unet, AdapterConfig(rank=4))
-    for (_, ours), (_, theirs) in zip(sorted(again.named_tensors()), sorted(adapter.named_tensors())):
-        ours.copy_(theirs)
+    second = attach(unet, AdapterConfig(rank=4))
+    for (_, target), (_, source) in zip(sorted(second.named_tensors()), sorted(adapter.named_tensors())):
+        target.copy_(source)
     torch.testing.assert_close(unet(*unet_inputs).sample, adapted, atol=1e-5, rtol=1e-4)
 
 
@@ -227,15 +227,15 @@ def test_text_encoder(tiny_sd):
 
 
 @torch.no_grad()
-def test_follows_a_model_that_is_cast_or_reloaded(unet, unet_inputs):
-    other = {name: tensor + 0.01 for name, tensor in unet.state_dict().items()}
+def test_adapter_follows_a_model_that_is_cast_or_reloaded(unet, unet_inputs):
+    other_weights = {name: tensor + 0.01 for name, tensor in unet.state_dict().items()}
     adapter = attach(unet, AdapterConfig(rank=4, weight_norm="none"))
     first = unet(*unet_inputs).sample
     sample, timestep, text = unet_inputs
     unet.to(torch.bfloat16)
     assert unet(sample.bfloat16(), timestep, text.bfloat16()).sample.dtype == torch.bfloat16
     assert all(p.dtype == torch.float32 for p in adapter.parameters())
-    unet.to(torch.float32).load_state_dict(other)
+    unet.to(torch.float32).load_state_dict(other_weights)
     reloaded = unet(*unet_inputs).sample
     assert not torch.equal(reloaded, first)
     detach(unet)
@@ -260,20 +260,20 @@ def test_compiled_model_trains_without_recompiling(unet, unet_inputs):
     assert compiles[0] == compiles[-1] > 0
 
 
-def test_refusals(unet):
+def test_invalid_arguments(unet):
     with pytest.raises(InputError, match="rank is 64.* is 32 x 32; choose a rank of at most 32"):
         attach(unet, AdapterConfig(rank=64))
     with pytest.raises(InputError, match="target to_x matches no module of UNet2DConditionModel.*to_q"):
         attach(unet, AdapterConfig(rank=4, targets=("to_q", "to_x")))
-    with pytest.raises(InputError, match="target attn1 is .*attn1, a Attention"):
+    with pytest.raises(InputError, match="target attn1 matches .*attn1 of type Attention"):
         attach(unet, AdapterConfig(rank=4, targets=("attn1",)))
-    assert all(parameter.requires_grad for parameter in unet.parameters()), "a refused attach changes nothing"
+    assert all(parameter.requires_grad for parameter in unet.parameters()), "a failed attach must not change the model"
     attach(unet, AdapterConfig(rank=4))
-    with pytest.raises(InputError, match="attached already"):
+    with pytest.raises(InputError, match="already has an adapter attached"):
         attach(unet, AdapterConfig(rank=4))
     detach(unet)
     with pytest.raises(InputError, match="no adapter is attached"):
         merge(unet)
-    for bad in ({"method": "nonesuch"}, {"rank": 0}, {"delora_lambda": -1.0}, {"targets": ()}):
-        with pytest.raises(InputError, match=next(iter(bad))):
-            AdapterConfig(**bad)
+    for arguments in ({"method": "nonesuch"}, {"rank": 0}, {"delora_lambda": -1.0}, {"targets": ()}):
+        with pytest.raises(InputError, match=next(iter(arguments))):
+            AdapterConfig(**arguments)

@@ -1,4 +1,4 @@
-"""The control signal: on and off a UNet, in a file, and at the start of training."""
+"""The control signal: attached, detached, saved, loaded, and at the start of training."""
 
 import numpy as np
 import pytest
@@ -21,35 +21,35 @@ from delora_diffusers.methods.config import MAP_TARGETS
 from tests.helpers import randomize
 
 
-def maps(batch: int = 2) -> torch.Tensor:
+def random_maps(batch: int = 2) -> torch.Tensor:
     return torch.rand(batch, 3, 64, 64, generator=torch.Generator().manual_seed(4))
 
 
-def moved(encoder):
-    """An encoder that shows something."""
+def randomized(encoder):
+    """The encoder with a last layer that is not zero."""
     torch.nn.init.normal_(encoder.conv_out.weight, std=0.1, generator=torch.Generator().manual_seed(5))
     return encoder
 
 
-def test_the_start_is_the_base_model_bit_for_bit(unet, unet_inputs):
+def test_starts_at_the_base_model_bit_for_bit(unet, unet_inputs):
     with torch.no_grad():
         before = unet(*unet_inputs).sample
         attach(unet, AdapterConfig(rank=4, targets=MAP_TARGETS), torch.Generator().manual_seed(0))
-        attach_control(unet, new_encoder(unet, 8, torch.Generator().manual_seed(0))).see(maps())
+        attach_control(unet, new_encoder(unet, 8, torch.Generator().manual_seed(0))).see(random_maps())
         assert torch.equal(unet(*unet_inputs).sample, before)
 
 
-def test_the_signal_is_added_after_the_first_convolution(unet, unet_inputs):
-    control = attach_control(unet, moved(new_encoder(unet, 8)))
-    seen = {}
-    unet.conv_in.register_forward_hook(lambda module, inputs, output: seen.update(output=output))
+def test_signal_is_added_after_the_first_convolution(unet, unet_inputs):
+    control = attach_control(unet, randomized(new_encoder(unet, 8)))
+    features = {}
+    unet.conv_in.register_forward_hook(lambda module, inputs, output: features.update(output=output))
     with torch.no_grad():
         without = unet(*unet_inputs).sample
-        plain = seen["output"]
-        control.see(maps())
-        followed = unet(*unet_inputs).sample
-        torch.testing.assert_close(seen["output"], plain + control.encoder(maps()))
-        assert not torch.allclose(followed, without)
+        plain = features["output"]
+        control.see(random_maps())
+        controlled = unet(*unet_inputs).sample
+        torch.testing.assert_close(features["output"], plain + control.encoder(random_maps()))
+        assert not torch.allclose(controlled, without)
         control.strength = 0
         assert torch.equal(unet(*unet_inputs).sample, without)
     detach_control(unet)
@@ -60,20 +60,20 @@ def test_the_signal_is_added_after_the_first_convolution(unet, unet_inputs):
         detach_control(unet)
 
 
-def test_guidance_sees_every_map_twice(unet, unet_inputs):
-    control = attach_control(unet, moved(new_encoder(unet, 8)))
+def test_guidance_repeats_every_map(unet, unet_inputs):
+    control = attach_control(unet, randomized(new_encoder(unet, 8)))
     sample, timestep, text = unet_inputs
     with torch.no_grad():
-        control.see(maps())
-        once = unet(sample, timestep, text).sample
-        twice = unet(torch.cat([sample] * 2), torch.cat([timestep] * 2), torch.cat([text] * 2)).sample
-    torch.testing.assert_close(twice, torch.cat([once] * 2), atol=1e-5, rtol=1e-5)
+        control.see(random_maps())
+        single = unet(sample, timestep, text).sample
+        double = unet(torch.cat([sample] * 2), torch.cat([timestep] * 2), torch.cat([text] * 2)).sample
+    torch.testing.assert_close(double, torch.cat([single] * 2), atol=1e-5, rtol=1e-5)
 
 
-def test_gradients_reach_encoder_and_adapters(unet, unet_inputs):
+def test_gradients_reach_the_encoder_and_the_adapter(unet, unet_inputs):
     adapter = attach(unet, AdapterConfig(rank=4, targets=MAP_TARGETS), torch.Generator().manual_seed(0))
     control = attach_control(unet, new_encoder(unet, 8))
-    control.see(maps())
+    control.see(random_maps())
     unet(*unet_inputs).sample.square().mean().backward()
     assert control.encoder.conv_out.weight.grad.abs().max() > 0
     assert all(
@@ -82,21 +82,21 @@ def test_gradients_reach_encoder_and_adapters(unet, unet_inputs):
     assert any(name.endswith("ff.net.2") for name in adapter.names)
 
 
-def test_a_file_holds_the_encoder_and_the_palette(unet, unet_inputs, tmp_path):
+def test_file_contains_the_encoder_and_the_palette(unet, unet_inputs, tmp_path):
     palette = np.arange(30, dtype=np.uint8).reshape(10, 3)
     adapter = attach(unet, AdapterConfig(rank=4, targets=MAP_TARGETS), torch.Generator().manual_seed(0))
     randomize(adapter)
-    control = attach_control(unet, moved(new_encoder(unet, 8)), palette)
+    control = attach_control(unet, randomized(new_encoder(unet, 8)), palette)
     save_adapter(adapter, tmp_path, control=control, base_model="x")
     with torch.no_grad():
-        control.see(maps())
+        control.see(random_maps())
         expected = unet(*unet_inputs).sample
         detach(unet)
         detach_control(unet)
         load_adapter(unet, tmp_path)
         loaded = load_control(unet, tmp_path)
         assert loaded is not None and np.array_equal(loaded.palette, palette)
-        loaded.see(maps())
+        loaded.see(random_maps())
         assert torch.equal(unet(*unet_inputs).sample, expected)
     detach(unet)
     detach_control(unet)
@@ -104,15 +104,15 @@ def test_a_file_holds_the_encoder_and_the_palette(unet, unet_inputs, tmp_path):
     assert load_control(unet, tmp_path / "plain") is None
 
 
-def test_the_encoder_of_a_pretrained_controlnet(unet, unet_inputs, tmp_path):
+def test_encoder_of_a_pretrained_controlnet(unet, unet_inputs, tmp_path):
     from diffusers import ControlNetModel
 
     controlnet = ControlNetModel.from_unet(unet)
-    moved(controlnet.controlnet_cond_embedding)
+    randomized(controlnet.controlnet_cond_embedding)
     controlnet.save_pretrained(tmp_path / "controlnet")
     encoder = pretrained_encoder(str(tmp_path / "controlnet"), unet, 8)
     with torch.no_grad():
-        assert torch.equal(encoder(maps()), controlnet.controlnet_cond_embedding(maps()))
+        assert torch.equal(encoder(random_maps()), controlnet.controlnet_cond_embedding(random_maps()))
     with pytest.raises(InputError, match="at 1/8 of the size, but this model needs 3 to .* at 1/4"):
         pretrained_encoder(str(tmp_path / "controlnet"), unet, 4)
     with pytest.raises(InputError, match="could not be loaded"):
@@ -120,11 +120,11 @@ def test_the_encoder_of_a_pretrained_controlnet(unet, unet_inputs, tmp_path):
 
 
 @pytest.mark.parametrize("factor", [2, 4, 8, 16])
-def test_maps_are_brought_to_the_latents_size(unet, factor):
+def test_encoder_downsamples_maps_to_the_latents_size(unet, factor):
     assert new_encoder(unet, factor)(torch.rand(1, 3, 64, 64)).shape[-1] == 64 // factor
 
 
-def test_index_maps_are_painted():
+def test_index_maps_become_colours():
     palette = np.array([[255, 0, 0], [0, 0, 255]], np.uint8)
     painted = as_signal([np.array([[0, 1], [255, 1]], np.uint8)], palette)[0]
     assert painted[:, 0, 0].tolist() == [1, 0, 0] and painted[:, 1, 1].tolist() == [0, 0, 1]
@@ -135,19 +135,19 @@ def test_index_maps_are_painted():
         as_signal([np.array([[0]], np.uint8)], None)
 
 
-def test_a_map_is_fitted_as_in_training():
+def test_maps_are_cropped_as_in_training():
     from PIL import Image
 
     from data.maps import pair_views
 
-    one = np.random.default_rng(0).integers(0, 9, (30, 45), dtype=np.uint8)
-    picture = Image.new("RGB", (45, 30))
+    indices = np.random.default_rng(0).integers(0, 9, (30, 45), dtype=np.uint8)
+    image = Image.new("RGB", (45, 30))
     for side in (16, 30, 64):
-        assert np.array_equal(crop_square(one, side), pair_views(picture, one, side, None, False)[0][1])
+        assert np.array_equal(crop_square(indices, side), pair_views(image, indices, side, None, False)[0][1])
 
 
-@pytest.mark.parametrize("lost", ["control_encoder.conv_out.weight", "control_encoder.blocks.0.bias"])
-def test_a_file_whose_encoder_is_not_whole(unet, tmp_path, lost):
+@pytest.mark.parametrize("missing", ["control_encoder.conv_out.weight", "control_encoder.blocks.0.bias"])
+def test_rejects_an_incomplete_encoder(unet, tmp_path, missing):
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
@@ -156,7 +156,7 @@ def test_a_file_whose_encoder_is_not_whole(unet, tmp_path, lost):
     detach_control(unet)
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
-    save_file({name: t for name, t in load_file(file).items() if name != lost}, file, metadata=metadata)
-    with pytest.raises(InputError, match="holds a control encoder that is not whole"):
+    save_file({name: t for name, t in load_file(file).items() if name != missing}, file, metadata=metadata)
+    with pytest.raises(InputError, match="contains an incomplete control encoder"):
         load_control(unet, file)
     assert attached_control(unet) is None

@@ -1,4 +1,4 @@
-"""What only a CUDA device shows: precisions, compilation, the float32 inside. Run with ``pytest -m gpu``."""
+"""Tests that need a CUDA device: precisions, compilation, recorded steps. Run with ``pytest -m gpu``."""
 
 import copy
 
@@ -36,13 +36,13 @@ def on_gpu(inputs):
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-3), (torch.bfloat16, 0.06), (torch.float16, 0.02)])
 def test_precisions_against_float32_on_the_cpu(unet, unet_inputs, path, dtype, bound):
     exact = outputs_and_gradients(unet, unet_inputs, AdapterConfig(rank=4))
-    ours = outputs_and_gradients(unet.cuda(), on_gpu(unet_inputs), AdapterConfig(rank=4, path=path), dtype)
-    assert (ours[0].cpu() - exact[0]).norm() / exact[0].norm() < bound
+    actual = outputs_and_gradients(unet.cuda(), on_gpu(unet_inputs), AdapterConfig(rank=4, path=path), dtype)
+    assert (actual[0].cpu() - exact[0]).norm() / exact[0].norm() < bound
     for name, gradient in exact[1].items():
-        assert (ours[1][name].cpu() - gradient).norm() / gradient.norm() < bound, name
+        assert (actual[1][name].cpu() - gradient).norm() / gradient.norm() < bound, name
 
 
-def test_starts_exactly_and_at_strength_zero(unet, unet_inputs):
+def test_start_and_strength_zero_are_the_base_model(unet, unet_inputs):
     unet, inputs = unet.cuda().to(torch.bfloat16), on_gpu(unet_inputs)
     inputs = (inputs[0].bfloat16(), inputs[1], inputs[2].bfloat16())
     with torch.no_grad():
@@ -50,13 +50,13 @@ def test_starts_exactly_and_at_strength_zero(unet, unet_inputs):
         adapter = attach(unet, AdapterConfig(rank=4))
         for name in adapter.names:
             assert torch.equal(adapter.weight(name), unet.get_submodule(name).weight)
-        assert (unet(*inputs).sample - base).norm() / base.norm() < 0.02  # the fused product sums in another order
+        assert (unet(*inputs).sample - base).norm() / base.norm() < 0.02  # the fused product sums in a different order
         randomize(adapter)
         adapter.strength = 0
         assert torch.equal(unet(*inputs).sample, base)
 
 
-def test_the_adapter_follows_the_model_to_the_gpu(unet, unet_inputs):
+def test_adapter_follows_the_model_to_the_gpu(unet, unet_inputs):
     adapter = attach(unet, AdapterConfig(rank=4))
     randomize(adapter)
     with torch.no_grad():
@@ -93,41 +93,41 @@ def test_training_in_each_precision(tiny_sd, photographs, tmp_path, precision):
 
 
 @pytest.mark.parametrize("case", ["accumulated", "text encoder", "maps"])
-def test_a_recorded_step_trains_as_an_eager_one(tiny_sd, photographs, tmp_path, case):
-    """The way gone after a few steps, well beyond the micro-batches before the recording, as far as Adam tells noise.
+def test_recorded_step_trains_like_an_eager_step(tiny_sd, photographs, tmp_path, case):
+    """The weights agree after a few steps, well past the micro-batches before the recording, up to Adam's noise.
 
-    A micro-batch lost, counted twice or replayed with another one's tensors changes the way by tenths of its length.
+    A micro-batch that is lost, counted twice or replayed with the tensors of another would change the distance from the
+    start by tenths of its length.
     """
-    same = ["--seed", "1", "--gradient_accumulation_steps", "2"]
+    common = ["--seed", "1", "--gradient_accumulation_steps", "2"]
     pairs = write_map_folders(tmp_path / "data", ["a", "b", "c", "d", "e"])
     trained = []
     for name in ("cuda_graph", "no-cuda_graph"):
         out = tmp_path / name
         if case == "maps":
-            run_in_child(map_script.main, map_flags(tiny_sd, pairs, out, *same, f"--{name}"))
+            run_in_child(map_script.main, map_flags(tiny_sd, pairs, out, *common, f"--{name}"))
         else:
             more = ["--train_text_encoder"] if case == "text encoder" else []
-            run_in_child(train, training_flags(tiny_sd, photographs, out, *same, *more, f"--{name}"))
+            run_in_child(train, training_flags(tiny_sd, photographs, out, *common, *more, f"--{name}"))
         trained.append(load_file(out / WEIGHTS_NAME))
     recorded, eager = trained
     starts = {key: eager[f"{key}0"] for key in eager if key.endswith(("delora_A", "delora_B"))}
-    way = torch.stack([(eager[key] - start).norm() for key, start in starts.items()]).norm()
-    apart = torch.stack([(eager[key] - recorded[key]).norm() for key in starts]).norm()
-    assert way > 0 and apart < 0.02 * way, f"{apart / way:.4f} of the way apart"
+    distance = torch.stack([(eager[key] - start).norm() for key, start in starts.items()]).norm()
+    difference = torch.stack([(eager[key] - recorded[key]).norm() for key in starts]).norm()
+    assert distance > 0 and difference < 0.02 * distance, f"they differ by {difference / distance:.4f} of the distance"
 
 
 def test_resumes_on_the_gpu(tiny_sd, photographs, tmp_path, unet):
     def flags(out, *more):
         return training_flags(tiny_sd, photographs, out, "--checkpointing_steps", 3, "--mixed_precision", "fp16", *more)
 
-    run_in_child(train, flags(tmp_path / "whole"))
-    run_in_child(train, flags(tmp_path / "parts", "--max_train_steps", 3))
-    run_in_child(train, flags(tmp_path / "parts", "--resume_from_checkpoint", "latest"))
-    whole, parts = load_adapter(unet, tmp_path / "whole"), {}
-    whole = dict(whole.named_tensors())
+    run_in_child(train, flags(tmp_path / "complete"))
+    run_in_child(train, flags(tmp_path / "resumed", "--max_train_steps", 3))
+    run_in_child(train, flags(tmp_path / "resumed", "--resume_from_checkpoint", "latest"))
+    complete = dict(load_adapter(unet, tmp_path / "complete").named_tensors())
     from delora_diffusers import detach
 
     detach(unet)
-    parts = dict(load_adapter(unet, tmp_path / "parts").named_tensors())
-    for name, tensor in whole.items():
-        torch.testing.assert_close(parts[name], tensor, atol=1e-4, rtol=1e-3)
+    resumed = dict(load_adapter(unet, tmp_path / "resumed").named_tensors())
+    for name, tensor in complete.items():
+        torch.testing.assert_close(resumed[name], tensor, atol=1e-4, rtol=1e-3)

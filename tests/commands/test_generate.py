@@ -1,4 +1,4 @@
-"""generate, merge and info."""
+"""The commands generate, merge and info."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from tests.helpers import randomize, run_in_child
 
 @pytest.fixture(scope="module")
 def adapter(tiny_sd, tmp_path_factory):
-    """Folder of an adapter of the tiny pipeline that has moved away from its start."""
+    """Folder with an adapter of the tiny pipeline whose parameters differ from their initial values."""
     from diffusers import UNet2DConditionModel
 
     from delora_diffusers import AdapterConfig, attach, save_adapter
@@ -42,7 +42,7 @@ def pixels(path) -> np.ndarray:
         return np.asarray(image.convert("RGB")).astype(int)
 
 
-def test_pictures_metadata_and_contact_sheet(adapter, tiny_sd, tmp_path, capsys):
+def test_images_metadata_and_contact_sheet(adapter, tiny_sd, tmp_path, capsys):
     out = tmp_path / "g"
     generate(adapter, out, "--prompt", "a sks dog", "a 🐶 in the snow", "--seed", 5, "--batch_size", 2)
     records = [json.loads(line) for line in (out / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -52,10 +52,10 @@ def test_pictures_metadata_and_contact_sheet(adapter, tiny_sd, tmp_path, capsys)
     assert all((out / r["file_name"]).is_file() for r in records)
     assert records[0]["base_model"] == str(tiny_sd) and records[0]["guidance_scale"] == 7.5
     assert Image.open(out / "contact_sheet.png").width > 3 * 64
-    assert "6 pictures" in capsys.readouterr().out
+    assert "6 images" in capsys.readouterr().out
 
 
-def test_a_picture_does_not_depend_on_its_batch_and_plain_diffusers_draws_it(adapter, tiny_sd, tmp_path):
+def test_an_image_does_not_depend_on_its_batch_and_equals_that_of_plain_diffusers(adapter, tiny_sd, tmp_path):
     for size in (1, 4):
         generate(adapter, tmp_path / str(size), "--prompt", "a sks dog", "--batch_size", size)
     names = sorted(p.name for p in (tmp_path / "1").glob("0*.png"))
@@ -68,8 +68,8 @@ def test_a_picture_does_not_depend_on_its_batch_and_plain_diffusers_draws_it(ada
 
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd)
     load_adapter(pipeline.unet, adapter)
-    seeded = torch.Generator().manual_seed(1)
-    image = pipeline("a sks dog", num_inference_steps=3, generator=seeded).images[0]
+    generator = torch.Generator().manual_seed(1)
+    image = pipeline("a sks dog", num_inference_steps=3, generator=generator).images[0]
     assert np.abs(pixels(tmp_path / "1" / names[1]) - np.asarray(image).astype(int)).max() <= 1
 
 
@@ -84,10 +84,10 @@ def test_strength_zero_is_the_base_model(adapter, tiny_sd, tmp_path):
 
 
 def generate_and_die(adapter, out) -> None:
-    """Stop as kill -9 does while the second batch is being drawn."""
-    import delora_diffusers.sampling as sampling
+    """Stop like ``kill -9`` while the second batch is being generated."""
+    import delora_diffusers.pipelines.sampling as sampling
 
-    original, calls = sampling.sample_pictures, []
+    original, calls = sampling.sample_images, []
 
     def dying(*arguments, **settings):
         calls.append(1)
@@ -95,7 +95,7 @@ def generate_and_die(adapter, out) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*arguments, **settings)
 
-    sampling.sample_pictures = dying
+    sampling.sample_images = dying
     generate(adapter, out, "--prompt", "a sks dog", "--batch_size", 1)
 
 
@@ -103,18 +103,18 @@ def test_continues_where_it_was_stopped(adapter, tmp_path, capsys):
     out = tmp_path / "g"
     assert run_in_child(generate_and_die, adapter, out) == -signal.SIGKILL
     (first,) = out.glob("0*.png")
-    written = first.stat().st_mtime_ns
+    modified = first.stat().st_mtime_ns
     generate(adapter, out, "--prompt", "a sks dog", "--batch_size", 1)
-    assert first.stat().st_mtime_ns == written
-    assert "3 pictures" in (said := capsys.readouterr().out) and "(2 new)" in said
+    assert first.stat().st_mtime_ns == modified
+    assert "3 images" in (output := capsys.readouterr().out) and "(2 new)" in output
     generate(adapter, out, "--prompt", "a sks dog", "--batch_size", 1)
     assert "(0 new)" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="was made with other settings; name a new --output_dir"):
+    with pytest.raises(SystemExit, match="was generated with other settings; pass a new --output_dir"):
         generate(adapter, out, "--prompt", "a sks dog", "--guidance_scale", 3)
 
 
-def another(adapter, folder, scale: float):
-    """An adapter like this one, moved further."""
+def scaled_copy(adapter, folder, scale: float):
+    """Copy an adapter to a folder with every lambda multiplied by ``scale``."""
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
@@ -128,8 +128,8 @@ def another(adapter, folder, scale: float):
 
 
 def test_many_adapters_from_one_command(adapter, tmp_path):
-    """Each as from a command of its own, and the base model as if no adapter had been in it."""
-    further = another(adapter, tmp_path / "further", 2.0)
+    """One command generates the same images as separate commands per adapter and for the base model."""
+    further = scaled_copy(adapter, tmp_path / "further", 2.0)
     lines = [
         {"adapter": str(path), "prompts": ["a", "b"], "seed": seed, "output_dir": str(tmp_path / f"all-{seed}")}
         for seed, path in enumerate((adapter, further))
@@ -139,10 +139,10 @@ def test_many_adapters_from_one_command(adapter, tmp_path):
     common = ["--num_inference_steps", 2, "--num_images", 2]
     main(["generate", "--requests_file", str(tmp_path / "requests.jsonl"), *map(str, common)])
     for seed, path in enumerate((adapter, further, None)):
-        own = ["--prompt", "a", "b", "--seed", seed, "--output_dir", tmp_path / f"one-{seed}", *common]
+        flags = ["--prompt", "a", "b", "--seed", seed, "--output_dir", tmp_path / f"one-{seed}", *common]
         model = json.loads((tmp_path / "all-0" / "metadata.jsonl").read_text().splitlines()[0])["base_model"]
-        own += ["--pretrained_model_name_or_path", model] if path is None else ["--adapter", path]
-        main(["generate", *map(str, own)])
+        flags += ["--pretrained_model_name_or_path", model] if path is None else ["--adapter", path]
+        main(["generate", *map(str, flags)])
         names = sorted(p.name for p in (tmp_path / f"one-{seed}").glob("0*.png"))
         assert len(names) == 4
         for name in names:
@@ -150,7 +150,7 @@ def test_many_adapters_from_one_command(adapter, tmp_path):
 
 
 def test_a_sheet_of_strengths_and_a_sum_of_adapters(adapter, tiny_sd, tmp_path):
-    further = another(adapter, tmp_path / "further", 2.0)
+    further = scaled_copy(adapter, tmp_path / "further", 2.0)
     generate(adapter, tmp_path / "sheet", "--prompt", "a", "b", "--strength", 0, 0.5, 1, "--num_images", 1)
     names = sorted(p.name for p in (tmp_path / "sheet").glob("0*.png"))
     assert names == sorted(f"00{n}-{p}-00-s{s}.png" for n, p in enumerate("ab") for s in ("0", "0.5", "1"))
@@ -159,49 +159,49 @@ def test_a_sheet_of_strengths_and_a_sum_of_adapters(adapter, tiny_sd, tmp_path):
     generate(adapter, tmp_path / "half", "--prompt", "a", "--strength", 0.5, "--num_images", 1)
     half = pixels(tmp_path / "half" / "000-a-00.png")
     assert np.abs(half - pixels(tmp_path / "sheet" / "000-a-00-s0.5.png")).max() <= 1
-    # The other's update is that of this one twice: a weight of 1 on each is 3 of this one alone.
-    words = ["--prompt", "a", "--num_images", "1", "--num_inference_steps", "3"]
+    # The copy's update is 2x the original's, so both with weight 1 equal the original at strength 3.
+    flags = ["--prompt", "a", "--num_images", "1", "--num_inference_steps", "3"]
     for order in ([adapter, further], [further, adapter]):
-        both = ["--adapter", *map(str, order), "--adapter_weights", "1", "1", *words, "--output_dir"]
+        both = ["--adapter", *map(str, order), "--adapter_weights", "1", "1", *flags, "--output_dir"]
         main(["generate", *both, str(tmp_path / f"both-{order[0].name}")])
     generate(adapter, tmp_path / "one", "--prompt", "a", "--strength", 3, "--num_images", 1)
     mixed = [pixels(tmp_path / f"both-{first.name}" / "000-a-00.png") for first in (adapter, further)]
     assert np.abs(mixed[0] - mixed[1]).max() <= 1
     assert np.abs(mixed[0] - pixels(tmp_path / "one" / "000-a-00.png")).max() <= 1
     assert np.abs(mixed[0] - half).max() > 5
-    with pytest.raises(SystemExit, match="--adapter_weights has 1 numbers for 2 adapters"):
-        main(["generate", "--adapter", "x", "y", "--adapter_weights", "1", *words, "--output_dir", str(tmp_path / "n")])
+    with pytest.raises(SystemExit, match="--adapter_weights has 1 values for 2 adapters"):
+        main(["generate", "--adapter", "x", "y", "--adapter_weights", "1", *flags, "--output_dir", str(tmp_path / "n")])
 
 
 def test_two_processes_share_the_work(adapter, tmp_path):
-    words = ["-m", "delora_diffusers", "generate", "--adapter", adapter, "--prompt", "a", "b", "--num_images", 2]
-    words += ["--num_inference_steps", 2, "--batch_size", 1, "--output_dir"]
+    command = ["-m", "delora_diffusers", "generate", "--adapter", adapter, "--prompt", "a", "b", "--num_images", 2]
+    command += ["--num_inference_steps", 2, "--batch_size", 1, "--output_dir"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    typed = [*launch, *map(str, [*words, tmp_path / "two"])]
-    done = subprocess.run(typed, env=environment, capture_output=True, text=True)
-    assert done.stdout.count("4 pictures in") == 1, done.stderr[-2000:]
-    main([str(word) for word in [*words[2:], tmp_path / "one"]])
+    in_two = [*launch, *map(str, [*command, tmp_path / "two"])]
+    result = subprocess.run(in_two, env=environment, capture_output=True, text=True)
+    assert result.stdout.count("4 images in") == 1, result.stderr[-2000:]
+    main([str(word) for word in [*command[2:], tmp_path / "one"]])
     for path in (tmp_path / "one").iterdir():
         if path.name != "contact_sheet.png":
             assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 
 
-def test_merged_pipeline_draws_the_same(adapter, tmp_path):
+def test_a_merged_pipeline_generates_the_same_images(adapter, tmp_path):
     main(["merge", "--adapter", str(adapter), "--output_dir", str(tmp_path / "merged")])
     generate(adapter, tmp_path / "adapter", "--prompt", "a dog")
     flags = ["--pretrained_model_name_or_path", tmp_path / "merged", "--num_inference_steps", 3, "--num_images", 3]
     main(["generate", *map(str, flags), "--prompt", "a dog", "--output_dir", str(tmp_path / "plain")])
     for name in sorted(p.name for p in (tmp_path / "plain").glob("0*.png")):
         assert np.abs(pixels(tmp_path / "adapter" / name) - pixels(tmp_path / "plain" / name)).max() <= 1
-    with pytest.raises(SystemExit, match="exists already"):
+    with pytest.raises(SystemExit, match="already exists"):
         main(["merge", "--adapter", str(adapter), "--output_dir", str(tmp_path / "merged")])
 
 
 def test_info(adapter, tiny_sd, capsys):
     main(["info", str(adapter)])
-    said = capsys.readouterr().out
-    assert f"base model: {tiny_sd}" in said and "56 modules" in said and "rank: 4" in said
+    output = capsys.readouterr().out
+    assert f"base model: {tiny_sd}" in output and "56 modules" in output and "rank: 4" in output
 
 
 @pytest.mark.parametrize("scheduler", ["ddpm", "dpm++", "euler", "euler-a", "lms", "pndm", "unipc"])
@@ -214,8 +214,8 @@ def test_schedulers(adapter, tmp_path, scheduler):
     assert len(list(tmp_path.glob("0*.png"))) == 1
 
 
-def test_one_process_killed_loses_nothing_of_the_others(adapter, tmp_path):
-    """Kill -9 of the second of two processes in the middle: what was drawn stays, and the same command ends as one."""
+def test_killing_one_of_two_processes_loses_no_finished_image(adapter, tmp_path):
+    """After ``kill -9`` of one process, finished images stay and the same command generates the remaining ones."""
     words = ["-m", "delora_diffusers", "generate", "--adapter", adapter, "--prompt", "a", "b", "--num_images", 20]
     words += ["--num_inference_steps", 10, "--batch_size", 1, "--output_dir", tmp_path / "two"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -230,9 +230,10 @@ def test_one_process_killed_loses_nothing_of_the_others(adapter, tmp_path):
     assert launched.communicate() and launched.returncode != 0
     kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("two/0*.png")}
     assert 6 <= len(kept) < 40 and not list(tmp_path.glob("two/.*.part"))
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert f"({40 - len(kept)} new)" in done.stdout, done.stderr[-2000:]
-    assert all((tmp_path / "two" / name).stat().st_mtime_ns == when for name, when in kept.items())
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert f"({40 - len(kept)} new)" in result.stdout, result.stderr[-2000:]
+    assert all((tmp_path / "two" / name).stat().st_mtime_ns == modified for name, modified in kept.items())
+
     main([str(word) for word in [*words[2:-1], tmp_path / "one"]])
     for path in (tmp_path / "one").glob("0*.png"):
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()

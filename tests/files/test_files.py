@@ -1,4 +1,4 @@
-"""Adapter files: round trips, and one clear sentence for each file that cannot be used."""
+"""Adapter files: round trips, and a clear one-sentence error for files that cannot be used."""
 
 import json
 import subprocess
@@ -43,12 +43,12 @@ def test_another_process_writes_the_same_bytes(unet, saved, tiny_sd, tmp_path):
         "u = U.from_pretrained(sys.argv[1], subfolder='unet'); a = load_adapter(u, sys.argv[2])\n"
         "save_adapter(a, sys.argv[3], base_model='some/model')"
     )
-    again = tmp_path / "again.safetensors"
-    subprocess.run([sys.executable, "-c", script, str(tiny_sd), str(saved), str(again)], check=True)
-    assert again.read_bytes() == saved.read_bytes()
+    copy = tmp_path / "copy.safetensors"
+    subprocess.run([sys.executable, "-c", script, str(tiny_sd), str(saved), str(copy)], check=True)
+    assert copy.read_bytes() == saved.read_bytes()
 
 
-def test_the_names_and_shapes_in_the_file(saved):
+def test_names_and_shapes_in_the_file(saved):
     tensors = load_file(saved)
     name = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k."
     shapes = {key.removeprefix(name): tuple(t.shape) for key, t in tensors.items() if key.startswith(name)}
@@ -70,7 +70,7 @@ def rewrite(path, tensors=None, **header):
     save_file(tensors or load_file(path), path, metadata={"delora_diffusers": json.dumps(metadata)})
 
 
-def test_refuses_what_is_no_adapter(unet, saved, tmp_path):
+def test_rejects_files_that_are_not_adapters(unet, saved, tmp_path):
     detach(unet)
     cases = {}
     (tmp_path / "text").write_text("this is certainly not a tensor file, is it? " * 3)
@@ -82,15 +82,15 @@ def test_refuses_what_is_no_adapter(unet, saved, tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "other")
     cases["other"] = "not an adapter saved by delora-diffusers"
     for name, message in cases.items():
-        with pytest.raises(InputError, match=message) as refusal:
+        with pytest.raises(InputError, match=message) as raised:
             load_adapter(unet, tmp_path / name)
-        assert str(tmp_path / name) in str(refusal.value)
+        assert str(tmp_path / name) in str(raised.value)
     with pytest.raises(InputError, match="no adapter at"):
         load_adapter(unet, tmp_path / "nowhere")
     assert attached_adapter(unet) is None
 
 
-def test_refuses_nan_and_newer_versions_and_other_architectures(unet, saved, tiny_sd):
+def test_rejects_nan_newer_versions_and_other_architectures(unet, saved, tiny_sd):
     detach(unet)
     original = saved.read_bytes()
     tensors = load_file(saved)
@@ -110,22 +110,22 @@ def test_refuses_nan_and_newer_versions_and_other_architectures(unet, saved, tin
 
     wider = UNet2DConditionModel.from_config(dict(unet.config) | {"cross_attention_dim": 48})
     with pytest.raises(
-        InputError, match=r"another architecture.*: unet\.\S+ is \(4, 32\) in the file and \(4, 48\) in"
+        InputError, match=r"a different architecture.*: unet\.\S+ is \(4, 32\) in the file and \(4, 48\) in"
     ):
         load_adapter(wider, saved)
     assert attached_adapter(wider) is None
-    with pytest.raises(InputError, match="holds no text_encoder"):
+    with pytest.raises(InputError, match="has no text_encoder; choose from unet"):
         load_adapter(unet, saved, "text_encoder")
 
 
-def test_a_full_disk_leaves_nothing(unet, saved, tmp_path, monkeypatch):
-    import delora_diffusers.files as files
+def test_full_disk_leaves_no_partial_file(unet, saved, tmp_path, monkeypatch):
+    import delora_diffusers.files.writing as writing
 
-    def full(tensors, path, metadata):
+    def fail(tensors, path, metadata):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, "save_file", full)
+    monkeypatch.setattr(writing, "save_file", fail)
     adapter = attached_adapter(unet)
     assert adapter is not None
     with pytest.raises(InputError, match="No space left on device.*free some space"):

@@ -1,4 +1,4 @@
-"""Each method against its formula in float64, PEFT's layers, gradcheck, its bound, its rank, the paper's counts."""
+"""Each method compared with its float64 formula and PEFT's layers; gradients, bounds, ranks and parameter counts."""
 
 import math
 
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from benchmarks.train_step import SHAPES
 from delora_diffusers import AdapterConfig, InputError, attach, detach, load_adapter, merge, save_adapter
+from delora_diffusers.methods.functions import method_functions
 from delora_diffusers.methods.table import METHODS
 from tests.helpers import fixed_loss, randomize, run_in_child, train, training_flags
 
@@ -20,20 +21,20 @@ REFLECTIONS = ("ether", "etherplus", "etherplus_onesided")
 RELAXATIONS = ("delora_symmetric", "delora_multiplicative")
 
 
-def config_of(method: str, **more) -> AdapterConfig:
+def make_config(method: str, **settings) -> AdapterConfig:
     blocks = BLOCKS if method in (*REFLECTIONS, "oft") else None
     targets = ("*",) if method == "full" else ("to_q", "to_k", "to_v", "to_out.0")
-    return AdapterConfig(method=method, **{"rank": RANK, "blocks": blocks, "targets": targets} | more)
+    return AdapterConfig(method=method, **{"rank": RANK, "blocks": blocks, "targets": targets} | settings)
 
 
-def stacked(method: str, n: int = 2, seed: int = 0, scale: float = 0.3, **more):
-    """A random float64 weight (n, OUT, IN) and a method's tensors moved away from its start."""
+def random_state(method: str, n: int = 2, seed: int = 0, scale: float = 0.3, **more):
+    """A random float64 weight (n, OUT, IN) and a method's tensors, moved away from their initial values."""
     g = torch.Generator().manual_seed(seed)
     weight = torch.randn(n, OUT, IN, generator=g, dtype=torch.float64)
-    config = config_of(method, **more)
-    trainable, fixed = METHODS[method].initialize(weight, config, g)
-    away = {k: torch.randn(t.shape, generator=g, dtype=torch.float64) for k, t in trainable.items()}
-    moved = {k: t.double() + scale * away[k] for k, t in trainable.items()}
+    config = make_config(method, **more)
+    trainable, fixed = method_functions(method).initialize(weight, config, g)
+    noise = {k: torch.randn(t.shape, generator=g, dtype=torch.float64) for k, t in trainable.items()}
+    moved = {k: t.double() + scale * noise[k] for k, t in trainable.items()}
     return config, weight, moved, {k: t.double() for k, t in fixed.items()}
 
 
@@ -42,26 +43,26 @@ def unit(v: np.ndarray) -> np.ndarray:
 
 
 def block_diagonal(blocks: list[np.ndarray]) -> np.ndarray:
-    whole = np.zeros((sum(len(b) for b in blocks),) * 2)
-    at = 0
+    matrix = np.zeros((sum(len(b) for b in blocks),) * 2)
+    start = 0
     for b in blocks:
-        whole[at : at + len(b), at : at + len(b)] = b
-        at += len(b)
-    return whole
+        matrix[start : start + len(b), start : start + len(b)] = b
+        start += len(b)
+    return matrix
 
 
 def reflection(vectors, others=None) -> np.ndarray:
     """``I - 2 u u^T``, or ``I - u u^T + v v^T``, block by block."""
-    found = []
+    blocks = []
     for i, u in enumerate(vectors):
         outer = np.outer(unit(u), unit(u))
         plus = -outer if others is None else np.outer(unit(others[i]), unit(others[i]))
-        found.append(np.eye(len(u)) - outer + plus)
-    return block_diagonal(found)
+        blocks.append(np.eye(len(u)) - outer + plus)
+    return block_diagonal(blocks)
 
 
 def formula(config: AdapterConfig, w: np.ndarray, t: dict[str, np.ndarray]) -> np.ndarray:
-    """W' of one matrix, written from the papers."""
+    """W' of one matrix, by the papers' formulas."""
     method = config.method
     if method == "full":
         return t["W"]
@@ -71,16 +72,16 @@ def formula(config: AdapterConfig, w: np.ndarray, t: dict[str, np.ndarray]) -> n
             return v
         return np.stack([m * unit(row) for m, row in zip(t["magnitude"], v)])
     if method == "oft":
-        found = []
+        blocks = []
         for upper in t["Q"]:
             q = np.zeros((IN // BLOCKS,) * 2)
             q[np.triu_indices(IN // BLOCKS, 1)] = upper
             q -= q.T
-            found.append((np.eye(len(q)) - q) @ np.linalg.inv(np.eye(len(q)) + q))
-        return w @ block_diagonal(found).T
+            blocks.append((np.eye(len(q)) - q) @ np.linalg.inv(np.eye(len(q)) + q))
+        return w @ block_diagonal(blocks).T
     if method in REFLECTIONS:
-        turned = w @ reflection(t["u"], t.get("v"))
-        return reflection(t["u2"], t["v2"]) @ turned if method == "etherplus" else turned
+        reflected = w @ reflection(t["u"], t.get("v"))
+        return reflection(t["u2"], t["v2"]) @ reflected if method == "etherplus" else reflected
     if method == "delora_symmetric":
         bracket = sum(
             np.outer(unit(t["U"][:, i]), unit(t["U"][:, i])) - np.outer(unit(t["V"][:, i]), unit(t["V"][:, i]))
@@ -102,23 +103,23 @@ def formula(config: AdapterConfig, w: np.ndarray, t: dict[str, np.ndarray]) -> n
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_adapted_weight_is_the_papers_formula(method):
-    config, weight, trainable, fixed = stacked(method)
-    found = METHODS[method].adapted_weight(weight, trainable | fixed, config)
+def test_adapted_weight_matches_the_papers_formula(method):
+    config, weight, trainable, fixed = random_state(method)
+    adapted = method_functions(method).adapted_weight(weight, trainable | fixed, config)
     for i in range(len(weight)):
-        one = {key: tensor[i].numpy() for key, tensor in (trainable | fixed).items()}
-        # The fixed norms were taken in float32.
-        np.testing.assert_allclose(found[i].numpy(), formula(config, weight[i].numpy(), one), atol=2e-6)
+        tensors = {key: tensor[i].numpy() for key, tensor in (trainable | fixed).items()}
+        # The fixed norms are computed in float32.
+        np.testing.assert_allclose(adapted[i].numpy(), formula(config, weight[i].numpy(), tensors), atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", METHODS)
 def test_starts_at_the_pretrained_weight_exactly(method, dtype):
     weight = torch.randn(2, OUT, IN, generator=torch.Generator().manual_seed(0)).to(dtype)
-    config = config_of(method)
-    trainable, fixed = METHODS[method].initialize(weight, config, torch.Generator().manual_seed(0))
+    config = make_config(method)
+    trainable, fixed = method_functions(method).initialize(weight, config, torch.Generator().manual_seed(0))
     assert all(t.dtype == torch.float32 for t in (trainable | fixed).values())
-    start = METHODS[method].adapted_weight(weight, trainable | fixed, config)
+    start = method_functions(method).adapted_weight(weight, trainable | fixed, config)
     assert start.dtype == dtype
     if method == "ether":  # a reflection is never the identity
         assert not torch.equal(start, weight)
@@ -128,17 +129,17 @@ def test_starts_at_the_pretrained_weight_exactly(method, dtype):
 
 @pytest.mark.parametrize("method", [name for name in METHODS if not name.startswith("dora")])
 def test_gradcheck(method):
-    config, weight, trainable, fixed = stacked(method)
+    config, weight, trainable, fixed = random_state(method)
     keys = list(trainable)
 
     def adapted(*tensors):
-        return METHODS[method].adapted_weight(weight, dict(zip(keys, tensors)) | fixed, config)
+        return method_functions(method).adapted_weight(weight, dict(zip(keys, tensors)) | fixed, config)
 
     assert torch.autograd.gradcheck(adapted, tuple(t.requires_grad_() for t in trainable.values()))
 
 
-def test_dora_is_pefts_forward_and_gradients():
-    """The gradient is not that of the formula: DoRA's norm counts as a constant in it, here and in PEFT."""
+def test_dora_matches_pefts_forward_and_gradients():
+    """The gradient is not that of the formula: DoRA treats the norm as a constant, here and in PEFT."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(IN, OUT))
     weight = model[0].weight.detach().clone()
@@ -147,20 +148,20 @@ def test_dora_is_pefts_forward_and_gradients():
     magnitude = layer.lora_magnitude_vector["default"].weight
     with torch.no_grad():
         magnitude.mul_(1.3)
-    ours = {"A": layer.lora_A["default"].weight, "B": layer.lora_B["default"].weight, "magnitude": magnitude}
-    theirs = list(ours.values())
-    ours = {key: tensor.detach()[None].clone().requires_grad_() for key, tensor in ours.items()}
-    adapted = METHODS["dora"].adapted_weight(weight[None], ours, config_of("dora"))[0]
+    tensors = {"A": layer.lora_A["default"].weight, "B": layer.lora_B["default"].weight, "magnitude": magnitude}
+    peft_parameters = list(tensors.values())
+    tensors = {key: tensor.detach()[None].clone().requires_grad_() for key, tensor in tensors.items()}
+    adapted = method_functions("dora").adapted_weight(weight[None], tensors, make_config("dora"))[0]
     x = torch.randn(5, IN)
     expected = layer(x)
     torch.testing.assert_close(torch.nn.functional.linear(x, adapted, layer.base_layer.bias), expected)
-    gradients = torch.autograd.grad(expected.square().sum(), theirs)
+    gradients = torch.autograd.grad(expected.square().sum(), peft_parameters)
     torch.nn.functional.linear(x, adapted, layer.base_layer.bias).square().sum().backward()
-    for tensor, gradient in zip(ours.values(), gradients):
+    for tensor, gradient in zip(tensors.values(), gradients):
         torch.testing.assert_close(tensor.grad[0], gradient, atol=1e-4, rtol=1e-4)
 
 
-def test_oft_is_pefts():
+def test_oft_matches_peft():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(IN, OUT))
     weight = model[0].weight.detach().clone()
@@ -169,7 +170,7 @@ def test_oft_is_pefts():
     upper = layer.oft_R["default"].weight
     with torch.no_grad():
         upper.normal_(std=0.5)
-    adapted = METHODS["oft"].adapted_weight(weight[None], {"Q": upper.detach()[None]}, config_of("oft"))[0]
+    adapted = method_functions("oft").adapted_weight(weight[None], {"Q": upper.detach()[None]}, make_config("oft"))[0]
     x = torch.randn(5, IN)
     torch.testing.assert_close(torch.nn.functional.linear(x, adapted, layer.base_layer.bias), layer(x))
 
@@ -187,12 +188,14 @@ def test_oft_is_pefts():
     ],
 )
 def test_rank_of_the_update(method, rank):
-    config, weight, trainable, fixed = stacked(method, blocks=1 if method in REFLECTIONS else None)
-    update = METHODS[method].adapted_weight(weight, trainable | fixed, config) - weight
+    config, weight, trainable, fixed = random_state(method, blocks=1 if method in REFLECTIONS else None)
+    update = method_functions(method).adapted_weight(weight, trainable | fixed, config) - weight
     assert torch.linalg.matrix_rank(update).tolist() == [rank, rank]
     if method == "delora":
-        config = config_of(method, start="zero")
-        update = METHODS[method].adapted_weight(weight, trainable | {"w_norm": fixed["w_norm"]}, config) - weight
+        config = make_config(method, start="zero")
+        update = (
+            method_functions(method).adapted_weight(weight, trainable | {"w_norm": fixed["w_norm"]}, config) - weight
+        )
         assert torch.linalg.matrix_rank(update).tolist() == [RANK, RANK]
 
 
@@ -203,29 +206,29 @@ def test_rank_of_the_update(method, rank):
     bound=st.floats(1e-3, 1e3),
     seed=st.integers(0, 2**20),
 )
-def test_bounds_hold_wherever_the_parameters_went(method, scale, bound, seed):
-    config, weight, trainable, fixed = stacked(method, seed=seed, scale=scale)
+def test_bounds_hold_for_all_parameters(method, scale, bound, seed):
+    config, weight, trainable, fixed = random_state(method, seed=seed, scale=scale)
     if "lambda" in trainable:
         trainable["lambda"] = torch.full_like(trainable["lambda"], bound)
-    # What the method does to the identity is the transformation itself.
+    # Applied to the identity, the method gives the transformation itself.
     square = torch.eye(IN, dtype=torch.float64).expand(2, IN, IN)
     if method == "dora_fixed_magnitude":
-        adapted = METHODS[method].adapted_weight(weight, trainable | fixed, config)
+        adapted = method_functions(method).adapted_weight(weight, trainable | fixed, config)
         torch.testing.assert_close(adapted.norm(dim=-1), fixed["magnitude"], atol=1e-9, rtol=1e-9)
         return
     onesided = {key: t for key, t in trainable.items() if not key.endswith("2")}
-    moved = METHODS[method].adapted_weight(square, onesided, config) - square
+    change = method_functions(method).adapted_weight(square, onesided, config) - square
     if method == "oft":
-        turned = moved + square
-        torch.testing.assert_close(turned @ turned.mT, square.contiguous(), atol=1e-6, rtol=0)
+        rotation = change + square
+        torch.testing.assert_close(rotation @ rotation.mT, square.contiguous(), atol=1e-6, rtol=0)
     elif method == "ether":
-        distance = moved.unflatten(-1, (BLOCKS, -1)).unflatten(-3, (BLOCKS, -1)).square().sum(dim=(-3, -1)).sqrt()
+        distance = change.unflatten(-1, (BLOCKS, -1)).unflatten(-3, (BLOCKS, -1)).square().sum(dim=(-3, -1)).sqrt()
         diagonal = torch.diagonal(distance, dim1=-2, dim2=-1)
         torch.testing.assert_close(diagonal, torch.full_like(diagonal, 2.0))
     elif method in REFLECTIONS:
-        assert (moved.norm(dim=(1, 2)) <= math.sqrt(2 * BLOCKS) * (1 + 1e-9)).all()
+        assert (change.norm(dim=(1, 2)) <= math.sqrt(2 * BLOCKS) * (1 + 1e-9)).all()
     else:
-        assert (moved.norm(dim=(1, 2)) <= 2 * bound * (1 + 1e-9)).all()
+        assert (change.norm(dim=(1, 2)) <= 2 * bound * (1 + 1e-9)).all()
 
 
 PAPERS_COUNTS = {
@@ -239,8 +242,8 @@ PAPERS_COUNTS = {
 
 
 @pytest.mark.parametrize("name", PAPERS_COUNTS)
-def test_parameter_counts_are_the_papers(name):
-    """Table 3, in millions, for Stable Diffusion 1.5."""
+def test_parameter_counts_match_the_paper(name):
+    """Table 3: millions of parameters for Stable Diffusion 1.5."""
     config, millions = PAPERS_COUNTS[name]
     with torch.device("meta"):
         unet = UNet2DConditionModel(**SHAPES["sd15"])
@@ -248,27 +251,29 @@ def test_parameter_counts_are_the_papers(name):
     assert round(sum(p.numel() for p in adapter.parameters()) / 1e6, 1) == millions
 
 
-def test_the_first_relaxation_is_one_sided_etherplus_until_its_boundary_moves():
-    """A row of the ablation changes one thing: at rank 1 it has ETHER+'s boundary, and learns it from there."""
+def test_symmetric_relaxation_starts_at_the_boundary_of_one_sided_etherplus():
+    """A row of the ablation changes one thing: at rank 1 the boundary starts at ETHER+'s and becomes learnable."""
     weight = torch.randn(3, 10, 14, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     relaxed, ether = AdapterConfig(method="delora_symmetric", rank=1), AdapterConfig(method="etherplus_onesided")
-    tensors, _ = METHODS["delora_symmetric"].initialize(weight, relaxed, torch.Generator().manual_seed(1))
+    tensors, _ = method_functions("delora_symmetric").initialize(weight, relaxed, torch.Generator().manual_seed(1))
     tensors = {name: tensor.double() for name, tensor in tensors.items()}
     tensors["U"] = torch.randn(3, 14, 1, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     vectors = {"u": tensors["V"].mT, "v": tensors["U"].mT}
-    fixed = METHODS["etherplus_onesided"].adapted_weight(weight, vectors, ether)
-    torch.testing.assert_close(METHODS["delora_symmetric"].adapted_weight(weight, tensors, relaxed), fixed)
-    twice = METHODS["delora_symmetric"].adapted_weight(weight, tensors | {"lambda": 2 * tensors["lambda"]}, relaxed)
-    torch.testing.assert_close(twice - weight, 2 * (fixed - weight))
+    fixed = method_functions("etherplus_onesided").adapted_weight(weight, vectors, ether)
+    torch.testing.assert_close(method_functions("delora_symmetric").adapted_weight(weight, tensors, relaxed), fixed)
+    doubled = method_functions("delora_symmetric").adapted_weight(
+        weight, tensors | {"lambda": 2 * tensors["lambda"]}, relaxed
+    )
+    torch.testing.assert_close(doubled - weight, 2 * (fixed - weight))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_unet_with_each_method(unet, unet_inputs, tmp_path, method):
-    """Attached, saved, loaded, at half strength, merged and taken off: one mechanism for all."""
+def test_unet_with_each_method(unet, unet_inputs, tmp_path, method):
+    """Attach, save, load, set half strength, merge and detach work the same for every method."""
     before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
     with torch.no_grad():
         base = unet(*unet_inputs).sample
-    adapter = attach(unet, config_of(method), torch.Generator().manual_seed(0))
+    adapter = attach(unet, make_config(method), torch.Generator().manual_seed(0))
     if method != "ether":
         torch.testing.assert_close(unet(*unet_inputs).sample, base, atol=1e-5, rtol=1e-4)
     randomize(adapter)
@@ -282,10 +287,10 @@ def test_a_unet_with_each_method(unet, unet_inputs, tmp_path, method):
     assert all(torch.equal(tensor, before[key]) for key, tensor in unet.state_dict().items())
 
     adapter = load_adapter(unet, file)
-    whole = adapter.delta_weight(name)
+    delta = adapter.delta_weight(name)
     adapter.strength = 0.5
     half = adapter.weight(name) - before[name if name in before else f"{name}.weight"]
-    torch.testing.assert_close(half, 0.5 * whole, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(half, 0.5 * delta, atol=1e-5, rtol=1e-4)
     adapter.strength = 1.0
     with torch.no_grad():
         torch.testing.assert_close(unet(*unet_inputs).sample, adapted)
@@ -302,10 +307,10 @@ def test_each_method_learns(tiny_sd, photographs, tmp_path, method):
     assert after < 0.97 * before
 
 
-def test_refusals(unet):
+def test_invalid_arguments(unet):
     with pytest.raises(InputError, match="blocks is 7, which does not divide a projection of width 32"):
         attach(unet, AdapterConfig(method="oft", blocks=7))
-    with pytest.raises(InputError, match="path is 'split', which DoRA does not have; use 'fast'"):
+    with pytest.raises(InputError, match="path is 'split', which DoRA does not support; use 'fast'"):
         AdapterConfig(method="dora", path="split")
     with pytest.raises(InputError, match=r"targets is \*, but DeLoRA adapts linear modules"):
         AdapterConfig(targets=("*",))

@@ -1,4 +1,4 @@
-"""The mathematics, against a float64 formula, PEFT's layer, gradcheck and properties."""
+"""DeLoRA's update compared with a float64 formula and PEFT's layer; gradcheck and properties."""
 
 import numpy as np
 import peft
@@ -10,7 +10,7 @@ from peft.tuners.delora.layer import DeloraLinear
 
 from delora_diffusers.methods import update
 from delora_diffusers.methods.config import AdapterConfig
-from delora_diffusers.methods.table import METHODS
+from delora_diffusers.methods.functions import low_rank_functions, method_functions
 
 
 def formula(a, b, lam, scale, a0=None, b0=None) -> np.ndarray:
@@ -39,7 +39,7 @@ def random_stack(n=3, out=12, inp=10, r=4, seed=0):
 
 @pytest.mark.parametrize("kind", ["column", "frobenius", "none"])
 @pytest.mark.parametrize("start", ["frozen", "zero"])
-def test_delta_is_the_papers_formula(kind, start):
+def test_delta_matches_the_papers_formula(kind, start):
     t = random_stack()
     frozen = {"a0": t["a0"], "b0": t["b0"]} if start == "frozen" else {}
     c = update.weight_norm(t["weight"], kind)
@@ -53,7 +53,7 @@ def test_delta_is_the_papers_formula(kind, start):
 
 
 @pytest.mark.parametrize("zero", [False, True])
-def test_delta_is_pefts(zero):
+def test_delta_matches_peft(zero):
     torch.manual_seed(0)
     linear = torch.nn.Linear(10, 12, bias=False)
     layer = DeloraLinear(linear, "default", peft.DeloraConfig(r=4, init_weights=zero), r=4, delora_lambda=7.0)
@@ -87,13 +87,13 @@ def test_gradcheck(kind, start):
     lam=st.floats(0, 1e3),
     rank=st.integers(1, 6),
     start=st.sampled_from(["frozen", "zero"]),
-    dead=st.booleans(),
+    has_zero_vectors=st.booleans(),
     seed=st.integers(0, 2**20),
 )
-def test_bound_holds_for_any_a_and_b(scale_a, scale_b, lam, rank, start, dead, seed):
+def test_bound_holds_for_any_a_and_b(scale_a, scale_b, lam, rank, start, has_zero_vectors, seed):
     t = random_stack(n=2, r=rank, seed=seed)
     a, b = t["a"] * scale_a, t["b"] * scale_b
-    if dead:
+    if has_zero_vectors:
         a[:, 0], b[0] = 0, 0
     a.requires_grad_(), b.requires_grad_()
     c = update.weight_norm(t["weight"], "column")
@@ -103,8 +103,8 @@ def test_bound_holds_for_any_a_and_b(scale_a, scale_b, lam, rank, start, dead, s
     bound = (2 if start == "frozen" else 1) * lam * c.max(dim=1).values
     assert (delta.norm(dim=(1, 2)) <= bound * (1 + 1e-4) + 1e-20).all()
     delta.square().sum().backward()
-    # A vector v scaled by 1 / max(|v|, MIN_NORM) passes on at most 1 / MIN_NORM times the gradient it gets.
-    # In float64, for the norm of a tiny float32 tensor underflows.
+    # A vector v scaled by 1 / max(|v|, MIN_NORM) multiplies its gradient by at most 1 / MIN_NORM.
+    # Checked in float64 because the norm of a tiny float32 tensor underflows.
     limit = 1 / update.MIN_NORM * 2 * delta.double().norm(dim=(1, 2)) * (lam / rank) * c.max(dim=1).values * 2
     for gradient in (a.grad, b.grad):
         assert gradient is not None and torch.isfinite(gradient).all()
@@ -114,17 +114,17 @@ def test_bound_holds_for_any_a_and_b(scale_a, scale_b, lam, rank, start, dead, s
 def test_bound_holds_after_any_optimizer_steps():
     t = random_stack()
     config = AdapterConfig(rank=4)
-    trainable, fixed = METHODS["delora"].initialize(t["weight"], config, torch.Generator().manual_seed(0))
+    trainable, fixed = method_functions("delora").initialize(t["weight"], config, torch.Generator().manual_seed(0))
     parameters = {k: torch.nn.Parameter(v) for k, v in trainable.items()}
     optimizer = torch.optim.SGD([parameters["A"], parameters["B"]], lr=1e4)
     target = torch.randn(t["weight"].shape)
     for _ in range(20):
-        w = METHODS["delora"].adapted_weight(t["weight"], parameters | fixed, config)
+        w = method_functions("delora").adapted_weight(t["weight"], parameters | fixed, config)
         (w - target).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():
-        b, a = METHODS["delora"].factors(parameters | fixed, config)
+        b, a = low_rank_functions("delora").factors(parameters | fixed, config)
         bound = 2 * parameters["lambda"] * fixed["w_norm"].max(dim=1).values
     assert ((b @ a).norm(dim=(1, 2)) <= bound * (1 + 1e-5)).all()
 
@@ -134,20 +134,20 @@ def test_bound_holds_after_any_optimizer_steps():
 def test_starts_at_the_pretrained_weight_exactly(dtype, settings_):
     weight = random_stack()["weight"].to(dtype)
     config = AdapterConfig(rank=4, **settings_)
-    method = METHODS[config.method]
+    method = method_functions(config.method)
     trainable, fixed = method.initialize(weight, config, torch.Generator().manual_seed(0))
     assert all(t.dtype == torch.float32 for t in (trainable | fixed).values())
     assert torch.equal(method.adapted_weight(weight, trainable | fixed, config), weight)
 
 
-def test_default_lambda_bounds_the_relative_size_whatever_the_width():
+def test_default_lambda_bounds_the_relative_size_at_any_width():
     for kind in ("column", "frobenius", "none"):
         for width in (16, 256):
             weight = torch.randn(1, width, width, generator=torch.Generator().manual_seed(0)) / width**0.5
             config = AdapterConfig(rank=8, weight_norm=kind, start="zero")
-            trainable, fixed = METHODS["delora"].initialize(weight, config, torch.Generator().manual_seed(0))
+            trainable, fixed = method_functions("delora").initialize(weight, config, torch.Generator().manual_seed(0))
             trainable["B"] = torch.randn(trainable["B"].shape)
-            b, a = METHODS["delora"].factors(trainable | fixed, config)
+            b, a = low_rank_functions("delora").factors(trainable | fixed, config)
             ratio = (b @ a).norm() / weight.norm()
             # r random directions are nearly orthogonal: about 0.35 / sqrt(r), and never above 0.35.
             assert 0.35 / 8**0.5 * 0.7 < ratio < 0.36

@@ -1,4 +1,4 @@
-"""The three commands by hub id, against a hub on this machine, exactly as a user types them."""
+"""Training, generating and scoring with hub ids, as a user runs them, against a local hub."""
 
 import json
 import os
@@ -10,40 +10,40 @@ from tests.helpers import ROOT, training_flags
 from tests.hub_server import serve_hub
 
 
-def test_the_three_commands_by_hub_id(tiny_sd, tiny_scorers, photographs, tmp_path):
+def test_train_generate_and_score_by_hub_id(tiny_sd, tiny_scorers, photographs, tmp_path):
     repositories = {
         "tiny/stable-diffusion": tiny_sd,
         "tiny/dino": tiny_scorers / "dino",
         "tiny/clip": tiny_scorers / "clip",
     }
-    out, pictures, scores = tmp_path / "out", tmp_path / "pictures", tmp_path / "scores.json"
+    out, images, scores = tmp_path / "out", tmp_path / "images", tmp_path / "scores.json"
     with serve_hub(repositories) as (endpoint, requests):
         environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
         environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
 
         def run(*command: object) -> str:
             words = [sys.executable, *map(str, command)]
-            done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr[-3000:]
-            return done.stdout
+            result = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+            assert result.returncode == 0, result.stderr[-3000:]
+            return result.stdout
 
         flags = training_flags(Path("tiny/stable-diffusion"), photographs, out, "--max_train_steps", 2)
         launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
         run(*launch, "train_dreambooth_delora.py", *flags)
         generate = ["--adapter", out, "--prompt", "a sks toy", "--num_images", 2, "--num_inference_steps", 2]
-        run("-m", "delora_diffusers", "generate", *generate, "--output_dir", pictures)
-        score = ["--generated_dir", pictures, "--reference_dir", photographs, "--output", scores]
+        run("-m", "delora_diffusers", "generate", *generate, "--output_dir", images)
+        score = ["--generated_dir", images, "--reference_dir", photographs, "--output", scores]
         printed = run(*("-m", "eval", "dreambooth", *score, "--dino", "hf-hub:tiny/dino", "--clip", "hf-hub:tiny/clip"))
     assert "DINO" in printed and "CLIP-T" in printed
     result = json.loads(scores.read_text())
     assert result["counts"] == {"generated": 2, "reference": 5, "prompts": 1}
     assert result["models"]["clip"] == "hf-hub:tiny/clip"
-    asked = {request.split("/resolve/")[0] for request in requests if "/resolve/" in request}
-    assert asked == set(repositories)
+    downloaded = {request.split("/resolve/")[0] for request in requests if "/resolve/" in request}
+    assert downloaded == set(repositories)
 
 
-def test_pushed_to_the_hub_and_used_by_its_id(tiny_sd, photographs, tmp_path):
-    """What is uploaded has a card that the hub reads, and every command takes its id."""
+def test_push_to_hub_and_use_by_id(tiny_sd, photographs, tmp_path):
+    """The uploaded repository has a model card that the hub can read, and every command accepts its id."""
     pushed = tmp_path / "pushed"
     pushed.mkdir()
     with serve_hub({"tiny/stable-diffusion": tiny_sd, "me/toy": pushed}) as (endpoint, _):
@@ -57,19 +57,19 @@ def test_pushed_to_the_hub_and_used_by_its_id(tiny_sd, photographs, tmp_path):
         flags = training_flags(Path("tiny/stable-diffusion"), photographs, tmp_path / "out", "--max_train_steps", 2)
         flags += ["--validation_prompt", "a sks toy", "a toy", "--validation_inference_steps", "1"]
         flags += ["--num_validation_images", "1", "--push_to_hub", "--hub_model_id", "me/toy", "--hub_token", "hf_x"]
-        done = run("train_dreambooth_delora.py", *flags)
-        assert done.returncode == 0 and "pushed to me/toy" in done.stdout, done.stderr[-3000:]
-        said = run("-m", "delora_diffusers", "info", "me/toy")
-        assert "base model: tiny/stable-diffusion" in said.stdout, said.stderr
-        assert "max_train_steps 2, prompt a photo of sks toy" in said.stdout
-        drawing = ["--prompt", "a sks toy", "--num_images", 1, "--num_inference_steps", 1]
-        drawing += ["--output_dir", tmp_path / "p"]
-        done = run("-m", "delora_diffusers", "generate", "--adapter", "me/toy", *drawing)
-        assert done.returncode == 0, done.stderr[-3000:]
-        done = run("-m", "delora_diffusers", "merge", "--adapter", "me/toy", "--output_dir", tmp_path / "merged")
-        assert done.returncode == 0, done.stderr[-3000:]
+        result = run("train_dreambooth_delora.py", *flags)
+        assert result.returncode == 0 and "pushed to me/toy" in result.stdout, result.stderr[-3000:]
+        result = run("-m", "delora_diffusers", "info", "me/toy")
+        assert "base model: tiny/stable-diffusion" in result.stdout, result.stderr
+        assert "max_train_steps 2, prompt a photo of sks toy" in result.stdout
+        generate = ["--prompt", "a sks toy", "--num_images", 1, "--num_inference_steps", 1]
+        generate += ["--output_dir", tmp_path / "p"]
+        result = run("-m", "delora_diffusers", "generate", "--adapter", "me/toy", *generate)
+        assert result.returncode == 0, result.stderr[-3000:]
+        result = run("-m", "delora_diffusers", "merge", "--adapter", "me/toy", "--output_dir", tmp_path / "merged")
+        assert result.returncode == 0, result.stderr[-3000:]
         missing = run("-m", "delora_diffusers", "info", "me/nothing")
-        assert missing.returncode == 1 and "error: no adapter at me/nothing, neither a folder" in missing.stderr
+        assert missing.returncode == 1 and "error: no adapter at me/nothing: it is not a local folder" in missing.stderr
     names = {path.relative_to(pushed).as_posix() for path in pushed.rglob("*") if path.is_file()}
     assert {"README.md", "config.json", "pytorch_delora_weights.safetensors", "samples/01.png"} <= names
     assert not any(name.startswith(("checkpoint", "logs")) for name in names)
@@ -77,8 +77,8 @@ def test_pushed_to_the_hub_and_used_by_its_id(tiny_sd, photographs, tmp_path):
     from huggingface_hub import ModelCard
 
     card = ModelCard.load(pushed / "README.md").data
-    said = (card.library_name, card.base_model, card.license)
-    assert said == ("diffusers", "tiny/stable-diffusion", "creativeml-openrail-m")
+    fields = (card.library_name, card.base_model, card.license)
+    assert fields == ("diffusers", "tiny/stable-diffusion", "creativeml-openrail-m")
     assert {"delora", "text-to-image", "stable-diffusion"} <= set(card.tags)
-    shown = [(one["text"], one["output"]["url"]) for one in card.widget]
-    assert shown == [("a sks toy", "samples/00.png"), ("a toy", "samples/01.png")]
+    samples = [(sample["text"], sample["output"]["url"]) for sample in card.widget]
+    assert samples == [("a sks toy", "samples/00.png"), ("a toy", "samples/01.png")]
