@@ -1,4 +1,4 @@
-"""Shared pieces of the tests: the tiny models, some photographs, a clean accelerate state."""
+"""Shared fixtures: tiny models, photos and inputs."""
 
 import os
 
@@ -17,7 +17,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def tiny_sd(tmp_path_factory) -> Path:
-    """Folder of a tiny Stable Diffusion pipeline."""
+    """Folder with a tiny Stable Diffusion pipeline."""
     from data.tiny_sd import write
 
     return write(tmp_path_factory.mktemp("models") / "tiny-sd")
@@ -33,7 +33,7 @@ def tiny_scorers(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory) -> Path:
-    """Folder of five pictures to train on."""
+    """Folder with five photos to train on."""
     return write_photos(tmp_path_factory.mktemp("photographs"))
 
 

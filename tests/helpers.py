@@ -1,4 +1,4 @@
-"""What several tests use: small photos and maps, flags of short trainings, functions in processes of their own."""
+"""Shared test helpers: small photos and maps, flags for short training runs, functions run in separate processes."""
 
 import copy
 import json
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def write_photos(folder: Path, count: int = 5) -> Path:
-    """Smooth coloured images of several sizes, with a disc that stays the same."""
+    """Write smooth coloured images of several sizes that share the same disc."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(0)
     for number in range(count):
@@ -36,7 +36,7 @@ def write_photos(folder: Path, count: int = 5) -> Path:
 
 
 def randomize(adapter, scale: float = 0.1) -> None:
-    """Move an adapter away from its start."""
+    """Move an adapter's parameters away from their initial values."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in adapter.parameters():
@@ -44,7 +44,7 @@ def randomize(adapter, scale: float = 0.1) -> None:
 
 
 def training_flags(tiny_sd: Path, photographs: Path, output_dir: Path, *more: object) -> list[str]:
-    """Flags of a short run; later ones win."""
+    """Flags for a short DreamBooth run; later flags override earlier ones."""
     flags = ["--pretrained_model_name_or_path", tiny_sd, "--instance_data_dir", photographs]
     flags += ["--instance_prompt", "a photo of sks toy", "--output_dir", output_dir, "--resolution", 32, "--rank", 4]
     flags += ["--max_train_steps", 6, "--report_to", "none", *more]
@@ -62,12 +62,12 @@ def _child(function, arguments, reports) -> None:
         reports.put(traceback.format_exc())
 
 
-def run_in_two_processes(*typed: object) -> None:
-    """Run a script, or ``-m MODULE``, in two processes on one host."""
-    # `accelerate launch --cpu --num_processes 2` starts one process; on CPUs torchrun starts as many as asked.
+def run_in_two_processes(*command: object) -> None:
+    """Run a script, or ``-m MODULE``, in two processes on this machine."""
+    # `accelerate launch --cpu --num_processes 2` starts a single process; torchrun starts two on a CPU as well.
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    subprocess.run([*launch, *map(str, typed)], cwd=ROOT, env=environment, check=True)
+    subprocess.run([*launch, *map(str, command)], cwd=ROOT, env=environment, check=True)
 
 
 def _eval(words: list[str], folder: Path) -> None:
@@ -87,7 +87,7 @@ def _eval(words: list[str], folder: Path) -> None:
 
 
 def run_eval(*words: object) -> subprocess.CompletedProcess[str]:
-    """``python -m eval WORDS`` in a new process that has done its imports."""
+    """Run ``python -m eval WORDS`` in a new process with its imports already loaded."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         run_in_child(_eval, [str(word) for word in words], folder)
@@ -96,8 +96,8 @@ def run_eval(*words: object) -> subprocess.CompletedProcess[str]:
 
 
 def run_in_child(function, *arguments) -> int:
-    """Run a function in a new process that has done its imports; returns its exit code and raises its errors."""
-    # CUDA does not survive a fork, not even one of a process that has only asked for it.
+    """Run a function in a new process with its imports already loaded; returns its exit code and raises its errors."""
+    # CUDA does not survive a fork, even if the parent process has only checked for a GPU.
     context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
     multiprocessing.set_forkserver_preload(
         ["train_dreambooth_delora", "diffusers", "torch", "accelerate", "tests.warm"]
@@ -122,7 +122,7 @@ def train(flags: list[str]) -> None:
 
 
 def fixed_loss(model: Path, photographs: Path, adapter: Path) -> tuple[float, float]:
-    """Loss over fixed noise and timesteps of the base model and of the adapter."""
+    """Losses of the base model and of the adapter with fixed noise and timesteps."""
     from diffusers import DDPMScheduler
 
     from data.photographs import find_photographs, variants
@@ -156,7 +156,7 @@ def fixed_loss(model: Path, photographs: Path, adapter: Path) -> tuple[float, fl
 
 
 def write_subjects(folder: Path, photographs, **more) -> str:
-    """A subjects file with one line for each folder of photos; returns its path."""
+    """Write a subjects file with one line per folder of photos; returns its path."""
     lines = [
         {"instance_data_dir": str(photos), "instance_prompt": f"a sks {photos.name}", "seed": seed, **more}
         | {"output_dir": str(folder / photos.name)}
@@ -168,14 +168,14 @@ def write_subjects(folder: Path, photographs, **more) -> str:
 
 
 def together_flags(tiny_sd: Path, folder: Path, photographs, *more: object) -> list[str]:
-    """Flags that train several subjects at once."""
+    """Flags for training several subjects at once."""
     flags = training_flags(tiny_sd, folder, folder / "run", "--train_batch_size", 2, *more)
-    at = flags.index("--instance_data_dir")
-    return [*flags[:at], *flags[at + 4 :], "--subjects_file", write_subjects(folder, photographs)]
+    index = flags.index("--instance_data_dir")
+    return [*flags[:index], *flags[index + 4 :], "--subjects_file", write_subjects(folder, photographs)]
 
 
 def outputs_and_gradients(unet, inputs, config, dtype=torch.float32):
-    """The output of a copy of the UNet with a randomized adapter, and the gradients of the adapter."""
+    """The output of a copy of the UNet with a randomized adapter, and the adapter's gradients."""
     unet = copy.deepcopy(unet).to(dtype)
     adapter = attach(unet, config, torch.Generator().manual_seed(0))
     randomize(adapter)
@@ -196,7 +196,7 @@ def painted_map(seed: int, size: tuple[int, int] = (40, 30)) -> tuple[Image.Imag
 
 
 def write_map_folders(folder: Path, names=("a", "b", "c")) -> Path:
-    """``images/`` with captions and ``maps/``."""
+    """Write ``images/`` with captions, and ``maps/``."""
     for part in ("images", "maps"):
         (folder / part).mkdir(parents=True)
     for seed, name in enumerate(names):
@@ -208,8 +208,8 @@ def write_map_folders(folder: Path, names=("a", "b", "c")) -> Path:
 
 
 def map_flags(tiny_sd: Path, pairs: Path, out: Path, *more: object) -> list[str]:
-    """Flags of a short training on maps; later ones win."""
-    typed = ["--pretrained_model_name_or_path", tiny_sd, "--train_data_dir", pairs, "--output_dir", out]
-    typed += ["--resolution", 32, "--rank", 4, "--max_train_steps", 6, "--report_to", "none", "--random_flip"]
-    typed += ["--train_batch_size", 2, "--validation_inference_steps", 2, "--num_validation_images", 2]
-    return [str(word) for word in [*typed, "--proportion_empty_prompts", 0.3, *more]]
+    """Flags for a short training run on maps; later flags override earlier ones."""
+    flags = ["--pretrained_model_name_or_path", tiny_sd, "--train_data_dir", pairs, "--output_dir", out]
+    flags += ["--resolution", 32, "--rank", 4, "--max_train_steps", 6, "--report_to", "none", "--random_flip"]
+    flags += ["--train_batch_size", 2, "--validation_inference_steps", 2, "--num_validation_images", 2]
+    return [str(flag) for flag in [*flags, "--proportion_empty_prompts", 0.3, *more]]

@@ -1,4 +1,4 @@
-"""A loopback server that speaks the hub's protocols of download and upload for folders on disk."""
+"""A local server that implements the hub's download and upload protocols for folders on disk."""
 
 import base64
 import hashlib
@@ -60,8 +60,8 @@ def handler_for(repositories: dict[str, Path], requests: list[str]) -> type[Base
                 self.answer(200, json.dumps(content).encode(), Content_Type="application/json")
 
             if path == "api/repos/create":
-                asked = json.loads(body)
-                repo_id = f"{asked.get('organization') or 'me'}/{asked['name']}"
+                repository = json.loads(body)
+                repo_id = f"{repository.get('organization') or 'me'}/{repository['name']}"
                 return reply(url=f"{host}/{repo_id}", id=repo_id, name=repo_id)
             if path == "api/validate-yaml":
                 return reply(errors=[], warnings=[])
@@ -83,7 +83,8 @@ def handler_for(repositories: dict[str, Path], requests: list[str]) -> type[Base
 
 @contextmanager
 def serve_hub(repositories: dict[str, Path]):
-    """Yield (endpoint, list of requested paths) of a hub that holds the given repositories."""
+    """Yield (endpoint, list of requested paths) of a hub with the given repositories."""
+
     requests: list[str] = []
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler_for(repositories, requests))
     threading.Thread(target=server.serve_forever, daemon=True).start()

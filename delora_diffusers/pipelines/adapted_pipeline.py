@@ -73,8 +73,8 @@ class AdaptedPipeline:
         model = getattr(self.pipeline, component, None)
         if model is None:
             raise InputError(
-                f"{adapter} adapts {component}, but a {type(self.pipeline).__name__} has no {component}; give the adapter's "
-                "base model."
+                f"{adapter} adapts {component}, but a {type(self.pipeline).__name__} has no {component}; give the "
+                "adapter's base model."
             )
 
         return model

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x, 2.x and XL: trained, drawn, and drawn again by stock diffusers and PEFT from each export."""
+"""Stable Diffusion 1.x, 2.x and XL: train, generate, and compare with stock diffusers and PEFT after each export."""
 
 import json
 import re
@@ -29,32 +29,32 @@ def models(tmp_path_factory):
     return {kind: write(folder / kind, kind=kind) for kind in KINDS}
 
 
-def drawn(pipeline) -> np.ndarray:
-    """A picture, 0 to 1, from a stock pipeline."""
+def sample(pipeline) -> np.ndarray:
+    """Sample an image, 0 to 1, from a stock pipeline."""
     pipeline.set_progress_bar_config(disable=True)
-    seeded = torch.Generator().manual_seed(0)
-    return pipeline(PROMPT, num_inference_steps=STEPS, generator=seeded, output_type="np").images[0]
+    generator = torch.Generator().manual_seed(0)
+    return pipeline(PROMPT, num_inference_steps=STEPS, generator=generator, output_type="np").images[0]
 
 
-def save_moved(model, folder, config: AdapterConfig, with_text: bool):
-    """An adapter moved away from its start, and what it draws by our own pipeline."""
+def save_randomized(model, folder, config: AdapterConfig, with_text: bool):
+    """Save an adapter with random parameters; returns the image that our own pipeline generates with it."""
     pipeline = load_pipeline(str(model))
     unet = attach(pipeline.unet, config, torch.Generator().manual_seed(0))
-    # Without a bound ten times the weights come out, and a net that turns rounding errors into other pictures.
+    # Without a bound, a scale of 0.5 gives 10x the weights, and rounding errors then change the whole image.
     scale = 0.5 if config.method == "delora" else 0.1
     randomize(unet, scale)
     texts = {}
     if with_text:
         for name, encoder in text_encoders(pipeline).items():
-            of_text = AdapterConfig(**config.__dict__ | {"targets": TEXT_ENCODER_TARGETS})
-            texts[name] = attach(encoder, of_text, torch.Generator().manual_seed(1))
+            text_config = AdapterConfig(**config.__dict__ | {"targets": TEXT_ENCODER_TARGETS})
+            texts[name] = attach(encoder, text_config, torch.Generator().manual_seed(1))
             randomize(texts[name], scale)
     kind = type(pipeline).__name__
     save_adapter(unet, folder, text_encoders=texts, base_model=str(model), pipeline=kind)
     fresh = load_pipeline(str(model))
-    base = drawn(fresh)
+    base = sample(fresh)
     AdaptedPipeline(fresh, [folder]).use([(folder, 1.0)])
-    ours = drawn(fresh)
+    ours = sample(fresh)
     assert np.abs(ours - base).max() > 0.02
     return ours
 
@@ -71,21 +71,21 @@ def save_moved(model, folder, config: AdapterConfig, with_text: bool):
     ],
     ids=["frozen column", "zero column", "frozen frobenius", "zero frobenius", "lora"],
 )
-def test_stock_diffusers_draws_the_same_from_an_export(models, tmp_path, kind, config, with_text):
-    ours = save_moved(models[kind], tmp_path / "adapter", config, with_text)
-    typed = ["export", "--adapter", str(tmp_path / "adapter"), "--format"]
+def test_stock_diffusers_generates_the_same_image_from_an_export(models, tmp_path, kind, config, with_text):
+    ours = save_randomized(models[kind], tmp_path / "adapter", config, with_text)
+    export = ["export", "--adapter", str(tmp_path / "adapter"), "--format"]
     for name in ("diffusers", "kohya"):
         file = tmp_path / f"{name}.safetensors"
-        main([*typed, name, "--output", str(file)])
+        main([*export, name, "--output", str(file)])
         pipeline = DiffusionPipeline.from_pretrained(models[kind])
         pipeline.load_lora_weights(str(file))
-        assert np.abs(drawn(pipeline) - ours).max() < 1e-4, name
-    main([*typed, "peft", "--output", str(tmp_path / "peft")])
+        assert np.abs(sample(pipeline) - ours).max() < 1e-4, name
+    main([*export, "peft", "--output", str(tmp_path / "peft")])
     pipeline = DiffusionPipeline.from_pretrained(models[kind])
     for name in ["unet", *text_encoders(pipeline)] if with_text else ["unet"]:
-        place = tmp_path / "peft" / name if with_text else tmp_path / "peft"
-        setattr(pipeline, name, peft.PeftModel.from_pretrained(getattr(pipeline, name), place))
-    assert np.abs(drawn(pipeline) - ours).max() < 1e-4
+        folder = tmp_path / "peft" / name if with_text else tmp_path / "peft"
+        setattr(pipeline, name, peft.PeftModel.from_pretrained(getattr(pipeline, name), folder))
+    assert np.abs(sample(pipeline) - ours).max() < 1e-4
 
 
 SD_BLOCK = r"(down_blocks_\d+|up_blocks_\d+|mid_block)_attentions_\d+"
@@ -97,12 +97,12 @@ GRAMMAR = {
     "sd2": rf"lora_unet_{SD_BLOCK}{PROJECTION}|lora_te{TEXT}",
     "sdxl": rf"lora_unet_{SGM_BLOCK}{PROJECTION}|lora_te[12]{TEXT}",
 }
-"""Names of modules as sd-scripts writes them; each has lora_down.weight, lora_up.weight and alpha."""
+"""Module names as sd-scripts writes them; each module has lora_down.weight, lora_up.weight and alpha."""
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_kohya_files_follow_the_grammar(models, tmp_path, kind):
-    save_moved(models[kind], tmp_path / "adapter", AdapterConfig(rank=4), True)
+    save_randomized(models[kind], tmp_path / "adapter", AdapterConfig(rank=4), True)
     file = tmp_path / "lora.safetensors"
     main(
         [
@@ -117,27 +117,28 @@ def test_kohya_files_follow_the_grammar(models, tmp_path, kind):
             "fp16",
         ]
     )
-    found: dict[str, dict[str, torch.Tensor]] = {}
+    modules: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in load_file(file).items():
-        module, _, last = name.partition(".")
+        module, _, key = name.partition(".")
         assert re.fullmatch(GRAMMAR[kind], module), name
-        found.setdefault(module, {})[last] = tensor
-    for module, own in found.items():
-        assert own.keys() == {"lora_down.weight", "lora_up.weight", "alpha"}, module
-        assert all(tensor.dtype == torch.float16 for tensor in own.values())
-        rank = own["lora_down.weight"].shape[0]
-        assert own["lora_up.weight"].shape[1] == rank == own["alpha"] and own["alpha"].shape == ()
+        modules.setdefault(module, {})[key] = tensor
+    for module, tensors in modules.items():
+        assert tensors.keys() == {"lora_down.weight", "lora_up.weight", "alpha"}, module
+        assert all(tensor.dtype == torch.float16 for tensor in tensors.values())
+        rank = tensors["lora_down.weight"].shape[0]
+        assert tensors["lora_up.weight"].shape[1] == rank == tensors["alpha"] and tensors["alpha"].shape == ()
     with safe_open(file, "pt") as opened:
-        said = opened.metadata()
-    assert said["ss_network_module"] == "networks.lora" and said["ss_network_dim"] == said["ss_network_alpha"] == "8"
-    assert said["ss_base_model_version"] == ("sdxl_base_v1-0" if kind == "sdxl" else "sd_v1")
+        metadata = opened.metadata()
+    assert metadata["ss_network_module"] == "networks.lora"
+    assert metadata["ss_network_dim"] == metadata["ss_network_alpha"] == "8"
+    assert metadata["ss_base_model_version"] == ("sdxl_base_v1-0" if kind == "sdxl" else "sd_v1")
 
 
 @pytest.mark.parametrize("kind", ["sd2", "sdxl"])
 @pytest.mark.parametrize("with_text", [False, True])
-def test_dreambooth_from_command_to_pictures(models, photographs, tmp_path, kind, with_text):
-    """Trained with validation, drawn by the command: what stock diffusers draws with the export."""
-    out, pictures = tmp_path / "out", tmp_path / "pictures"
+def test_dreambooth_from_training_to_images(models, photographs, tmp_path, kind, with_text):
+    """After training with validation, ``generate`` writes the image that stock diffusers generates from the export."""
+    out, images = tmp_path / "out", tmp_path / "images"
     flags = training_flags(models[kind], photographs, out, "--resolution", 64, "--random_flip", "--train_batch_size", 2)
     flags += ["--validation_prompt", "a toy", "--validation_inference_steps", "2", "--num_validation_images", "1"]
     run_in_child(train, [*flags, *(["--train_text_encoder"] if with_text else [])])
@@ -149,26 +150,24 @@ def test_dreambooth_from_command_to_pictures(models, photographs, tmp_path, kind
         *({"text_encoder"} if with_text else {}),
         *({"text_encoder_2"} if with_text and kind == "sdxl" else {}),
     }
-    moved = [n for n in saved if n.endswith("delora_B") and not torch.equal(saved[n], saved[n + "0"])]
-    assert len(moved) == sum(name.endswith("delora_B") for name in saved)
-    words = ["--adapter", str(out), "--prompt", PROMPT, "--num_images", "1", "--num_inference_steps", str(STEPS)]
-    main(["generate", *words, "--output_dir", str(pictures), "--guidance_scale", "5"])
+    trained = [n for n in saved if n.endswith("delora_B") and not torch.equal(saved[n], saved[n + "0"])]
+    assert len(trained) == sum(name.endswith("delora_B") for name in saved)
+    flags = ["--adapter", str(out), "--prompt", PROMPT, "--num_images", "1", "--num_inference_steps", str(STEPS)]
+    main(["generate", *flags, "--output_dir", str(images), "--guidance_scale", "5"])
     main(["export", "--adapter", str(out), "--format", "diffusers", "--output", str(tmp_path / "lora.safetensors")])
     pipeline = DiffusionPipeline.from_pretrained(models[kind])
     pipeline.load_lora_weights(str(tmp_path / "lora.safetensors"))
-    seeded = torch.Generator().manual_seed(0)
-    stock = pipeline(PROMPT, num_inference_steps=STEPS, generator=seeded, guidance_scale=5.0, output_type="pil").images[
-        0
-    ]
-    record = json.loads((pictures / "metadata.jsonl").read_text())
+    settings = {"num_inference_steps": STEPS, "guidance_scale": 5.0}
+    stock = pipeline(PROMPT, generator=torch.Generator().manual_seed(0), **settings, output_type="pil").images[0]
+    record = json.loads((images / "metadata.jsonl").read_text())
     from PIL import Image
 
-    ours = np.asarray(Image.open(pictures / record["file_name"]), dtype=int)
+    ours = np.asarray(Image.open(images / record["file_name"]), dtype=int)
     assert np.abs(ours - np.asarray(stock, dtype=int)).max() <= 1
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_conditions_are_those_of_the_stock_pipeline(models, kind):
+def test_conditions_equal_those_of_the_stock_pipeline(models, kind):
     pipeline = load_pipeline(str(models[kind]))
     ours = encode_prompts(pipeline, ["a dog", "a cat in the snow"], "cpu")
     theirs = pipeline.encode_prompt(
@@ -179,66 +178,66 @@ def test_conditions_are_those_of_the_stock_pipeline(models, kind):
         torch.testing.assert_close(ours["text_embeds"], theirs[2])
 
 
-def test_sizes_that_xl_is_told():
+def test_size_conditions_of_xl():
     from data.photographs import crop_boxes, scaled_size, view_sizes
 
-    told = view_sizes((300, 200), 100, [0.0, 1.0], flip=True)
+    sizes = view_sizes((300, 200), 100, [0.0, 1.0], flip=True)
     assert scaled_size((300, 200), 100) == (150, 100)
     assert crop_boxes((300, 200), 100, [0.0, 1.0]) == [(0, 0, 100, 100), (50, 0, 150, 100)]
-    # Mirrored, the left crop lies on the right.
-    assert told == [(200, 300, 0, left, 100, 100) for left in (0, 50, 50, 0)]
+    # In the mirror image the left crop is on the right.
+    assert sizes == [(200, 300, 0, left, 100, 100) for left in (0, 50, 50, 0)]
 
 
-def test_a_text_encoder_adapter_fits_either_naming(models, tmp_path):
-    """Transformers took the outer module of CLIP's text model away; files written before and after both load."""
+def test_text_encoder_adapters_load_with_either_naming(models, tmp_path):
+    """Transformers removed the outer module of CLIP's text model; files written before and after this both load."""
     from safetensors.torch import save_file
 
-    save_moved(models["sd1"], tmp_path, AdapterConfig(rank=4), True)
+    save_randomized(models["sd1"], tmp_path, AdapterConfig(rank=4), True)
     file = tmp_path / "pytorch_delora_weights.safetensors"
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
-    other = {}
+    renamed = {}
     for name, tensor in load_file(file).items():
         inner = name.removeprefix("text_encoder.")
         if inner != name:
             inner = inner.removeprefix("text_model.") if inner.startswith("text_model.") else f"text_model.{inner}"
             name = f"text_encoder.{inner}"
-        other[name] = tensor
-    save_file(other, file, metadata=metadata)
+        renamed[name] = tensor
+    save_file(renamed, file, metadata=metadata)
     pipeline = load_pipeline(str(models["sd1"]))
     assert len(load_adapter(pipeline.text_encoder, file, "text_encoder").names) == 8
 
 
 def test_the_miniature_exported(tmp_path):
-    """A trained model and its own scheduler, not noise: stock diffusers draws what ours draws."""
+    """With a trained model and its scheduler, stock diffusers generates the same image from an export."""
     folder = str(load_pipeline(None).config["_name_or_path"])
-    ours = save_moved(folder, tmp_path / "a", AdapterConfig(rank=4), False)
+    ours = save_randomized(folder, tmp_path / "a", AdapterConfig(rank=4), False)
     file = str(tmp_path / "lora.safetensors")
     main(["export", "--adapter", str(tmp_path / "a"), "--format", "diffusers", "--output", file])
     pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipeline.load_lora_weights(file)
-    assert np.abs(drawn(pipeline) - ours).max() < 1e-4
+    assert np.abs(sample(pipeline) - ours).max() < 1e-4
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_a_merged_folder_is_whole_and_draws_the_same(models, tmp_path, kind):
-    """In the model's own dtype, each weight rounded once; all parts are kept, a pickle of the old weights is not."""
+def test_a_merged_folder_is_complete_and_generates_the_same_image(models, tmp_path, kind):
+    """Weights keep the model's dtype and are rounded once; everything is copied except a pickle of the old weights."""
     import shutil
 
     model = shutil.copytree(models[kind], tmp_path / "model")
     (model / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"old weights")
-    (model / "notes.txt").write_text("mine")
-    ours = save_moved(model, tmp_path / "a", AdapterConfig(rank=4), True)
-    words = ["merge", "--adapter", str(tmp_path / "a"), "--output_dir"]
-    main([*words, str(tmp_path / "merged")])
-    assert np.abs(drawn(DiffusionPipeline.from_pretrained(tmp_path / "merged")) - ours).max() < 1e-5
+    (model / "notes.txt").write_text("keep me")
+    ours = save_randomized(model, tmp_path / "a", AdapterConfig(rank=4), True)
+    merge = ["merge", "--adapter", str(tmp_path / "a"), "--output_dir"]
+    main([*merge, str(tmp_path / "merged")])
+    assert np.abs(sample(DiffusionPipeline.from_pretrained(tmp_path / "merged")) - ours).max() < 1e-5
     files = {p.relative_to(model) for p in model.rglob("*") if p.is_file()}
-    there = {p.relative_to(tmp_path / "merged") for p in (tmp_path / "merged").rglob("*") if p.is_file()}
-    assert {str(p) for p in files - there} == {"unet/diffusion_pytorch_model.bin"} and there <= files
+    copied = {p.relative_to(tmp_path / "merged") for p in (tmp_path / "merged").rglob("*") if p.is_file()}
+    assert {str(p) for p in files - copied} == {"unet/diffusion_pytorch_model.bin"} and copied <= files
 
     half = DiffusionPipeline.from_pretrained(model).to(torch.float16)
     half.save_pretrained(tmp_path / "half")
-    main([*words, str(tmp_path / "merged-half"), "--pretrained_model_name_or_path", str(tmp_path / "half")])
+    main([*merge, str(tmp_path / "merged-half"), "--pretrained_model_name_or_path", str(tmp_path / "half")])
     pipeline = load_pipeline(str(tmp_path / "half"))
     for component in ("unet", *text_encoders(pipeline)):
         part = getattr(pipeline, component)
@@ -251,27 +250,28 @@ def test_a_merged_folder_is_whole_and_draws_the_same(models, tmp_path, kind):
             assert torch.equal(merged[f"{key}.weight"], adapter.weight(name).half()), name
 
 
-def test_merge_refuses_another_model(models, tmp_path):
-    save_moved(models["sd1"], tmp_path / "a", AdapterConfig(rank=4), False)
+def test_merge_rejects_another_model(models, tmp_path):
+    save_randomized(models["sd1"], tmp_path / "a", AdapterConfig(rank=4), False)
     for kind, message in (
-        ("sd2", r"is \(32, 48\) there and \(32, 32\) in it"),
-        ("sdxl", r"is \(64, 80\) there and \(64, 32\)"),
+        ("sd2", r"is \(32, 48\) in the file and \(32, 32\) in the adapter"),
+        ("sdxl", r"is \(64, 80\) in the file and \(64, 32\) in the adapter"),
     ):
         with pytest.raises(SystemExit, match=message):
-            words = ["--pretrained_model_name_or_path", str(models[kind]), "--output_dir", str(tmp_path / "m")]
-            main(["merge", "--adapter", str(tmp_path / "a"), *words])
+            flags = ["--pretrained_model_name_or_path", str(models[kind]), "--output_dir", str(tmp_path / "m")]
+            main(["merge", "--adapter", str(tmp_path / "a"), *flags])
         assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
 
 
 def test_subjects_of_xl_trained_at_once(models, tmp_path):
-    """Sizes, crops and pooled embeddings go with each subject's samples, prior preservation's too."""
-    places = [write_photos(tmp_path / name, count) for name, count in (("a", 3), ("b", 4))]
+    """Each sample keeps its sizes, crops and pooled embeddings, with prior preservation as well."""
+    folders = [write_photos(tmp_path / name, count) for name, count in (("a", 3), ("b", 4))]
     more = ["--train_batch_size", 2, "--learning_rate", 1e-3, "--random_flip", "--with_prior_preservation"]
     more += ["--class_prompt", "a toy", "--num_class_images", 2, "--validation_inference_steps", 1]
-    flags = together_flags(models["sdxl"], tmp_path / "together", places, *more, "--max_train_steps", 3)
+    flags = together_flags(models["sdxl"], tmp_path / "together", folders, *more, "--max_train_steps", 3)
     run_in_child(train, flags)
-    own = ("--instance_prompt", "a sks b", "--seed", 1, "--max_train_steps", 3)
-    run_in_child(train, training_flags(models["sdxl"], places[1], tmp_path / "alone", *more, *own))
+    alone_flags = ("--instance_prompt", "a sks b", "--seed", 1, "--max_train_steps", 3)
+    run_in_child(train, training_flags(models["sdxl"], folders[1], tmp_path / "alone", *more, *alone_flags))
+
     file = "pytorch_delora_weights.safetensors"
     alone, together = load_file(tmp_path / "alone" / file), load_file(tmp_path / "together" / "b" / file)
     for name, tensor in alone.items():

@@ -1,4 +1,4 @@
-"""Operations and bytes of a training step of Stable Diffusion 1.5's UNet, counted at true shapes without running it."""
+"""Operations and bytes of a training step of Stable Diffusion 1.5's UNet, counted at full size without running it."""
 
 import pytest
 import torch
@@ -8,10 +8,10 @@ from benchmarks.train_step import VARIANTS
 from delora_diffusers.methods.config import UNET_TARGETS
 
 
-def test_the_counter_counts_what_is_known():
+def test_the_counter_on_known_operations():
     a, b = torch.zeros(4, 8), torch.zeros(8, 2)
     with Counter() as counter:
-        (a @ b).mT.add_(1.0)  # a product and a sum; the transposition is a view
+        (a @ b).mT.add_(1.0)  # a product and a sum; the transpose is a view
     assert counter.by_name == {"aten.mm.default": 1, "aten.add_.Tensor": 1}
     assert counter.bytes == 4 * (32 + 16 + 8) + 4 * (8 + 8)
 
@@ -28,13 +28,13 @@ def steps():
 
 
 def test_adapters_add_few_operations(steps):
-    """At batch 1 and 4 a step lasts as long as its launches take; what the adapters add is bounded here."""
+    """At batch sizes 1 and 4 a step takes as long as its launches; this bounds the launches that adapters add."""
     extra = {key: counter.operations - steps["floor"].operations for key, counter in steps.items()}
     assert extra["lora"] <= 0
     assert 0 < extra["delora"] <= 190
-    assert extra["peft"] > 1500, "the counter no longer sees PEFT's products one by one"
+    assert extra["peft"] > 1500, "the counter no longer counts PEFT's products one by one"
     products = {key: counter.by_name["aten.mm.default"] for key, counter in steps.items()}
-    assert products["delora"] <= products["floor"], "q, k, v of an attention are one product"
+    assert products["delora"] <= products["floor"], "q, k and v of an attention layer must be a single product"
 
 
 def test_adapters_move_no_more_than_peft(steps):

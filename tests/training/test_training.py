@@ -1,4 +1,4 @@
-"""Training as a user starts it: the loss falls, processes agree, a killed run resumes to the same bytes."""
+"""Training from the command line: the loss falls, processes agree, a killed run resumes to the same bytes."""
 
 import json
 import os
@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from delora_diffusers.names import WEIGHTS_NAME
 from tests.helpers import ROOT, fixed_loss, run_in_child, run_in_two_processes, train, training_flags
 
-QUICK_SAMPLES = ["--validation_inference_steps", "2"]
+FEW_STEPS = ["--validation_inference_steps", "2"]
 REAL_PHOTOGRAPHS = ROOT.parent / "shared" / "photos" / "dreambooth" / "dog6"
 
 
 def train_and_die(flags: list[str], where: str, when: int) -> None:
-    """Train, and kill this process as ``kill -9`` does: at a step, or in the middle of writing a checkpoint."""
+    """Train, and stop like ``kill -9``: at a step, or while a checkpoint is being written."""
     from accelerate import Accelerator
 
     original = getattr(Accelerator, where)
@@ -48,38 +48,38 @@ def test_the_loss_falls_in_200_steps(tiny_sd, photographs, tmp_path, method):
     assert after < 0.85 * before
 
 
-def test_two_processes_are_one_with_accumulation(tiny_sd, photographs, tmp_path):
+def test_two_processes_equal_one_with_accumulation(tiny_sd, photographs, tmp_path):
     flags = training_flags(tiny_sd, photographs, tmp_path / "two", "--train_batch_size", 2, "--learning_rate", 1e-3)
-    prior = ["--with_prior_preservation", "--class_prompt", "a toy", "--num_class_images", "3", *QUICK_SAMPLES]
+    prior = ["--with_prior_preservation", "--class_prompt", "a toy", "--num_class_images", "3", *FEW_STEPS]
     run_in_two_processes("train_dreambooth_delora.py", *flags, *prior)
-    one = training_flags(tiny_sd, photographs, tmp_path / "one", "--train_batch_size", 2, "--learning_rate", 1e-3)
-    run_in_child(train, [*one, "--gradient_accumulation_steps", "2", *prior])
+    single = training_flags(tiny_sd, photographs, tmp_path / "one", "--train_batch_size", 2, "--learning_rate", 1e-3)
+    run_in_child(train, [*single, "--gradient_accumulation_steps", "2", *prior])
     for name in sorted(p.name for p in (tmp_path / "one" / "class_images").iterdir()):
         assert (tmp_path / "two" / "class_images" / name).is_file()
-    two, one = load_file(tmp_path / "two" / WEIGHTS_NAME), load_file(tmp_path / "one" / WEIGHTS_NAME)
-    assert two.keys() == one.keys()
-    for name in two:
-        torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=1e-5)
-    moved = [n for n in two if n.endswith("_A") and not torch.equal(two[n], two[n + "0"])]
-    assert len(moved) == 56
+    from_two, from_one = load_file(tmp_path / "two" / WEIGHTS_NAME), load_file(tmp_path / "one" / WEIGHTS_NAME)
+    assert from_two.keys() == from_one.keys()
+    for name in from_two:
+        torch.testing.assert_close(from_two[name], from_one[name], atol=1e-5, rtol=1e-5)
+    trained = [n for n in from_two if n.endswith("_A") and not torch.equal(from_two[n], from_two[n + "0"])]
+    assert len(trained) == 56
 
 
 @pytest.fixture(scope="module")
-def whole_run(tiny_sd, photographs, tmp_path_factory):
-    """The bytes of a run that was never stopped, and the flags of one like it."""
+def uninterrupted_run(tiny_sd, photographs, tmp_path_factory):
+    """The bytes of a run that was never stopped, and a function that returns the same flags for another folder."""
 
     def flags(out: Path) -> list[str]:
         more = ("--max_train_steps", 8, "--checkpointing_steps", 3, "--noise_offset", 0.05, "--lr_scheduler", "cosine")
         return training_flags(tiny_sd, photographs, out, *more, "--random_flip", "--train_batch_size", 2)
 
-    out = tmp_path_factory.mktemp("whole") / "out"
+    out = tmp_path_factory.mktemp("uninterrupted") / "out"
     run_in_child(train, flags(out))
     return (out / WEIGHTS_NAME).read_bytes(), flags
 
 
 @pytest.mark.parametrize(("where", "when"), [("backward", 2), ("backward", 5), ("save_state", 2)])
-def test_a_killed_run_resumes_to_the_same_bytes(whole_run, tmp_path, where, when):
-    expected, flags = whole_run
+def test_a_killed_run_resumes_to_the_same_bytes(uninterrupted_run, tmp_path, where, when):
+    expected, flags = uninterrupted_run
     out = tmp_path / "out"
     assert run_in_child(train_and_die, flags(out), where, when) == -signal.SIGKILL
     assert not (out / WEIGHTS_NAME).exists()
@@ -91,32 +91,36 @@ def test_a_killed_run_resumes_to_the_same_bytes(whole_run, tmp_path, where, when
     assert not list(out.glob(".*.part"))
 
 
-def test_a_resumed_run_must_be_the_same_run(whole_run, tmp_path):
-    _, flags = whole_run
+def test_a_resumed_run_must_keep_its_settings(uninterrupted_run, tmp_path):
+    _, flags = uninterrupted_run
     out = tmp_path / "out"
     run_in_child(train, [*flags(out), "--max_train_steps", "3"])
-    with pytest.raises(AssertionError, match="trained with --rank 4, now it is 8"):
+    with pytest.raises(AssertionError, match="trained with --rank 4, but --rank is now 8"):
         run_in_child(train, [*flags(out), "--rank", "8", "--resume_from_checkpoint", "latest"])
-    with pytest.raises(AssertionError, match="there is no checkpoint checkpoint-7; .* has checkpoint-3"):
+    with pytest.raises(
+        AssertionError, match="--resume_from_checkpoint checkpoint-7 does not exist; .* has checkpoint-3"
+    ):
         run_in_child(train, [*flags(out), "--resume_from_checkpoint", "checkpoint-7"])
 
 
-def test_a_run_with_everything(tiny_sd, photographs, tmp_path):
-    """Prior preservation, text encoder, captions, min-SNR, v-prediction, checkpoints' limit, validation, tracker."""
+def test_a_run_with_all_options(tiny_sd, photographs, tmp_path):
+    """Prior preservation, text encoder, captions, min-SNR, v-prediction, checkpoint limit, validation, tracker."""
     from data.tiny_sd import write
     from tests.helpers import write_photos
 
     model = write(tmp_path / "v", prediction_type="v_prediction")
     folder = write_photos(tmp_path / "photos", 3)
     (folder / "00.txt").write_text("sks toy on a table\n")
-    config = tmp_path / "config.yaml"
-    config.write_text(
+    config_file = tmp_path / "config.yaml"
+    config_file.write_text(
         "with_prior_preservation: true\nclass_prompt: a photo of a toy\nnum_class_images: 3\nrank: 2\n"
         "train_text_encoder: true\nsnr_gamma: 5.0\nmax_train_steps: 2\nvalidation_prompt: [a sks toy, a cat]\n"
         "gradient_checkpointing: true\nmax_grad_norm: 1\n"
     )
     out = tmp_path / "out"
-    flags = training_flags(model, folder, out, "--config", config, "--max_train_steps", 4, "--report_to", "tensorboard")
+    flags = training_flags(
+        model, folder, out, "--config", config_file, "--max_train_steps", 4, "--report_to", "tensorboard"
+    )
     flags += [
         "--checkpointing_steps",
         "1",
@@ -138,9 +142,9 @@ def test_a_run_with_everything(tiny_sd, photographs, tmp_path):
     assert any(name.startswith("text_encoder.") for name in tensors)
     trained = [n for n in tensors if n.startswith("text_encoder.") and n.endswith("_B")]
     assert all(not torch.equal(tensors[n], tensors[n + "0"]) for n in trained)
-    said = json.loads((out / "config.json").read_text())
-    assert said["arguments"]["rank"] == 4, "a typed flag wins over the file"
-    assert said["arguments"]["snr_gamma"] == 5.0
+    config = json.loads((out / "config.json").read_text())
+    assert config["arguments"]["rank"] == 4, "a flag on the command line must override the config file"
+    assert config["arguments"]["snr_gamma"] == 5.0
     card = (out / "README.md").read_text()
     assert "accelerate launch" in card and "validation/step-000004.png" in card and "v_prediction" not in card
 
@@ -185,14 +189,14 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(tiny_sd, photographs, t
     assert sorted(p.name for p in out.iterdir()) == ["checkpoint-2", "config.json"]
 
 
-def test_draws_are_a_function_of_the_counter():
+def test_randomness_is_a_function_of_the_microbatch():
     from delora_diffusers.training.order import generator, sample_indices
 
-    seen = [index for microbatch in range(5) for index in sample_indices(7, microbatch, 2, 5)]
-    assert sorted(seen[:5]) == sorted(seen[5:]) == [0, 1, 2, 3, 4]
-    assert seen != [index for microbatch in range(5) for index in sample_indices(8, microbatch, 2, 5)]
-    first, again = (torch.randn(4, generator=generator(0, 3)) for _ in range(2))
-    assert torch.equal(first, again) and not torch.equal(first, torch.randn(4, generator=generator(0, 4)))
+    indices = [index for microbatch in range(5) for index in sample_indices(7, microbatch, 2, 5)]
+    assert sorted(indices[:5]) == sorted(indices[5:]) == [0, 1, 2, 3, 4]
+    assert indices != [index for microbatch in range(5) for index in sample_indices(8, microbatch, 2, 5)]
+    first, second = (torch.randn(4, generator=generator(0, 3)) for _ in range(2))
+    assert torch.equal(first, second) and not torch.equal(first, torch.randn(4, generator=generator(0, 4)))
 
 
 def test_min_snr_weights_and_v_targets():
