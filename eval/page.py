@@ -3,10 +3,13 @@
 import dataclasses
 import io
 import itertools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.gridspec import SubplotSpec
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -15,26 +18,26 @@ from delora_diffusers.image_files import load_rgb
 from eval.templates import data_uri, render_template
 
 SIDE = 256
-"""Longest side of the images in the page, in pixels."""
+"""Longest side in pixels of the images in the page."""
 SCORES = {"dino": "DINO", "clip_i": "CLIP-I", "clip_t": "CLIP-T"}
 CURVES = {"loss": "loss", "distance/mean": "distance |W' - W|", "lambda/mean": "boundary λ"}
 PHOTOS_SHOWN = 6
-"""In the PNG."""
+"""Number of photos in the PNG."""
 
 Curves = dict[str, tuple[list[int], list[float]]]
 """(steps, values) by tag."""
 
 
 def read_curves(training_dir: Path | None) -> Curves:
-    """Those of ``CURVES`` that the tensorboard logs in a folder have.
+    """The curves in ``CURVES`` that the tensorboard logs in a folder contain.
 
     Raises:
-        InputError: no such folder.
+        InputError: the folder does not exist.
     """
     if training_dir is None:
         return {}
     if not training_dir.is_dir():
-        raise InputError(f"--training_dir {training_dir} is not a folder; give the output folder of a training.")
+        raise InputError(f"--training_dir {training_dir} is not a folder; give the output folder of a training run.")
     curves: Curves = {}
     for folder in sorted({file.parent for file in training_dir.glob("**/events.out.tfevents.*")}):
         events = EventAccumulator(str(folder)).Reload()
@@ -45,7 +48,7 @@ def read_curves(training_dir: Path | None) -> Curves:
 
 
 def common_start(prompts: list[str]) -> str:
-    """The words that all prompts begin with."""
+    """The words that all prompts start with."""
     columns = zip(*(prompt.split() for prompt in prompts))
     return " ".join(words[0] for words in itertools.takewhile(lambda words: len(set(words)) == 1, columns))
 
@@ -71,7 +74,7 @@ class Page:
         return f"Before and after: {common_start(list(self.after)) or 'training'}"
 
     def score_rows(self) -> list[tuple[str, list[str]]]:
-        """(label, a cell for each of ``SCORES``) of the base model, the adapter and real images."""
+        """(label, one cell per score) of the base model, the adapter and real images."""
         rows = (
             ("base model", self.scores_before["scores"]),
             ("with the adapter", self.scores_after["scores"]),
@@ -80,7 +83,7 @@ class Page:
         return [(label, [_cell(scores.get(name)) for name in SCORES]) for label, scores in rows]
 
     def html(self) -> str:
-        """The page, in one file."""
+        """The page as a single HTML file."""
         prompts = [
             (prompt, [[_embedded(path) for path in images] for images in (self.before.get(prompt, []), after)])
             for prompt, after in self.after.items()
@@ -101,23 +104,23 @@ class Page:
         return data_uri(Image.open(io.BytesIO(_png(figure))), "PNG")
 
     def png(self) -> bytes:
-        """The same as one image: photos on top, generated images on the left, scores and curves on the right."""
+        """The page as one image: photos at the top, generated images on the left, scores and curves on the right."""
         per_prompt = max(len(images) for images in self.after.values())
-        columns, lines = 2 * per_prompt, len(self.after)
-        width, height = 1.5 * (columns + 4), 1.5 * (lines + 1.25) + 0.4
+        columns, rows = 2 * per_prompt, len(self.after)
+        width, height = 1.5 * (columns + 4), 1.5 * (rows + 1.25) + 0.4
         figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
         figure.suptitle(self.title, fontsize=13, x=0.02, ha="left", y=1 - 0.1 / height, va="top", parse_math=False)
         grid = figure.add_gridspec(
-            1 + lines, columns, left=0.02, right=columns / (columns + 4), top=1 - 0.5 / height, bottom=0.01, hspace=0.22
+            1 + rows, columns, left=0.02, right=columns / (columns + 4), top=1 - 0.5 / height, bottom=0.01, hspace=0.22
         )
         top = grid[0, :].subgridspec(1, max(columns, min(len(self.photos), PHOTOS_SHOWN)))
         for number, path in enumerate(self.photos[: top.ncols]):
             _show(figure, top[0, number], path, "photos" if number == 0 else "")
-        for line, (prompt, images) in enumerate(self.after.items(), 1):
+        for row, (prompt, images) in enumerate(self.after.items(), 1):
             for number, path in enumerate(self.before.get(prompt, [])[:per_prompt]):
-                _show(figure, grid[line, number], path, f"{prompt}: before" if number == 0 else "")
+                _show(figure, grid[row, number], path, f"{prompt}: before" if number == 0 else "")
             for number, path in enumerate(images):
-                _show(figure, grid[line, per_prompt + number], path, "after" if number == 0 else "")
+                _show(figure, grid[row, per_prompt + number], path, "after" if number == 0 else "")
         side = figure.add_gridspec(
             1 + len(self.curves),
             1,
@@ -127,11 +130,11 @@ class Page:
             bottom=0.07,
             hspace=0.7,
         )
-        self._draw_scores(figure.add_subplot(side[0]))
+        self._add_scores(figure.add_subplot(side[0]))
         plot_curves([figure.add_subplot(side[1 + i]) for i in range(len(self.curves))], self.curves)
         return _png(figure)
 
-    def _draw_scores(self, axis: Any) -> None:
+    def _add_scores(self, axis: Axes) -> None:
         rows = self.score_rows()
         axis.axis("off")
         table = axis.table(
@@ -147,8 +150,8 @@ class Page:
         table.scale(1, 1.5)
 
 
-def plot_curves(axes: Any, curves: Curves) -> None:
-    """One curve into each of the axes."""
+def plot_curves(axes: Iterable[Axes], curves: Curves) -> None:
+    """Plot one curve per axis."""
     for axis, (tag, (steps, values)) in zip(axes, curves.items()):
         axis.plot(steps, values, color="#c0392b" if tag == "loss" else "#2c3e50", linewidth=1.6)
         axis.set_title(CURVES[tag], fontsize=9)
@@ -167,7 +170,7 @@ def _embedded(path: Path) -> str:
     return data_uri(image, "PNG")
 
 
-def _show(figure: Figure, cell: Any, path: Path, label: str) -> None:
+def _show(figure: Figure, cell: SubplotSpec, path: Path, label: str) -> None:
     axis = figure.add_subplot(cell)
     axis.imshow(load_rgb(path).resize((SIDE, SIDE), Image.Resampling.LANCZOS))
     axis.set_title(label, fontsize=8, loc="left", pad=3, parse_math=False)

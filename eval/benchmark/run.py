@@ -57,7 +57,7 @@ def exit_with_failures(failed: dict[str, str]) -> None:
     if failed:
         for folder, problem in failed.items():
             print(f"failed: {folder}: {problem}", file=sys.stderr)
-        sys.exit(f"error: {len(failed)} failed and are in no mean; run the same command again to retry them.")
+        sys.exit(f"error: {len(failed)} failed and are excluded from all means; run the same command again to retry.")
 
 
 def run_tasks(

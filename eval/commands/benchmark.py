@@ -1,6 +1,6 @@
-"""Run a whole benchmark: train every subject, generate its prompts, score, and write tables and a page.
+"""Run a benchmark: train every subject, generate images for its prompts, score them, and write tables and a page.
 
-Each step is skipped if its result is already complete, so the same command continues a run that was stopped. Under
+Steps whose results are complete are skipped, so the same command continues a run that was stopped. Under
 ``accelerate launch`` the subjects are spread over the processes, one GPU each.
 """
 
@@ -14,9 +14,11 @@ from eval.commands.arguments import add_run_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("benchmark", help="dreambooth, toybox or a YAML file of the same form")
-    parser.add_argument("--method", choices=[*METHODS, "none"], default="delora", help="none is the base model")
-    parser.add_argument("--generated_dir", type=Path, help="score existing images: SUBJECT/metadata.jsonl")
+    parser.add_argument("benchmark", help="dreambooth, toybox or a YAML file in the same format")
+    parser.add_argument("--method", choices=[*METHODS, "none"], default="delora", help="none scores the base model")
+    parser.add_argument(
+        "--generated_dir", type=Path, help="score existing images instead: a folder with SUBJECT/metadata.jsonl"
+    )
     add_run_arguments(parser)
 
 

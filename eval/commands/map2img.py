@@ -24,26 +24,28 @@ if TYPE_CHECKING:
 ADE20K_SEGMENTER, ADE20K_DINO = "openmmlab/upernet-convnext-small", "vit_small_patch16_224.dino"
 FEATURES = ("inception", "dino", "none")
 IN_SHEET = 6
-"""Best and worst images in the sheet, of each."""
+"""Number of best and of worst images in the sheet."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--generated_dir", type=Path, required=True, help="an output folder of generate --map_dir")
-    parser.add_argument("--map_dir", type=Path, required=True, help="the maps, beside the real images")
+    parser.add_argument("--map_dir", type=Path, required=True, help="folder with the maps and the real images")
     parser.add_argument(
         "--protocol", choices=("ade20k", "toybox"), default="ade20k", help="sets the defaults of the flags below"
     )
     parser.add_argument("--segmenter", help="a transformers segmentation model: folder or hub id")
     parser.add_argument(
-        "--label_map", type=Path, help="JSON: the segmenter's class for each class of the maps that differs"
+        "--label_map", type=Path, help="JSON object: class of the maps to class of the segmenter, for those that differ"
     )
     parser.add_argument("--ignore_index", type=int, default=IGNORED, help="class of the maps to ignore")
     parser.add_argument(
         "--reduce_labels", action="store_true", help="index 0 means no class, index i class i - 1 (ADE20K)"
     )
     parser.add_argument("--palette", help="for maps in colour: ade20k, generated or a file")
-    parser.add_argument("--frechet_features", choices=FEATURES, help="with inception the Frechet distance is the FID")
-    parser.add_argument("--inception_weights", type=Path, help="file of torch-fidelity's Inception weights")
+    parser.add_argument(
+        "--frechet_features", choices=FEATURES, help="encoder of the Frechet distance; with inception it is the FID"
+    )
+    parser.add_argument("--inception_weights", type=Path, help="file with torch-fidelity's Inception weights")
     parser.add_argument("--dino", help="encoder for --frechet_features dino: timm name, hf-hub:ID or local-dir:FOLDER")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument(
@@ -75,7 +77,7 @@ def write_sheet(
         path, pair = generated[number]
         image = load_rgb(path)
         labels, real = truth.of(pair, image.width)
-        titles = ("map", f"{kind}: {accuracy:.0%} of the pixels", "as segmented", "real")
+        titles = ("map", f"{kind}: {accuracy:.0%} of pixels correct", "segmentation", "real")
         for axis, title, shown in zip(axes, titles, (colours[labels], image, colours[segmenter([image])[0]], real)):
             axis.axis("off")
             axis.set_title(title, fontsize=9)

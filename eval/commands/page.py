@@ -16,10 +16,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--generated_dir", type=Path, required=True, help="images generated with the adapter")
     parser.add_argument("--base_dir", type=Path, required=True, help="images of the same prompts without it")
     parser.add_argument("--reference_dir", type=Path, required=True, help="photos of the subject")
-    parser.add_argument("--training_dir", type=Path, help="output folder of the training, for its curves")
+    parser.add_argument("--training_dir", type=Path, help="output folder of the training run, for its curves")
     add_scorer_arguments(parser)
     add_encoder_arguments(parser, batch_size=32)
-    parser.add_argument("--output", type=Path, required=True, help="HTML file to write; a PNG of it goes beside it")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="HTML file to write; a PNG version is written beside it"
+    )
 
 
 def run(options: argparse.Namespace) -> None:

@@ -6,9 +6,12 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="one or two output folders of eval benchmark")
-    parser.add_argument("--labels", nargs="+", help="a label for each run; default: its method")
+    parser.add_argument("--labels", nargs="+", help="one label per run (default: its method)")
     parser.add_argument(
-        "--output", type=Path, required=True, help="HTML file to write; its tables go beside it as .md and .tex"
+        "--output",
+        type=Path,
+        required=True,
+        help="HTML file to write; its tables are written beside it as .md and .tex",
     )
 
 

@@ -1,6 +1,6 @@
 """Reproduce a figure or table of the paper: train every setting on every subject and seed, generate, score, plot.
 
-Each setting is a run of the benchmark in a folder of its own. Whatever is already complete is kept, so the same command
+Each setting is a benchmark run in its own folder. Results that are already complete are kept, so the same command
 continues a study that was stopped. Under ``accelerate launch`` the trainings are spread over the processes.
 """
 
@@ -13,22 +13,24 @@ from delora_diffusers.methods.table import METHODS
 from eval.commands.arguments import add_run_arguments
 from eval.study.settings import STUDIES
 
-OTHERS = ("ablation-maps", "comparison", "norms")
+OTHER_STUDIES = ("ablation-maps", "comparison", "norms")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", choices=[*STUDIES, *OTHERS], help="which figure or table")
-    parser.add_argument("--benchmark", default="toybox", help="dreambooth, toybox or a YAML file of the same form")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="instead of the study's own")
+    parser.add_argument("name", choices=[*STUDIES, *OTHER_STUDIES], help="which figure or table")
+    parser.add_argument("--benchmark", default="toybox", help="dreambooth, toybox or a YAML file in the same format")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="instead of the study's default methods")
     parser.add_argument(
-        "--multipliers", nargs="+", type=float, help="of the default rate or steps, instead of the study's own"
+        "--multipliers", nargs="+", type=float, help="multiples of the default rate or steps, instead of the study's"
     )
     add_run_arguments(parser)
     group = parser.add_argument_group("ablation-maps")
-    group.add_argument("--train_data_dir", type=Path, help="pairs of images and maps; toybox renders its own")
-    group.add_argument("--map_dir", type=Path, help="other pairs, whose maps are used for generating and scoring")
     group.add_argument(
-        "--score", nargs="+", default=[], metavar="FLAG=VALUE", help="eval map2img flags: palette=ade20k"
+        "--train_data_dir", type=Path, help="pairs of images and maps; rendered for the miniature if omitted"
+    )
+    group.add_argument("--map_dir", type=Path, help="other pairs, whose maps are used to generate and score")
+    group.add_argument(
+        "--score", nargs="+", default=[], metavar="FLAG=VALUE", help="flags of eval map2img, such as palette=ade20k"
     )
 
 

@@ -30,7 +30,7 @@ def unfinished(trials: Sequence[Trial], rows: pd.DataFrame) -> str:
         if finished < expected:
             position = "" if setting.x is None else f" at {setting.x:g}x"
             missing.append(f"{setting.label}{position} ({expected - finished} of {expected})")
-    return f" Not finished, and in no mean: {', '.join(missing)}." if missing else ""
+    return f" Not finished, and excluded from all means: {', '.join(missing)}." if missing else ""
 
 
 def first_protocol(rows: pd.DataFrame) -> pd.DataFrame:

@@ -207,7 +207,7 @@ def write(path: Path, rows: pd.DataFrame, runs: Sequence[MapRun]) -> Path:
     axes = [("miou", "mIoU"), ("frechet", "Frechet distance to the real images")]
     figures.plot_rows(pd.DataFrame(table), real[0], path, axes)
     counts = f"{seeds} seeds. ±: standard deviation over seeds; the figure shows the lowest and the highest.\n"
-    counts += f"Not finished, and in no mean: {'; '.join(unfinished)}.\n" if unfinished else ""
+    counts += f"Not finished, and excluded from all means: {'; '.join(unfinished)}.\n" if unfinished else ""
     parts = [f"![{SHOWS}]({path.name}.png)\n", f"{SHOWS}\n", counts]
     file = path.with_suffix(".md")
     write_text(file, "\n".join([*parts, markdown(["", *SCORES.values(), "distance"], cells)]))

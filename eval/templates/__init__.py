@@ -12,7 +12,7 @@ FOLDER = Path(__file__).parent
 
 
 def render_template(name: str, **context: Any) -> str:
-    """A template of this folder as HTML. Everything from outside is escaped."""
+    """Render a template of this folder. All values are HTML-escaped, except those marked as markup."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER),
         autoescape=True,
@@ -24,12 +24,12 @@ def render_template(name: str, **context: Any) -> str:
 
 
 def template_file(name: str) -> str:
-    """A style or script of this folder."""
+    """The text of a stylesheet or script of this folder."""
     return (FOLDER / name).read_text(encoding="utf-8")
 
 
 def data_uri(image: Image.Image, image_format: str = "WEBP") -> str:
-    """An image in a data URI."""
+    """An image as a data URI."""
     buffer = io.BytesIO()
     image.save(buffer, format=image_format, **({"quality": 80} if image_format == "WEBP" else {}))
     return f"data:image/{image_format.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"

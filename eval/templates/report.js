@@ -1,4 +1,4 @@
-// A thumbnail opens larger; Escape or the button closes it again.
+// A click on a thumbnail shows it larger; Escape, the button or a click outside closes the dialog.
 const dialog = document.querySelector("dialog");
 document.addEventListener("click", (event) => {
   const button = event.target.closest("button.t");

@@ -44,6 +44,7 @@ def small_benchmark(tiny_sd, tiny_scorers, folder: Path) -> list[object]:
     return [*flags, "--clip", f"local-dir:{tiny_scorers / 'clip'}"]
 
 
+@pytest.mark.process
 def test_two_processes_write_the_same_files_as_one(tiny_sd, tiny_scorers, tmp_path):
     flags, output = small_benchmark(tiny_sd, tiny_scorers, tmp_path), tmp_path / "run"
     result = run(flags, TWO_PROCESSES, LAUNCH)
@@ -58,6 +59,7 @@ def test_two_processes_write_the_same_files_as_one(tiny_sd, tiny_scorers, tmp_pa
         assert (output / name).read_bytes() == (tmp_path / "two-processes" / name).read_bytes(), name
 
 
+@pytest.mark.process
 def test_a_run_continues_past_a_failure_and_after_it(tiny_sd, tiny_scorers, tmp_path):
     flags, output = small_benchmark(tiny_sd, tiny_scorers, tmp_path), tmp_path / "run"
     single = run([*flags, "--subjects", "one"], {})
@@ -68,7 +70,7 @@ def test_a_run_continues_past_a_failure_and_after_it(tiny_sd, tiny_scorers, tmp_
     blocked.mkdir(parents=True)
     (blocked / "config.json").write_text(json.dumps({"arguments": {"rank": 64}}))
     failing = run([*flags, "--subjects", "one", "two"], TWO_PROCESSES, LAUNCH)
-    assert failing.returncode != 0 and "1 failed and are in no mean" in failing.stderr
+    assert failing.returncode != 0 and "1 failed and are excluded from all means" in failing.stderr
     summary = json.loads((output / "summary.json").read_text())
     ((folder, problem),) = summary["failed"].items()
     assert folder.endswith("seed-0/two") and "rank" in problem and "log.txt" in problem

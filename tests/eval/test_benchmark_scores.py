@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data.benchmark import load_benchmark
+from delora_diffusers.errors import InputError
 from eval.__main__ import main
+from eval.benchmark.plan import flag_values
 from eval.benchmark.results import bootstrap_interval, mean_and_interval, paired_differences, summarize
 from eval.benchmark.run import child_environment
 from eval.benchmark.tables import latex, markdown, seed_rows
@@ -32,13 +34,13 @@ def write_benchmark(folder: Path, subjects: dict[str, str], images: int = 2) -> 
     return file
 
 
-def write_generated(folder: Path, benchmark: Path, photographs: Path, identifier: str = "sks") -> Path:
+def write_generated(folder: Path, benchmark: Path, photos: Path, identifier: str = "sks") -> Path:
     """Images of every prompt: the photos, rotated and with added noise."""
     definition = load_benchmark(benchmark)
     for number, subject in enumerate(definition.subjects):
         output, lines = folder / subject.name, []
         output.mkdir(parents=True)
-        sources = sorted(path for path in (photographs / subject.name).iterdir() if path.suffix in (".png", ".jpg"))
+        sources = sorted(path for path in (photos / subject.name).iterdir() if path.suffix in (".png", ".jpg"))
         for prompt_number, prompt in enumerate(definition.prompts_of(subject)):
             for k in range(definition.images_per_prompt):
                 random = np.random.default_rng((number, prompt_number, k))
@@ -56,22 +58,22 @@ def write_generated(folder: Path, benchmark: Path, photographs: Path, identifier
 @pytest.fixture
 def small(tmp_path):
     """(benchmark, photos, generated images) of two subjects with four and six photos."""
-    photographs = tmp_path / "photographs"
-    write_photos(photographs / "one", 4)
-    write_photos(photographs / "two", 6)
+    photos = tmp_path / "photographs"
+    write_photos(photos / "one", 4)
+    write_photos(photos / "two", 6)
     benchmark = write_benchmark(tmp_path, {"one": "toy", "two": "mug"})
-    return benchmark, photographs, write_generated(tmp_path / "generated", benchmark, photographs)
+    return benchmark, photos, write_generated(tmp_path / "generated", benchmark, photos)
 
 
 def flags(small, tiny_scorers, output: Path, *more: object) -> list[str]:
-    benchmark, photographs, generated = small
-    words = ["benchmark", benchmark, "--photographs", photographs, "--generated_dir", generated]
+    benchmark, photos, generated = small
+    words = ["benchmark", benchmark, "--photographs", photos, "--generated_dir", generated]
     words += ["--output_dir", output, "--lpips", "none", "--workers", 0]
     words += ["--dino", f"local-dir:{tiny_scorers / 'dino'}", "--clip", f"local-dir:{tiny_scorers / 'clip'}"]
     return [str(word) for word in [*words, *more]]
 
 
-def pairwise(benchmark: Path, photographs: Path, generated: Path, tiny_scorers: Path) -> dict[str, float]:
+def pairwise(benchmark: Path, photos: Path, generated: Path, tiny_scorers: Path) -> dict[str, float]:
     """OFT's evaluation: one pair at a time, each image read and encoded again for each of its pairs."""
     import open_clip
     import timm
@@ -105,7 +107,7 @@ def pairwise(benchmark: Path, photographs: Path, generated: Path, tiny_scorers: 
     scores = {"dino": [], "clip_i": [], "clip_t": [], "real_dino": [], "real_clip_i": []}
     with torch.inference_mode():
         for subject in load_benchmark(benchmark).subjects:
-            references = sorted(p for p in (photographs / subject.name).iterdir() if p.suffix in (".png", ".jpg"))
+            references = sorted(p for p in (photos / subject.name).iterdir() if p.suffix in (".png", ".jpg"))
             records = [json.loads(line) for line in (generated / subject.name / "metadata.jsonl").open()]
             for record in records:
                 path = generated / subject.name / record["file_name"]
@@ -155,34 +157,34 @@ def test_scores_equal_the_pairwise_definition_on_real_photos(tiny_scorers, tmp_p
 
 
 def test_another_identifier_is_removed_too(small, tiny_scorers, tmp_path):
-    benchmark, photographs, _ = small
-    generated = write_generated(tmp_path / "qwe", benchmark, photographs, identifier="qwe")
+    benchmark, photos, _ = small
+    generated = write_generated(tmp_path / "qwe", benchmark, photos, identifier="qwe")
     for name, images in (("a", small[2]), ("b", generated)):
-        main(flags((benchmark, photographs, images), tiny_scorers, tmp_path / name))
+        main(flags((benchmark, photos, images), tiny_scorers, tmp_path / name))
     a, b = (pd.read_parquet(tmp_path / name / "scores.parquet") for name in "ab")
     pd.testing.assert_frame_equal(a.drop(columns="file"), b.drop(columns="file"))
     assert "sks" not in "".join(a["prompt"])
 
 
-def test_an_unreadable_image_is_reported_and_its_subject_is_in_no_mean(small, tiny_scorers, tmp_path, capsys):
+def test_an_unreadable_image_excludes_its_subject(small, tiny_scorers, tmp_path, capsys):
     _, _, generated = small
     for name in ("0-1.png", "1-0.png"):
         content = (generated / "one" / name).read_bytes()
         (generated / "one" / name).write_bytes(content[: len(content) // 2])
-    with pytest.raises(SystemExit, match="1 failed and are in no mean"):
+    with pytest.raises(SystemExit, match="1 failed and are excluded from all means"):
         main(flags(small, tiny_scorers, tmp_path / "run"))
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     (problem,) = summary["failed"].values()
     assert "2 of 8 images cannot be scored" in problem and "0-1.png" in problem
     assert summary["protocols"]["delora"]["counts"]["subjects"] == 1
-    assert "Not in any mean" in (tmp_path / "run" / "index.html").read_text()
+    assert "Excluded from all means" in (tmp_path / "run" / "index.html").read_text()
     assert "0-1.png" in capsys.readouterr().err
     scores = pd.read_parquet(tmp_path / "run" / "scores.parquet")
     assert set(scores["subject"]) == {"two"}
 
 
 def test_errors(small, tiny_scorers, tmp_path):
-    _, photographs, generated = small
+    _, photos, generated = small
     output = tmp_path / "run"
 
     def check_error(message: str, *more: object) -> None:
@@ -192,7 +194,8 @@ def test_errors(small, tiny_scorers, tmp_path):
     check_error("no_such_folder is not a folder", "--generated_dir", tmp_path / "no_such_folder")
     check_error("--subjects three is not in small, which has one, two", "--subjects", "three")
     check_error("leave out --train, --generate and --seeds", "--seeds", 2)
-    check_error("--train =3 is not FLAG=VALUE", "--train", "=3")
+    with pytest.raises(InputError, match="--train =3 is not FLAG=VALUE"):
+        flag_values(["=3"], "--train")
     check_error("--dino no_such_model could not be loaded", "--dino", "no_such_model")
     if not _has_alexnet():
         check_error("--lpips alex: torchvision.s weights cannot be downloaded", "--lpips", "alex")
@@ -208,10 +211,10 @@ def test_errors(small, tiny_scorers, tmp_path):
     lines = (generated / "two" / "metadata.jsonl").read_text().splitlines()
     (generated / "two" / "metadata.jsonl").write_text("\n".join(lines[1:]) + "\n")
     check_error("no subject could be scored; the first problem")
-    for path in sorted((photographs / "one").iterdir())[1:]:
+    for path in sorted((photos / "one").iterdir())[1:]:
         path.unlink()
     check_error("photographs/one has only one photo; real images are scored in pairs")
-    shutil.rmtree(photographs / "one")
+    shutil.rmtree(photos / "one")
     check_error("has no photos of one")
 
 
@@ -221,11 +224,11 @@ def _has_alexnet() -> bool:
 
 def test_a_folder_with_other_settings_is_rejected(small, tiny_scorers, tmp_path):
     main(flags(small, tiny_scorers, tmp_path / "run"))
-    benchmark, photographs, generated = small
+    benchmark, photos, generated = small
     other = shutil.copytree(generated, tmp_path / "other")
     with pytest.raises(SystemExit, match="was created with generated_dir"):
-        main(flags((benchmark, photographs, other), tiny_scorers, tmp_path / "run"))
-    photo = sorted((photographs / "one").iterdir())[0]
+        main(flags((benchmark, photos, other), tiny_scorers, tmp_path / "run"))
+    photo = sorted((photos / "one").iterdir())[0]
     Image.open(photo).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(photo)
     with pytest.raises(SystemExit, match="was created with other photos of one"):
         main(flags(small, tiny_scorers, tmp_path / "run"))
@@ -238,15 +241,15 @@ def test_a_folder_with_other_settings_is_rejected(small, tiny_scorers, tmp_path)
 
 
 def test_two_runs_side_by_side(small, tiny_scorers, tmp_path):
-    benchmark, photographs, generated = small
-    other = write_generated(tmp_path / "other", benchmark, photographs)
+    benchmark, photos, generated = small
+    other = write_generated(tmp_path / "other", benchmark, photos)
     for path in other.glob("*/*.png"):
         with Image.open(path) as image:
             flipped = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
         flipped.save(path)
     protocols = ("--protocol", "delora", "dreambooth")
     for name, images in (("a", generated), ("b", other)):
-        main(flags((benchmark, photographs, images), tiny_scorers, tmp_path / name, *protocols))
+        main(flags((benchmark, photos, images), tiny_scorers, tmp_path / name, *protocols))
     page = tmp_path / "both.html"
     main(["report", str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(page)])
     text = page.read_text()
