@@ -1,10 +1,10 @@
-"""Seconds and peak memory of export and merge at the true shapes of Stable Diffusion 1.5 and XL, on a CPU.
+"""Time and peak memory of export and merge at the true shapes of Stable Diffusion 1.5 and XL, on a CPU.
 
     python -m benchmarks.export_merge OUT_DIR [--models sd15 sdxl]
 
-A UNet with random weights in fp16 is written in a pipeline folder, with a DeLoRA of rank 16 on its attention; each
-command is a fresh process, whose peak memory is asked of the system. The first row is python that imports torch and
-diffusers and does nothing.
+Writes a pipeline folder whose UNet has random weights in fp16, and a DeLoRA adapter of rank 16 for its attention. Every
+command runs in a new process; its peak memory is what the operating system reports. The first row is a process that
+only imports torch and diffusers.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from benchmarks.train_step import RANK, build_unet
 
 
 def write_inputs(folder: Path, shape: str) -> tuple[Path, Path]:
-    """A pipeline folder whose UNet is of the true shape, and an adapter of it."""
+    """Write a pipeline folder whose UNet has the true shape, and an adapter for it; returns their folders."""
     import torch
     from safetensors.torch import save_file
 
@@ -33,9 +33,9 @@ def write_inputs(folder: Path, shape: str) -> tuple[Path, Path]:
         shutil.rmtree(model / "unet")
         (model / "unet").mkdir()
         unet.save_config(model / "unet")
-        half = {name: tensor.half() for name, tensor in unet.state_dict().items()}
-        save_file(half, model / "unet" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-        del half
+        weights = {name: tensor.half() for name, tensor in unet.state_dict().items()}
+        save_file(weights, model / "unet" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+        del weights
         attached = attach(unet, AdapterConfig(rank=RANK), torch.Generator().manual_seed(0))
         with torch.no_grad():
             for parameter in attached.parameters():
@@ -45,14 +45,15 @@ def write_inputs(folder: Path, shape: str) -> tuple[Path, Path]:
     return model, adapter
 
 
-def measured(command: list[str]) -> tuple[float, float]:
-    """Seconds and peak MiB of a command."""
-    begun = time.perf_counter()
-    child = os.posix_spawn(sys.executable, [sys.executable, *command], dict(os.environ))
+def measure(arguments: list[str]) -> tuple[float, float]:
+    """Seconds and peak MiB of python with these arguments."""
+    start = time.perf_counter()
+    child = os.posix_spawn(sys.executable, [sys.executable, *arguments], dict(os.environ))
     _, status, usage = os.wait4(child, 0)
     if status:
-        raise SystemExit(f"error: {' '.join(command)} failed.")
-    return time.perf_counter() - begun, usage.ru_maxrss / 1024
+        code = os.waitstatus_to_exitcode(status)
+        raise SystemExit(f"error: python {' '.join(arguments)} failed with exit code {code}.")
+    return time.perf_counter() - start, usage.ru_maxrss / 1024
 
 
 def main() -> None:
@@ -62,10 +63,10 @@ def main() -> None:
     options = parser.parse_args()
     options.out_dir.mkdir(parents=True, exist_ok=True)
     lines = ["| | seconds | peak MiB | file, MiB |", "| --- | ---: | ---: | ---: |"]
-    seconds, peak = measured(["-c", "import torch, diffusers, delora_diffusers.adapter"])
+    seconds, peak = measure(["-c", "import torch, diffusers, delora_diffusers.adapter"])
     lines.append(f"| importing torch and diffusers | {seconds:.1f} | {peak:.0f} | |")
     for shape in options.models:
-        # In a process of its own, so that its memory is given back.
+        # In a child process, so that its memory is released.
         if os.fork() == 0:
             write_inputs(options.out_dir, shape)
             os._exit(0)
@@ -78,16 +79,16 @@ def main() -> None:
             ],
             "merge": ["merge", "--output_dir"],
         }
-        for name, words in cases.items():
-            place = options.out_dir / "written"
-            shutil.rmtree(place, ignore_errors=True)
-            command = ["-m", "delora_diffusers", *words, str(place), "--adapter", str(adapter)]
-            if words[0] == "merge":
-                command += ["--pretrained_model_name_or_path", str(model)]
-            seconds, peak = measured(command)
-            size = max(file.stat().st_size for file in place.rglob("*.safetensors")) / 2**20
+        for name, command in cases.items():
+            written = options.out_dir / "written"
+            shutil.rmtree(written, ignore_errors=True)
+            arguments = ["-m", "delora_diffusers", *command, str(written), "--adapter", str(adapter)]
+            if command[0] == "merge":
+                arguments += ["--pretrained_model_name_or_path", str(model)]
+            seconds, peak = measure(arguments)
+            size = max(file.stat().st_size for file in written.rglob("*.safetensors")) / 2**20
             lines.append(f"| {shape}, {name} | {seconds:.1f} | {peak:.0f} | {size:.0f} |")
-            shutil.rmtree(place, ignore_errors=True)
+            shutil.rmtree(written, ignore_errors=True)
     print("\n".join(lines))
 
 

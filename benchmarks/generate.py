@@ -1,9 +1,9 @@
-"""Time of a denoising step with a merged adapter, with an attached one, and of the base model, on a GPU.
+"""Time of a denoising step on a GPU: the base model, with a merged adapter, and with an attached adapter.
 
     python -m benchmarks.generate [--model sd15|sdxl] [--batch_sizes 2 8] [--output OUT]
 
-A step is one forward of the UNet with random weights in bfloat16, without gradients; a batch of 2 is one picture under
-classifier-free guidance. Each time is the median of many steps between CUDA events, the variants taking turns.
+A step is one forward of a UNet with random weights in bfloat16, without gradients; a batch of 2 is one image with
+classifier-free guidance. Times are medians of many steps between CUDA events; the variants take turns.
 """
 
 import argparse
@@ -12,12 +12,14 @@ import itertools
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.utils import logging
 from torch import nn
 
-from benchmarks.train_step import RANK, SHAPES, SIDES, build_unet
+from benchmarks.reporting import print_and_save
+from benchmarks.train_step import LATENT_SIZES, RANK, SHAPES, build_unet
 from delora_diffusers import AdapterConfig, attach, merge
 from delora_diffusers.methods.config import UNET_TARGETS
 
@@ -68,15 +70,15 @@ VARIANTS: dict[str, Callable[[nn.Module], None]] = {
 
 @torch.no_grad()
 def measure(shape: str, batch_size: int, rounds: int, steps: int) -> dict[str, float]:
-    """Median milliseconds of a forward by variant."""
-    options = {"device": "cuda", "dtype": torch.bfloat16}
-    latents = torch.randn(batch_size, 4, *SIDES[shape], **options)
+    """The median time of a forward in ms, by variant."""
+    options: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
+    latents = torch.randn(batch_size, 4, *LATENT_SIZES[shape], **options)
     text = torch.randn(batch_size, 77, SHAPES[shape]["cross_attention_dim"], **options)
     timesteps = torch.full((batch_size,), 500, device="cuda")
-    added = None
+    added_conditions = None
     if shape == "sdxl":
         sizes = torch.tensor([[1024, 1024, 0, 0, 1024, 1024]] * batch_size, device="cuda")
-        added = {"text_embeds": torch.randn(batch_size, 1280, **options), "time_ids": sizes}
+        added_conditions = {"text_embeds": torch.randn(batch_size, 1280, **options), "time_ids": sizes}
     models = {}
     for name, prepare in VARIANTS.items():
         models[name] = build_unet("cuda", shape).eval()
@@ -84,11 +86,11 @@ def measure(shape: str, batch_size: int, rounds: int, steps: int) -> dict[str, f
     times: dict[str, list[float]] = {name: [] for name in models}
 
     def step(unet: nn.Module) -> None:
-        unet(latents, timesteps, text, added_cond_kwargs=added, return_dict=False)
+        unet(latents, timesteps, text, added_cond_kwargs=added_conditions, return_dict=False)
 
     gc.collect()
     gc.disable()
-    for turn in range(rounds + 1):
+    for round_number in range(rounds + 1):
         for name, unet in models.items():
             step(unet)
             marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
@@ -97,10 +99,10 @@ def measure(shape: str, batch_size: int, rounds: int, steps: int) -> dict[str, f
                 step(unet)
                 mark.record()
             torch.cuda.synchronize()
-            if turn:  # the first one warms up
+            if round_number:  # round 0 is the warm-up
                 times[name] += [start.elapsed_time(end) for start, end in itertools.pairwise(marks)]
     gc.enable()
-    return {name: statistics.median(found) for name, found in times.items()}
+    return {name: statistics.median(milliseconds) for name, milliseconds in times.items()}
 
 
 def main() -> None:
@@ -112,19 +114,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     logging.set_verbosity_error()
-    timed = [measure(options.model, size, options.rounds, options.steps) for size in options.batch_sizes]
+    results = [measure(options.model, size, options.rounds, options.steps) for size in options.batch_sizes]
     head = " | ".join(f"batch {size}: ms | / base" for size in options.batch_sizes)
-    lines = [f"| {options.model}, a denoising step | {head} |", "| --- |" + " ---: |" * (2 * len(timed))]
+    lines = [f"| {options.model}, a denoising step | {head} |", "| --- |" + " ---: |" * (2 * len(results))]
     for name in VARIANTS:
-        cells = " | ".join(f"{found[name]:.2f} | {found[name] / found['base model']:.2f}" for found in timed)
+        cells = " | ".join(f"{result[name]:.2f} | {result[name] / result['base model']:.2f}" for result in results)
         lines.append(f"| {name} | {cells} |")
-    lines += [
-        "",
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}; median of {options.rounds * options.steps}.",
-    ]
-    print("\n".join(lines))
-    if options.output:
-        options.output.write_text("\n".join(lines) + "\n")
+    steps = options.rounds * options.steps
+    lines += ["", f"{torch.cuda.get_device_name()}, torch {torch.__version__}; median of {steps} steps."]
+    print_and_save("\n".join(lines), options.output)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""What rounding W' to the model's dtype costs: errors of one projection by its update's size, and trained subjects.
+"""What rounding W' to the model's dtype costs: errors of one projection by size of its update, and trained subjects.
 
 ``python -m benchmarks.precision layers`` compares outputs and gradients of the fast and the split path with float64.
-``python -m benchmarks.precision subjects OUT_DIR`` trains mini-sd on 8 unseen subjects with 3 seeds each way, draws
-with every adapter in float32 and compares scores and distances. A finished run is kept; a stopped one continues.
+``python -m benchmarks.precision subjects OUT_DIR`` trains mini-sd in several precisions on 8 unseen subjects with 3
+seeds, generates with every adapter in float32 and compares scores and distances. Finished runs are kept, so the same
+command continues after an interruption.
 """
 
 import argparse
@@ -13,7 +14,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.miniature_subjects import SUBJECTS, quietly, run_one
+from benchmarks.miniature_subjects import SUBJECTS, run_one, run_or_report
+from benchmarks.reporting import print_and_save
+from delora_diffusers.atomic import write_text
 
 WAYS: dict[str, dict[str, Any]] = {
     "float32": {"mixed_precision": "no", "path": "fast"},
@@ -23,16 +26,17 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 SEEDS = (0, 1, 2)
 SIZES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""|W' - W|_F / |W|_F."""
+"""Sizes of the update, |W' - W|_F / |W|_F."""
 WIDTHS = (320, 640, 1280)
-"""The square projections of Stable Diffusion 1.5."""
+"""Widths of the square projections of Stable Diffusion 1.5."""
 
 
 def layer_errors(width: int, size: float, dtype_name: str, path: str, device: str) -> dict[str, float]:
-    """Relative errors against float64 of one adapted projection, |found - exact| / |exact|.
+    """Relative errors of one adapted projection against float64, |computed - exact| / |exact|.
 
     Returns:
-        ``weight``: of the update W' - W as the product uses it; ``output``; ``input``, ``A``, ``B``: of the gradients.
+        ``weight``: error of the update W' - W that the product uses; ``output``: of the output; ``input``, ``A``,
+        ``B``: of the gradients of the input and of the factors.
     """
     import torch
     from torch import nn
@@ -67,22 +71,22 @@ def layer_errors(width: int, size: float, dtype_name: str, path: str, device: st
     leaves = [exact[key].requires_grad_() for key in ("A", "B")]
     b, a = delora_factors(exact["A"], exact["B"], exact["lambda"], exact["w_norm"], exact["A0"], exact["B0"])
     update = (b @ a)[0]
-    wide = x.detach().double().requires_grad_()
-    whole = wide @ (weight + update).T
-    gradients = torch.autograd.grad((whole * direction.double()).sum(), [wide, *leaves])
+    exact_x = x.detach().double().requires_grad_()
+    exact_y = exact_x @ (weight + update).T
+    gradients = torch.autograd.grad((exact_y * direction.double()).sum(), [exact_x, *leaves])
 
-    def error(found: torch.Tensor | None, right: torch.Tensor) -> float:
-        assert found is not None
-        return float((found.double() - right).norm() / right.norm())
+    def error(computed: torch.Tensor | None, reference: torch.Tensor) -> float:
+        assert computed is not None
+        return float((computed.double() - reference).norm() / reference.norm())
 
     (projection,) = stack.projections
     assert projection.weight is not None
-    used = projection.weight.double() - weight
+    applied = projection.weight.double() - weight
     if projection.a is not None and projection.b is not None:
-        used = used + (projection.b.double() @ projection.a.double())[0]
+        applied = applied + (projection.b.double() @ projection.a.double())[0]
     return {
-        "weight": error(used.detach(), update.detach()),
-        "output": error(y.detach(), whole.detach()),
+        "weight": error(applied.detach(), update.detach()),
+        "output": error(y.detach(), exact_y.detach()),
         "input": error(x.grad, gradients[0]),
         "A": error(stack.trainable["A"].grad, gradients[1]),
         "B": error(stack.trainable["B"].grad, gradients[2]),
@@ -90,26 +94,26 @@ def layer_errors(width: int, size: float, dtype_name: str, path: str, device: st
 
 
 def layers_table() -> str:
-    """Errors by dtype, path and size of the update, the largest over the widths."""
+    """Errors by dtype, size of the update and path; the largest over the widths."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     columns = ("weight", "output", "input", "A", "B")
     lines = [
-        "| dtype | size of the update | path | update in W' | output | gradient of x | of A | of B |",
+        "| dtype | size of the update / W | path | update in W' | output | gradient of x | of A | of B |",
         "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for dtype in ("bfloat16", "float16"):
         for size in SIZES:
             for path in ("fast", "split"):
-                found = [layer_errors(width, size, dtype, path, device) for width in WIDTHS]
-                cells = " | ".join(f"{max(one[column] for one in found):.1e}" for column in columns)
+                errors = [layer_errors(width, size, dtype, path, device) for width in WIDTHS]
+                cells = " | ".join(f"{max(by_column[column] for by_column in errors):.1e}" for column in columns)
                 lines.append(f"| {dtype} | {size:g} | {path} | {cells} |")
     return "\n".join([*lines, "", f"Widths {', '.join(map(str, WIDTHS))}; {device}, torch {torch.__version__}."])
 
 
 def run_subject(task: tuple[Path, int, str | None, dict[str, Any]]) -> dict[str, Any]:
-    """Train, draw and score one subject; add its adapter's distances, relative to the weights."""
+    """Train, generate and score one subject; adds the adapter's mean distance and all distances relative to |W|."""
     result = run_one(task)
     if "relative" in result or task[2] is None:
         return result
@@ -123,17 +127,14 @@ def run_subject(task: tuple[Path, int, str | None, dict[str, Any]]) -> dict[str,
     weights = {name: float(base_parameter(unet.get_submodule(name)).norm()) for name in distances}
     result["distance"] = statistics.mean(distances.values())
     result["relative"] = [distances[name] / weights[name] for name in distances]
-    file = task[0] / "result.json"
-    temporary = file.with_suffix(".part")
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    temporary.replace(file)
+    write_text(task[0] / "result.json", json.dumps(result, indent=1) + "\n")
     return result
 
 
 def subjects_table(results: list[dict[str, Any]]) -> str:
-    """A row for each way: means over subjects and seeds, and the difference to float32 beside the seeds' own spread."""
+    """A row per precision and path: means over subjects and seeds with their standard error, minus those of float32."""
     lines = [
-        "| trained in | DINO | - float32 | CLIP-T | - float32 | distance | smallest, median update |",
+        "| trained in | DINO | minus float32 | CLIP-T | minus float32 | distance | smallest, median update / W |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     reference = None
@@ -141,37 +142,38 @@ def subjects_table(results: list[dict[str, Any]]) -> str:
         rows = [r for r in results if r["setting"] == way]
         if not rows:
             continue
-        seeds = {s: [r for r in rows if r["values"]["seed"] == s] for s in sorted({r["values"]["seed"] for r in rows})}
+        seeds = sorted({r["values"]["seed"] for r in rows})
+        by_seed = [[r["scores"] for r in rows if r["values"]["seed"] == seed] for seed in seeds]
         means = {
-            score: [statistics.mean(r["scores"][score] for r in of) for of in seeds.values()]
+            score: [statistics.mean(scores[score] for scores in subjects) for subjects in by_seed]
             for score in ("dino", "clip_t")
         }
-        spread = {k: statistics.stdev(v) / len(v) ** 0.5 if len(v) > 1 else float("nan") for k, v in means.items()}
+        errors = {k: statistics.stdev(v) / len(v) ** 0.5 if len(v) > 1 else float("nan") for k, v in means.items()}
         reference = reference or means
         cells = []
         for score, values in means.items():
             mean = statistics.mean(values)
-            cells += [f"{mean:.4f} ± {spread[score]:.4f}", f"{mean - statistics.mean(reference[score]):+.4f}"]
+            cells += [f"{mean:.4f} ± {errors[score]:.4f}", f"{mean - statistics.mean(reference[score]):+.4f}"]
         sizes = [size for r in rows for size in r["relative"]]
         distance = statistics.mean(r["distance"] for r in rows)
         cells += [f"{distance:.3f}", f"{min(sizes):.2f}, {statistics.median(sizes):.2f}"]
         lines.append(f"| {way} | {' | '.join(cells)} |")
-    number = len({r["subject"] for r in results})
-    lines += ["", f"{number} subjects, seeds {', '.join(map(str, SEEDS))}; ± is the standard error between seeds."]
+    count = len({r["subject"] for r in results})
+    lines += ["", f"{count} subjects, seeds {', '.join(map(str, SEEDS))}; ± is the standard error over seeds."]
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    layers = commands.add_parser("layers")
-    subjects = commands.add_parser("subjects")
+    layers = commands.add_parser("layers", help="errors of one projection")
+    subjects = commands.add_parser("subjects", help="scores of trained subjects")
     subjects.add_argument("out_dir", type=Path)
-    subjects.add_argument("--workers", type=int, default=os.cpu_count())
-    subjects.add_argument("--subjects", type=int, nargs="+", default=SUBJECTS)
-    subjects.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
-    for one in (layers, subjects):
-        one.add_argument("--output", type=Path)
+    subjects.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at the same time")
+    subjects.add_argument("--subjects", type=int, nargs="+", default=SUBJECTS, help="numbers of unseen subjects")
+    subjects.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), help="how to train")
+    for command in (layers, subjects):
+        command.add_argument("--output", type=Path)
     options = parser.parse_args()
     if options.command == "layers":
         table = layers_table()
@@ -187,19 +189,17 @@ def main() -> None:
         workers = min(options.workers, len(tasks))
         results = []
         with multiprocessing.get_context("spawn").Pool(workers) as pool:
-            for result in pool.imap_unordered(_run_quietly, tasks, chunksize=1):
+            for result in pool.imap_unordered(_run, tasks, chunksize=1):
                 if result is not None:
                     results.append(result)
-                    shown = {key: result[key] for key in ("subject", "setting", "seconds", "scores", "distance")}
-                    print(json.dumps(shown), flush=True)
+                    summary = {key: result[key] for key in ("subject", "setting", "seconds", "scores", "distance")}
+                    print(json.dumps(summary), flush=True)
         table = subjects_table(results)
-    print(table)
-    if options.output:
-        options.output.write_text(table + "\n")
+    print_and_save(table, options.output)
 
 
-def _run_quietly(task: tuple) -> dict[str, Any] | None:
-    return quietly(task, run_subject)
+def _run(task: tuple) -> dict[str, Any] | None:
+    return run_or_report(task, run_subject)
 
 
 if __name__ == "__main__":

@@ -1,35 +1,39 @@
-"""Where a training step's time goes on a GPU: kernels, what keeps the GPU busy, and what the card itself could do.
+"""Where the time of a training step goes: number of kernels, time the GPU is busy, and what the GPU could reach.
 
     python -m benchmarks.step_budget [--batch_sizes 1 4 16] [--output OUT]
 
-For the frozen UNet of Stable Diffusion 1.5's shape, ours and PEFT's LoRA: the kernels of an eager step and the time
-that they keep the GPU busy (by the profiler), the eager and the recorded step (between CUDA events), floating-point
-operations and bytes read and written (counted as they are dispatched), and what those would take at the speeds that
-this card reaches in a large bf16 product and a large copy.
+Compares a frozen UNet of Stable Diffusion 1.5's shape without an adapter, with ours, and with PEFT's LoRA. The columns
+are the time of a step, eager and with a CUDA graph (between CUDA events); the number of kernels of an eager step, and
+the time they keep the GPU busy (from the profiler); the floating-point operations of the step, the bytes it reads and
+writes (counted at dispatch), and the time these would take at the speed of a large bf16 product and a large copy on the
+same GPU.
 """
 
 import argparse
 import itertools
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from diffusers.utils import logging
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.reporting import print_and_save
 from benchmarks.step_counts import Counter
-from benchmarks.train_step import FLOOR, RECORDED, VARIANTS, Trial
+from benchmarks.train_step import FLOOR, GRAPH_VARIANTS, VARIANTS, Trial
 from delora_diffusers.methods.config import UNET_TARGETS
 
-SHOWN = {
+COMPARED = {
     FLOOR: "floor, CUDA graph",
     "ours, DeLoRA, fast path": "ours, DeLoRA, CUDA graph",
     "PEFT LoRA, bf16 adapters": "PEFT LoRA, bf16 adapters, CUDA graph",
 }
-"""Eager variants and the same recorded."""
+"""Eager variants, each with its counterpart that uses a CUDA graph."""
 
 
-def milliseconds(run, count: int = 10) -> float:
+def milliseconds(run: Callable[[], object], count: int = 10) -> float:
+    """The median time of a call on the GPU, in ms, after a warm-up call."""
     run()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
     for mark in marks:
@@ -40,7 +44,7 @@ def milliseconds(run, count: int = 10) -> float:
 
 
 def ceilings() -> tuple[float, float]:
-    """FLOP and bytes a millisecond: a bf16 product of 8,192 on random numbers, a copy of 4 GiB read and written."""
+    """FLOP and bytes per ms, of a bf16 product of random 8,192 x 8,192 matrices and of a copy that moves 4 GiB."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     product = 2 * 8192**3 / milliseconds(lambda: a @ b)
     source = torch.empty(2**31, device="cuda", dtype=torch.uint8)
@@ -48,9 +52,10 @@ def ceilings() -> tuple[float, float]:
     return product, 2 * source.numel() / milliseconds(lambda: target.copy_(source))
 
 
-def budget(batch_size: int, flops_a_ms: float, bytes_a_ms: float) -> list[str]:
+def budget(batch_size: int, flops_per_ms: float, bytes_per_ms: float) -> list[str]:
+    """A row per variant."""
     lines = []
-    for name, recorded in SHOWN.items():
+    for name, graph_name in COMPARED.items():
         trial = Trial(VARIANTS[name], UNET_TARGETS, batch_size)
         eager = milliseconds(trial.step)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -63,15 +68,15 @@ def budget(batch_size: int, flops_a_ms: float, bytes_a_ms: float) -> list[str]:
         with Counter() as counter:
             trial.step()
         del trial
-        replayed = Trial(RECORDED[recorded], UNET_TARGETS, batch_size, record=True)
+        graph_trial = Trial(GRAPH_VARIANTS[graph_name], UNET_TARGETS, batch_size, cuda_graph=True)
         for _ in range(5):
-            replayed.step()
-        graph = milliseconds(replayed.step)
-        del replayed
+            graph_trial.step()
+        graph = milliseconds(graph_trial.step)
+        del graph_trial
         torch.cuda.empty_cache()
         total = flops.get_total_flops()
         cells = [f"{eager:.1f}", f"{graph:.1f}", f"{len(kernels):,}", f"{busy:.1f}", f"{total / 1e12:.2f}"]
-        cells += [f"{total / flops_a_ms:.1f}", f"{counter.bytes / 1e9:.1f}", f"{counter.bytes / bytes_a_ms:.1f}"]
+        cells += [f"{total / flops_per_ms:.1f}", f"{counter.bytes / 1e9:.1f}", f"{counter.bytes / bytes_per_ms:.1f}"]
         lines.append(f"| {batch_size} | {name} | {' | '.join(cells)} |")
         print(lines[-1], flush=True)
     return lines
@@ -83,17 +88,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     logging.set_verbosity_error()
-    flops_a_ms, bytes_a_ms = ceilings()
-    head = "batch | | eager, ms | recorded, ms | kernels | GPU busy, ms"
+    flops_per_ms, bytes_per_ms = ceilings()
+    head = "batch | | eager, ms | CUDA graph, ms | kernels | GPU busy, ms"
     head += " | TFLOP | at the ceiling, ms | GB | at the ceiling, ms"
     lines = [f"| {head} |", f"| ---: | --- |{' ---: |' * 8}"]
     for batch_size in options.batch_sizes:
-        lines += budget(batch_size, flops_a_ms, bytes_a_ms)
-    lines += ["", f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {flops_a_ms / 1e9:.0f} TFLOP/s, "]
-    lines[-1] += f"{bytes_a_ms / 1e9:.2f} TB/s."
-    print("\n".join(lines))
-    if options.output:
-        options.output.write_text("\n".join(lines) + "\n")
+        lines += budget(batch_size, flops_per_ms, bytes_per_ms)
+    lines += ["", f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {flops_per_ms / 1e9:.0f} TFLOP/s, "]
+    lines[-1] += f"{bytes_per_ms / 1e9:.2f} TB/s."
+    print_and_save("\n".join(lines), options.output)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Operations and bytes of one training step, counted without running it: no GPU, no time, the same on every machine.
+"""Count the operations of a training step, and the bytes it reads and writes, without running it.
 
     python -m benchmarks.step_counts [--targets attention|maps] [--batch_size 1]
 
-The steps are those of ``train_step``, at the true shapes, on tensors that have shapes but no values. An operation is a
-call that PyTorch dispatches and that is no view, about one kernel launch each; bytes are what it reads and writes.
+The steps are those of ``benchmarks.train_step`` at the true shapes, on tensors that have shapes but no values. So no
+GPU is needed, and the counts are the same on every machine. An operation is a call that PyTorch dispatches and that is
+not a view; it launches about one kernel.
 """
 
 import argparse
@@ -23,7 +24,7 @@ BOOKKEEPING = ("prim.", "profiler.")
 
 
 class Counter(TorchDispatchMode):
-    """Counts what is dispatched while it is entered: ``operations`` and ``bytes``, and ``by_name``."""
+    """Counts what PyTorch dispatches inside ``with``: ``operations``, the same ``by_name``, and their ``bytes``."""
 
     def __init__(self):
         super().__init__()
@@ -31,22 +32,22 @@ class Counter(TorchDispatchMode):
         self.by_name: dict[str, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
+        output = func(*args, **(kwargs or {}))
         name = str(func)
         if not func.is_view and not name.startswith(BOOKKEEPING):
             self.operations += 1
             self.by_name[name] = self.by_name.get(name, 0) + 1
-            tensors = [leaf for leaf in tree_leaves((args, kwargs, found)) if isinstance(leaf, torch.Tensor)]
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, output)) if isinstance(leaf, torch.Tensor)]
             self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        return found
+        return output
 
 
 def count_step(prepare: Prepare, targets: tuple[str, ...], batch_size: int = 1) -> Counter:
-    """The second step of a trial; the first makes what is made once."""
-    # Tensors without values cannot be moved, which PEFT does to adapters that lie on the right device already.
-    still = mock.patch.object(nn.Module, "to", lambda module, *args, **kwargs: module)
-    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), still:
-        warnings.simplefilter("ignore")  # asked for pointers, which stay null, a weight is seen as unchanged
+    """Count the second step of a trial; the first also does the work that is needed only once."""
+    # Tensors without values cannot be moved, but PEFT also moves adapters that are on the right device already.
+    no_moves = mock.patch.object(nn.Module, "to", lambda module, *args, **kwargs: module)
+    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), no_moves:
+        warnings.simplefilter("ignore")  # a tensor without values has a null data pointer, and reading it warns
         trial = Trial(prepare, targets, batch_size, device="cpu")
         trial.step()
         with Counter() as counter:
@@ -59,14 +60,14 @@ def main() -> None:
     parser.add_argument("--targets", choices=list(TARGETS), default="attention")
     parser.add_argument("--batch_size", type=int, default=1)
     options = parser.parse_args()
-    print(f"| batch {options.batch_size}, {options.targets} | operations | over the floor | GiB read and written |")
+    print(f"| batch {options.batch_size}, {options.targets} | operations | minus the floor's | GiB read and written |")
     print("| --- | ---: | ---: | ---: |")
     floor = None
     for name, prepare in VARIANTS.items():
         counter = count_step(prepare, TARGETS[options.targets], options.batch_size)
         floor = counter.operations if floor is None else floor
-        more = f"{counter.operations - floor:+,}"
-        print(f"| {name} | {counter.operations:,} | {more} | {counter.bytes / 2**30:.1f} |", flush=True)
+        difference = f"{counter.operations - floor:+,}"
+        print(f"| {name} | {counter.operations:,} | {difference} | {counter.bytes / 2**30:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
     python -m benchmarks.train_step [--model sd15|sdxl] [--targets attention|maps] [--batch_sizes 1 4 16] [--output OUT]
 
-A step is forward, loss, backward and, where something trains, gradient clipping and fused AdamW; 512-pixel latents,
-frozen UNet in bfloat16. Each time is the median of many steps between CUDA events after a warm-up, the variants taking
-turns. The floor is the frozen UNet with gradients carried to its input. "autocast" rows are what diffusers' own script
-does: float32 adapters under bfloat16 autocast.
+A step is forward, loss and backward and, if there is something to train, gradient clipping and fused AdamW. The
+latents are those of 512-pixel images (1,024 for SDXL); the frozen UNet is in bfloat16. Times are medians of many steps
+between CUDA events after a warm-up; the variants take turns. The floor is the frozen UNet without an adapter, with
+gradients backpropagated to its input. The "autocast" rows train as diffusers' own script does, with float32 adapters
+under bfloat16 autocast.
 """
 
 import argparse
@@ -22,16 +23,16 @@ from diffusers import UNet2DConditionModel
 from diffusers.utils import logging
 from torch import nn
 
+from benchmarks.reporting import print_and_save
 from delora_diffusers import AdapterConfig, attach
 from delora_diffusers.methods.config import MAP_TARGETS, UNET_TARGETS
 
 RANK = 16
 TARGETS = {"attention": UNET_TARGETS, "maps": MAP_TARGETS}
-"""Which modules are adapted; maps adds the feed-forward layers."""
+"""The modules to adapt; ``maps`` adds the feed-forward layers."""
 
 Prepare = Callable[[nn.Module, tuple[str, ...]], tuple[list, bool]]
-"""Adapts a UNet's targets; returns what trains, and whether it wants autocast."""
-
+"""Adapts the target modules of a UNet; returns the trainable parameters, and whether to run under autocast."""
 
 SHAPES: dict[str, dict[str, Any]] = {
     "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
@@ -49,13 +50,13 @@ SHAPES: dict[str, dict[str, Any]] = {
         "projection_class_embeddings_input_dim": 2816,
     },
 }
-"""UNets of Stable Diffusion 1.5 (860M parameters) and XL (2.6B)."""
-SIDES = {"sd15": (64, 64), "sdxl": (128, 128)}
-"""Latents of 512 and of 1,024 pixels."""
+"""The UNets of Stable Diffusion 1.5 (860M parameters) and XL (2.6B)."""
+LATENT_SIZES = {"sd15": (64, 64), "sdxl": (128, 128)}
+"""Height and width of the latents of 512- and 1,024-pixel images."""
 
 
 def build_unet(device: str, shape: str = "sd15") -> nn.Module:
-    """The UNet, random, frozen, bfloat16."""
+    """A frozen UNet with random weights in bfloat16."""
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
@@ -102,18 +103,18 @@ VARIANTS: dict[str, Prepare] = {
     "PEFT DoRA, bf16 adapters": with_peft("LoraConfig", torch.bfloat16, lora_alpha=2 * RANK, use_dora=True),
     "PEFT DeLoRA, autocast": with_peft("DeloraConfig", torch.float32),
 }
-RECORDED: dict[str, Prepare] = {
+GRAPH_VARIANTS: dict[str, Prepare] = {
     "floor, CUDA graph": floor,
     "ours, DeLoRA, CUDA graph": ours(method="delora"),
     "ours, LoRA, CUDA graph": ours(method="lora"),
     "PEFT LoRA, bf16 adapters, CUDA graph": VARIANTS["PEFT LoRA, bf16 adapters"],
 }
-"""Forward and backward recorded once and replayed, as the training scripts do."""
+"""Forward and backward are recorded as a CUDA graph and replayed, as in the training scripts."""
 FLOOR = next(iter(VARIANTS))
 
 
 class Trial:
-    """One variant with a model of its own, whose step can be timed at any moment."""
+    """A variant with its own model, whose training step can be run at any time."""
 
     def __init__(
         self,
@@ -122,16 +123,13 @@ class Trial:
         batch_size: int,
         device: str = "cuda",
         shape: str = "sd15",
-        record: bool = False,
+        cuda_graph: bool = False,
     ):
         self.unet = build_unet(device, shape)
         self.parameters, autocast = prepare(self.unet, targets)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True) if self.parameters else None
-        size, width, trains = (
-            (batch_size, 4, *SIDES[shape]),
-            SHAPES[shape]["cross_attention_dim"],
-            bool(self.parameters),
-        )
+        size, width = (batch_size, 4, *LATENT_SIZES[shape]), SHAPES[shape]["cross_attention_dim"]
+        trains = bool(self.parameters)
         options: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
         self.latents = torch.randn(size, requires_grad=not trains, **options)
         self.batch = {
@@ -146,13 +144,13 @@ class Trial:
             sizes = torch.tensor([[1024, 1024, 0, 0, 1024, 1024]] * batch_size, device=device)
             self.added = {"text_embeds": torch.randn(batch_size, 1280, **options), "time_ids": sizes}
         self.autocast = torch.autocast(device, torch.bfloat16, enabled=autocast)
-        self.recorded = None
-        if record:
+        self.micro_batches = None
+        if cuda_graph:
             from accelerate import Accelerator
 
             from delora_diffusers.training.cuda_graph import MicroBatches
 
-            self.recorded = MicroBatches(Accelerator(), [], self.loss_of, capture=True)
+            self.micro_batches = MicroBatches(Accelerator(), [], self.loss_of, capture=True)
 
     def loss_of(
         self, timesteps: torch.Tensor, text: torch.Tensor, target: torch.Tensor, latents: torch.Tensor | None = None
@@ -163,33 +161,37 @@ class Trial:
         return nn.functional.mse_loss(prediction.float(), target)
 
     def step(self) -> None:
-        if self.recorded is None:
+        if self.micro_batches is None:
             self.loss_of(**self.batch).backward()
         else:
-            self.recorded(self.batch)
+            self.micro_batches(self.batch)
         if self.optimizer is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
             self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=self.recorded is None)
-        elif self.recorded is None:
+            self.optimizer.zero_grad(set_to_none=self.micro_batches is None)
+        elif self.micro_batches is None:
             self.latents.grad = None
         else:
             self.latents.grad.zero_()  # pyright: ignore[reportOptionalMemberAccess]
 
     def peak_gib(self, allocated: int, reserved: int, steps: int = 5) -> float:
-        """Peak memory of a step beside the bytes of other trials; of a recorded step all that is reserved for it."""
+        """Peak GiB allocated during a step, or with a CUDA graph, all GiB reserved for it.
+
+        Args:
+            allocated, reserved: bytes of the other trials, which do not count.
+        """
         for _ in range(steps):
             self.step()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-        if self.recorded is not None:
+        if self.micro_batches is not None:
             return (torch.cuda.memory_reserved() - reserved) / 2**30
         torch.cuda.reset_peak_memory_stats()
         self.step()
         return (torch.cuda.max_memory_allocated() - allocated) / 2**30
 
     def milliseconds(self, steps: int) -> list[float]:
-        """Times of a few steps, each between two events, run without waiting in between."""
+        """The times of consecutive steps, measured by CUDA events so that nothing waits between the steps."""
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
         marks[0].record()
         for mark in marks[1:]:
@@ -202,15 +204,15 @@ class Trial:
 def measure(
     targets: tuple[str, ...], batch_size: int, rounds: int, steps: int, shape: str, only: list[str] | None
 ) -> dict[str, tuple[float, float]]:
-    """Median milliseconds of a step and peak GiB of each variant; the variants take turns, round after round."""
+    """Median time of a step in ms and its peak memory in GiB, by variant; the variants take turns in every round."""
     trials, memory = {}, {}
-    for name, prepare in (VARIANTS | RECORDED).items():
+    for name, prepare in (VARIANTS | GRAPH_VARIANTS).items():
         if only and name != FLOOR and not any(part in name for part in only):
             continue
         gc.collect()
         torch.cuda.empty_cache()
         others = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
-        trials[name] = Trial(prepare, targets, batch_size, shape=shape, record=name in RECORDED)
+        trials[name] = Trial(prepare, targets, batch_size, shape=shape, cuda_graph=name in GRAPH_VARIANTS)
         memory[name] = trials[name].peak_gib(*others)
     times: dict[str, list[float]] = {name: [] for name in trials}
     gc.collect()
@@ -227,10 +229,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", choices=list(TARGETS), default="attention")
     parser.add_argument("--model", choices=list(SHAPES), default="sd15")
-    parser.add_argument("--only", nargs="+", help="variants whose name holds one of these, and the floor")
+    parser.add_argument("--only", nargs="+", help="run the floor and the variants whose name contains one of these")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=8, help="of each variant in each round")
+    parser.add_argument("--steps", type=int, default=8, help="steps per variant and round")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     logging.set_verbosity_error()
@@ -238,8 +240,8 @@ def main() -> None:
     rows: dict[str, list] = {}
     for batch_size in options.batch_sizes:
         targets = TARGETS[options.targets]
-        timed = measure(targets, batch_size, options.rounds, options.steps, options.model, options.only)
-        for name, (milliseconds, gib) in timed.items():
+        results = measure(targets, batch_size, options.rounds, options.steps, options.model, options.only)
+        for name, (milliseconds, gib) in results.items():
             rows.setdefault(name, []).append((milliseconds, gib))
             print(f"batch {batch_size:2}  {name:32} {milliseconds:7.1f} ms  {gib:6.2f} GiB", flush=True)
     base = rows[FLOOR]
@@ -252,13 +254,10 @@ def main() -> None:
     import peft
 
     versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}, peft {peft.__version__}"
-    counted = (
-        f"{options.model}, rank {RANK}, targets {options.targets}, median of {options.rounds * options.steps} steps"
-    )
-    lines += ["", f"{torch.cuda.get_device_name()}, {versions}, python {platform.python_version()}; {counted}."]
-    print("\n".join(lines))
-    if options.output:
-        options.output.write_text("\n".join(lines) + "\n")
+    steps = options.rounds * options.steps
+    settings = f"{options.model}, rank {RANK}, targets {options.targets}, median of {steps} steps"
+    lines += ["", f"{torch.cuda.get_device_name()}, {versions}, python {platform.python_version()}; {settings}."]
+    print_and_save("\n".join(lines), options.output)
 
 
 if __name__ == "__main__":
