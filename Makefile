@@ -33,9 +33,9 @@ check: setup
 	$(RUN) basedpyright --level error
 	$(RUN) lint-imports
 
-# The quick tier: every test that starts no process.
+# The quick tier: no test that starts a process or takes seconds.
 unit: setup
-	$(RUN) pytest -q -n 2 -m "not process and not gpu and not slow"
+	$(RUN) pytest -q -n 2 -m "not integration and not gpu and not slow"
 
 test: check unit
-	$(RUN) pytest -q -n 2 -m "process and not gpu and not slow"
+	$(RUN) pytest -q -n 2 -m "integration and not gpu and not slow"

@@ -5,7 +5,11 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import multiprocessing.process
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +17,27 @@ import torch
 from tests.helpers import write_photos
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """A test that starts a Python process fails unless it is marked: that keeps the quick tier quick."""
+    if item.get_closest_marker("integration") or item.get_closest_marker("gpu"):
+        return (yield)
+    popen, complaint = subprocess.Popen.__init__, f"{item.name} starts a process; mark it with pytest.mark.integration"
+
+    def checked_popen(process: subprocess.Popen, command: Any, *arguments: Any, **settings: Any) -> None:
+        if not isinstance(command, str) and str(command[0]) in (sys.executable, "bash"):
+            pytest.fail(complaint)
+        popen(process, command, *arguments, **settings)
+
+    def refuse(*_: object) -> None:
+        pytest.fail(complaint)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess.Popen, "__init__", checked_popen)
+        patch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
+        return (yield)
 
 
 @pytest.fixture(scope="session")

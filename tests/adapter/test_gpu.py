@@ -83,6 +83,7 @@ def test_compiled_training_equals_eager(unet, unet_inputs):
     torch.testing.assert_close(results[0], results[1], atol=2e-3, rtol=1e-2)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_training_in_each_precision(tiny_sd, photographs, tmp_path, precision):
     flags = training_flags(tiny_sd, photographs, tmp_path / "out", "--resolution", 64, "--max_train_steps", 200)
@@ -92,6 +93,7 @@ def test_training_in_each_precision(tiny_sd, photographs, tmp_path, precision):
     assert after < 0.9 * before
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("case", ["accumulated", "text encoder", "maps"])
 def test_recorded_step_trains_like_an_eager_step(tiny_sd, photographs, tmp_path, case):
     """The weights agree after a few steps, well past the micro-batches before the recording, up to Adam's noise.
@@ -117,6 +119,7 @@ def test_recorded_step_trains_like_an_eager_step(tiny_sd, photographs, tmp_path,
     assert distance > 0 and difference < 0.02 * distance, f"they differ by {difference / distance:.4f} of the distance"
 
 
+@pytest.mark.integration
 def test_resumes_on_the_gpu(tiny_sd, photographs, tmp_path, unet):
     def flags(out, *more):
         return training_flags(tiny_sd, photographs, out, "--checkpointing_steps", 3, "--mixed_precision", "fp16", *more)

@@ -80,6 +80,7 @@ def two_subjects(tmp_path_factory):
     return [write_photos(folder / "a", 3), write_photos(folder / "b", 5)]
 
 
+@pytest.mark.integration
 def test_training_together_equals_training_alone(tiny_sd, tmp_path, two_subjects):
     """With prior preservation and clipping; in one process, in two processes, and stopped and resumed."""
     prior = ["--with_prior_preservation", "--class_prompt", "a toy", "--num_class_images", 2]
@@ -111,6 +112,7 @@ def test_training_together_equals_training_alone(tiny_sd, tmp_path, two_subjects
         assert config["reached"]["distance"] > 0
 
 
+@pytest.mark.integration
 def test_a_diverging_subject_does_not_affect_the_others(tiny_sd, tmp_path, two_subjects):
     """The error gives the subject whose latents are not finite; the other is saved as if trained alone."""
     low_rate = ("--learning_rate", 1e-3)  # at which Adam does not amplify rounding errors
@@ -141,6 +143,7 @@ def train_with_a_broken_subject(flags: list[str]) -> None:
     train(flags)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -159,6 +162,7 @@ def test_rejects_flags(tiny_sd, tmp_path, two_subjects, change, message):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["subjects.jsonl"]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -99,6 +99,7 @@ def generate_and_die(adapter, out) -> None:
     generate(adapter, out, "--prompt", "a sks dog", "--batch_size", 1)
 
 
+@pytest.mark.integration
 def test_continues_where_it_was_stopped(adapter, tmp_path, capsys):
     out = tmp_path / "g"
     assert run_in_child(generate_and_die, adapter, out) == -signal.SIGKILL
@@ -173,6 +174,7 @@ def test_a_sheet_of_strengths_and_a_sum_of_adapters(adapter, tiny_sd, tmp_path):
         main(["generate", "--adapter", "x", "y", "--adapter_weights", "1", *flags, "--output_dir", str(tmp_path / "n")])
 
 
+@pytest.mark.integration
 def test_two_processes_share_the_work(adapter, tmp_path):
     command = ["-m", "delora_diffusers", "generate", "--adapter", adapter, "--prompt", "a", "b", "--num_images", 2]
     command += ["--num_inference_steps", 2, "--batch_size", 1, "--output_dir"]
@@ -214,6 +216,7 @@ def test_schedulers(adapter, tmp_path, scheduler):
     assert len(list(tmp_path.glob("0*.png"))) == 1
 
 
+@pytest.mark.integration
 def test_killing_one_of_two_processes_loses_no_finished_image(adapter, tmp_path):
     """After ``kill -9`` of one process, finished images stay and the same command generates the remaining ones."""
     words = ["-m", "delora_diffusers", "generate", "--adapter", adapter, "--prompt", "a", "b", "--num_images", 20]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pytest
 import yaml
 from PIL import Image
 
@@ -44,7 +45,7 @@ def small_benchmark(tiny_sd, tiny_scorers, folder: Path) -> list[object]:
     return [*flags, "--clip", f"local-dir:{tiny_scorers / 'clip'}"]
 
 
-@pytest.mark.process
+@pytest.mark.integration
 def test_two_processes_write_the_same_files_as_one(tiny_sd, tiny_scorers, tmp_path):
     flags, output = small_benchmark(tiny_sd, tiny_scorers, tmp_path), tmp_path / "run"
     result = run(flags, TWO_PROCESSES, LAUNCH)
@@ -59,7 +60,7 @@ def test_two_processes_write_the_same_files_as_one(tiny_sd, tiny_scorers, tmp_pa
         assert (output / name).read_bytes() == (tmp_path / "two-processes" / name).read_bytes(), name
 
 
-@pytest.mark.process
+@pytest.mark.integration
 def test_a_run_continues_past_a_failure_and_after_it(tiny_sd, tiny_scorers, tmp_path):
     flags, output = small_benchmark(tiny_sd, tiny_scorers, tmp_path), tmp_path / "run"
     single = run([*flags, "--subjects", "one"], {})

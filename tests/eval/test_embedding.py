@@ -44,7 +44,7 @@ def count_encoded(encoders, monkeypatch):
     return counts
 
 
-@pytest.mark.process
+@pytest.mark.integration
 @pytest.mark.parametrize(("workers", "batch_size"), [(0, 1), (2, 4), (0, 64)])
 def test_features_equal_those_of_single_images(encoders, images, workers, batch_size):
     """Each is preprocessed by the complete transform, which returns floats, and encoded separately."""
@@ -88,7 +88,7 @@ def test_bf16_is_close_to_fp32(encoders, images, tiny_scorers):
         torch.testing.assert_close(features, embed(images, encoders)[key], atol=0.02, rtol=0)
 
 
-@pytest.mark.process
+@pytest.mark.integration
 @pytest.mark.parametrize("workers", [0, 2])
 def test_unreadable_images_are_counted_and_the_first_is_named(encoders, images, workers):
     for path in images[2:4]:

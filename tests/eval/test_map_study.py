@@ -27,7 +27,7 @@ def study(flags, *more: str) -> subprocess.CompletedProcess[str]:
     return run_eval("study", "ablation-maps", *flags, *more)
 
 
-@pytest.mark.process
+@pytest.mark.integration
 def test_the_rows_on_maps(small_study):
     flags, out = small_study
     result = study(flags)
@@ -58,7 +58,7 @@ def test_the_rows_on_maps(small_study):
     assert "has runs with train" in result.stderr and result.returncode == 1
 
 
-@pytest.mark.process
+@pytest.mark.integration
 def test_a_single_folder_is_rejected(small_study):
     flags, _ = small_study
     result = study([word for word in flags if word != "--map_dir" and not word.endswith("/test")])

@@ -24,7 +24,7 @@ from eval.study.trials import plan_trials
 from tests.helpers import ROOT, run_eval, write_photos
 
 
-@pytest.mark.process
+@pytest.mark.integration
 def test_the_settings_of_every_study_are_distinct():
     for study in STUDIES.values():
         settings = study.settings(None, study.multipliers)
@@ -60,7 +60,7 @@ def start(name: str, flags: list[str], *more: str) -> subprocess.Popen:
     )
 
 
-@pytest.mark.process
+@pytest.mark.integration
 def test_a_killed_study_continues_and_shares_its_runs(small_study):
     flags, out = small_study
     more = ("--methods", "delora", "--multipliers", "1", "4")
@@ -86,7 +86,7 @@ def test_a_killed_study_continues_and_shares_its_runs(small_study):
     caption = (out / "lr.md").read_text()
     assert caption in printed and "2 subjects, 1 seeds" in caption
     mean = rows[rows["x"] == 4]["dino"].mean()
-    assert f"| DeLoRA | 4 | {mean:.3f} [" in caption and "| | | 4x |" in caption
+    assert f"| DeLoRA | 4 | {mean:.3f} [" in caption and "|  |  | 4x |" in caption
     with Image.open(out / "lr.png") as figure:
         assert figure.width > 1000
     assert "<svg" in (out / "lr.svg").read_text()[:500]
@@ -101,7 +101,7 @@ def test_a_killed_study_continues_and_shares_its_runs(small_study):
     assert frozen["dino"].tolist() == rows[rows["x"] == 1]["dino"].tolist() and len(starts) == 4
 
 
-@pytest.mark.process
+@pytest.mark.integration
 def test_training_together_equals_training_separately(small_study):
     """One command for all subjects and seeds gives the same distances as one command each."""
     flags, out = small_study
@@ -120,7 +120,7 @@ def test_training_together_equals_training_separately(small_study):
         assert rows["4"][name].tolist() == pytest.approx(rows["1"][name].tolist(), abs=2e-3), name
 
 
-@pytest.mark.process
+@pytest.mark.integration
 def test_a_table(small_study):
     flags, out = small_study
     result = study("ablation", flags, "--methods", "delora", "--subjects", "one")
@@ -134,7 +134,7 @@ def test_a_table(small_study):
         assert figure.width > 100
 
 
-@pytest.mark.process
+@pytest.mark.integration
 def test_a_failed_setting_is_reported_and_the_others_are_shown(small_study):
     flags, out = small_study
     result = study("lr", flags, "--methods", "lora", "--multipliers", "1", "1e35", "--subjects", "one")
@@ -144,7 +144,7 @@ def test_a_failed_setting_is_reported_and_the_others_are_shown(small_study):
     assert "| LoRA | 1 |" in caption and "| LoRA | 1e+35 |" not in caption
 
 
-@pytest.mark.process
+@pytest.mark.integration
 def test_comparison_tunes_on_three_subjects_and_scores_the_others(small_study):
     flags, out = small_study
     small, photographs = (Path(flags[flags.index(flag) + 1]) for flag in ("--benchmark", "--photographs"))
@@ -168,7 +168,7 @@ def test_comparison_tunes_on_three_subjects_and_scores_the_others(small_study):
     assert row in (out / "comparison.md").read_text()
 
 
-@pytest.mark.process
+@pytest.mark.integration
 def test_norms_equal_those_of_the_weights(tmp_path):
     result = study("norms", ["--output_dir", str(tmp_path)])
     assert result.returncode == 0, result.stderr[-2000:]
@@ -186,7 +186,7 @@ def test_norms_equal_those_of_the_weights(tmp_path):
     assert (tmp_path / "norms.png").stat().st_size > 10_000
 
 
-@pytest.mark.process
+@pytest.mark.integration
 def test_longer_trainings_continue_shorter_ones(small_study):
     """Ten steps continued from the checkpoint at step four equal ten steps in one run."""
     flags, out = small_study
@@ -225,7 +225,7 @@ def test_steps_are_multiples_of_max_train_steps(small_study):
     assert [trial.plan.continues for trial in trials] == [None] * 4, "the rates depend on the number of steps"
 
 
-@pytest.mark.process
+@pytest.mark.integration
 def test_errors(small_study):
     flags, _ = small_study
     flags = [*flags[: flags.index("--train") + 1], "learning_rate=1", *flags[flags.index("--train") + 1 :]]

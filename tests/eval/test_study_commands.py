@@ -48,7 +48,7 @@ def test_every_study_has_a_command_line():
     assert set(COMMANDS) == {*STUDIES, "comparison", "norms", "ablation-maps"}
 
 
-@pytest.mark.process
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ["lr", "norms", "ablation-maps"])
 def test_the_command_line_stops_at_the_missing_weights(name, downloaded):
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])

@@ -37,6 +37,7 @@ def test_save_load_save_gives_the_same_bytes(unet, unet_inputs, tmp_path, config
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["pytorch_delora_weights.safetensors"]
 
 
+@pytest.mark.integration
 def test_another_process_writes_the_same_bytes(unet, saved, tiny_sd, tmp_path):
     script = (
         "import sys; from diffusers import UNet2DConditionModel as U; from delora_diffusers import *\n"

@@ -171,6 +171,7 @@ def test_any_damage_is_rejected_or_harmless(good, tmp_path, data):
     assert header["config"].keys() == {"unet"}
 
 
+@pytest.mark.integration
 def test_reading_a_large_file_takes_at_most_twice_its_size(good, tmp_path):
     """A file of 200 MB: the peak memory of reading it, above that of the imports, as the system measures it."""
     file = tmp_path / "good.safetensors"

@@ -298,6 +298,7 @@ def test_unet_with_each_method(unet, unet_inputs, tmp_path, method):
         torch.testing.assert_close(unet(*unet_inputs).sample, adapted, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("delora", "lora")])
 def test_each_method_learns(tiny_sd, photographs, tmp_path, method):
     rate = {"full": 3e-4, "oft": 3e-3}.get(method, 2e-2)

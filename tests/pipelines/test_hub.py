@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.helpers import ROOT, training_flags
 from tests.hub_server import serve_hub
 
 
+@pytest.mark.integration
 def test_train_generate_and_score_by_hub_id(tiny_sd, tiny_scorers, photographs, tmp_path):
     repositories = {
         "tiny/stable-diffusion": tiny_sd,
@@ -42,6 +45,7 @@ def test_train_generate_and_score_by_hub_id(tiny_sd, tiny_scorers, photographs, 
     assert downloaded == set(repositories)
 
 
+@pytest.mark.integration
 def test_push_to_hub_and_use_by_id(tiny_sd, photographs, tmp_path):
     """The uploaded repository has a model card that the hub can read, and every command accepts its id."""
     pushed = tmp_path / "pushed"

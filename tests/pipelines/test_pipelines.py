@@ -40,7 +40,7 @@ def save_randomized(model, folder, config: AdapterConfig, with_text: bool):
     """Save an adapter with random parameters; returns the image that our own pipeline generates with it."""
     pipeline = load_pipeline(str(model))
     unet = attach(pipeline.unet, config, torch.Generator().manual_seed(0))
-    # Without a bound, a scale of 0.5 gives 10x the weights, and rounding errors then change the whole image.
+    # Without a bound, a scale of 0.5 gives 10x the weights, and rounding errors then change the image completely.
     scale = 0.5 if config.method == "delora" else 0.1
     randomize(unet, scale)
     texts = {}
@@ -134,6 +134,7 @@ def test_kohya_files_follow_the_grammar(models, tmp_path, kind):
     assert metadata["ss_base_model_version"] == ("sdxl_base_v1-0" if kind == "sdxl" else "sd_v1")
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", ["sd2", "sdxl"])
 @pytest.mark.parametrize("with_text", [False, True])
 def test_dreambooth_from_training_to_images(models, photographs, tmp_path, kind, with_text):
@@ -262,6 +263,7 @@ def test_merge_rejects_another_model(models, tmp_path):
         assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
 
 
+@pytest.mark.integration
 def test_subjects_of_xl_trained_at_once(models, tmp_path):
     """Each sample keeps its sizes, crops and pooled embeddings, with prior preservation as well."""
     folders = [write_photos(tmp_path / name, count) for name, count in (("a", 3), ("b", 4))]

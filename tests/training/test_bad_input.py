@@ -116,6 +116,7 @@ def test_no_disk_space(tiny_sd, photographs, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.integration
 def test_the_script_prints_only_the_error_message(tiny_sd, tmp_path):
     command = [
         sys.executable,
@@ -147,6 +148,7 @@ def test_generate_rejects_bad_flags(tiny_sd, tmp_path):
     refused("is not a safetensors file", "--adapter", tmp_path / "image.safetensors", "--prompt", "x")
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("module", ["train_dreambooth_delora", "train_controlnet_map2img", "delora_diffusers.__main__"])
 def test_command_line_modules_do_not_import_torch(module):
     """A rejected argument and --help take a third of a second instead of the seconds that importing torch takes."""

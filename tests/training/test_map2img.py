@@ -37,6 +37,7 @@ def weights(out) -> bytes:
     return (out / "pytorch_delora_weights.safetensors").read_bytes()
 
 
+@pytest.mark.integration
 def test_a_run_writes_adapter_grid_card_and_cache(trained):
     from safetensors import safe_open
 
@@ -53,6 +54,7 @@ def test_a_run_writes_adapter_grid_card_and_cache(trained):
     assert len(shards) == 1
 
 
+@pytest.mark.integration
 def test_resumes_to_the_same_bytes(trained, tiny_sd, pairs, tmp_path):
     import shutil
 
@@ -65,6 +67,7 @@ def test_resumes_to_the_same_bytes(trained, tiny_sd, pairs, tmp_path):
     assert weights(out) == weights(trained)
 
 
+@pytest.mark.integration
 def test_the_cache_is_completed_after_a_kill_and_kept_when_settings_change(trained, tiny_sd, pairs, tmp_path):
     cache = tmp_path / "cache"
     assert run_in_child(script.main, map_flags(tiny_sd, pairs, tmp_path / "one", "--cache_dir", cache)) == 0
@@ -81,6 +84,7 @@ def test_the_cache_is_completed_after_a_kill_and_kept_when_settings_change(train
     assert len(list(cache.iterdir())) == 2 and shard.read_bytes() == first
 
 
+@pytest.mark.integration
 def test_a_frozen_controlnet_encoder_does_not_change(unet, tiny_sd, pairs, tmp_path):
     from diffusers import ControlNetModel
 
@@ -108,6 +112,7 @@ def generate_command(trained, pairs, out, *more) -> list[str]:
     return [str(word) for word in [*command, *more]]
 
 
+@pytest.mark.integration
 def test_generate_writes_an_image_per_map_and_continues(generated, trained, pairs, tmp_path, capsys):
     records = [json.loads(line) for line in (generated / "metadata.jsonl").read_text().splitlines()]
     assert [(r["file_name"], r["prompt"]) for r in records] == [(f"{n}.png", f"scene {n}") for n in "abcde"]
@@ -135,6 +140,7 @@ def test_generate_writes_an_image_per_map_and_continues(generated, trained, pair
     assert '"prompt": ""' in (tmp_path / "p" / "metadata.jsonl").read_text()
 
 
+@pytest.mark.integration
 def test_generate_rejects_bad_flags_and_maps(trained, pairs, tmp_path):
     def refused(message, *flags):
         with pytest.raises(SystemExit, match=message):
@@ -169,6 +175,7 @@ def tiny_segmenter(tmp_path_factory):
     return folder
 
 
+@pytest.mark.integration
 def test_scoring(generated, pairs, tiny_segmenter, tiny_scorers, tmp_path, capsys):
     from data.maps import find_pairs, pair_views
     from eval.metrics.segmentation import Segmenter
@@ -208,6 +215,7 @@ def test_scoring(generated, pairs, tiny_segmenter, tiny_scorers, tmp_path, capsy
     refused("Inception weights .*nowhere.pth could not be loaded", *more)
 
 
+@pytest.mark.integration
 def test_two_processes_give_the_same_weights_and_scores(generated, pairs, tiny_sd, tiny_segmenter, tmp_path):
     rate = ("--learning_rate", 1e-3)
     run_in_two_processes("train_controlnet_map2img.py", *map_flags(tiny_sd, pairs, tmp_path / "two", *rate))
@@ -324,6 +332,7 @@ def test_training_rejects_bad_flags(case, tiny_sd, pairs, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.integration
 def test_maps_in_colour_need_no_palette(tiny_sd, pairs, tmp_path):
     import shutil
 

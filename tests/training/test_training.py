@@ -39,6 +39,7 @@ def train_and_die(flags: list[str], where: str, when: int) -> None:
     train(flags)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("method", ["delora", "lora"])
 def test_the_loss_falls_in_200_steps(tiny_sd, photographs, tmp_path, method):
     folder = REAL_PHOTOGRAPHS if REAL_PHOTOGRAPHS.is_dir() else photographs
@@ -48,6 +49,7 @@ def test_the_loss_falls_in_200_steps(tiny_sd, photographs, tmp_path, method):
     assert after < 0.85 * before
 
 
+@pytest.mark.integration
 def test_two_processes_equal_one_with_accumulation(tiny_sd, photographs, tmp_path):
     flags = training_flags(tiny_sd, photographs, tmp_path / "two", "--train_batch_size", 2, "--learning_rate", 1e-3)
     prior = ["--with_prior_preservation", "--class_prompt", "a toy", "--num_class_images", "3", *FEW_STEPS]
@@ -77,6 +79,7 @@ def uninterrupted_run(tiny_sd, photographs, tmp_path_factory):
     return (out / WEIGHTS_NAME).read_bytes(), flags
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("where", "when"), [("backward", 2), ("backward", 5), ("save_state", 2)])
 def test_a_killed_run_resumes_to_the_same_bytes(uninterrupted_run, tmp_path, where, when):
     expected, flags = uninterrupted_run
@@ -91,6 +94,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(uninterrupted_run, tmp_path, whe
     assert not list(out.glob(".*.part"))
 
 
+@pytest.mark.integration
 def test_a_resumed_run_must_keep_its_settings(uninterrupted_run, tmp_path):
     _, flags = uninterrupted_run
     out = tmp_path / "out"
@@ -103,6 +107,7 @@ def test_a_resumed_run_must_keep_its_settings(uninterrupted_run, tmp_path):
         run_in_child(train, [*flags(out), "--resume_from_checkpoint", "checkpoint-7"])
 
 
+@pytest.mark.integration
 def test_a_run_with_all_options(tiny_sd, photographs, tmp_path):
     """Prior preservation, text encoder, captions, min-SNR, v-prediction, checkpoint limit, validation, tracker."""
     from data.tiny_sd import write
@@ -156,6 +161,7 @@ def test_a_run_with_all_options(tiny_sd, photographs, tmp_path):
     assert len(events.Scalars("loss")) == 4 and events.Tags()["images"] == ["validation"]
 
 
+@pytest.mark.integration
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_sd, photographs, tmp_path):
     out = tmp_path / "out"
     more = ("--method", "lora", "--checkpointing_steps", 1, "--learning_rate", 1e30, "--max_train_steps", 30)
@@ -181,6 +187,7 @@ def train_on_a_disk_that_fills(flags: list[str]) -> None:
     train(flags)
 
 
+@pytest.mark.integration
 def test_a_disk_that_fills_up_leaves_the_last_checkpoint(tiny_sd, photographs, tmp_path):
     out = tmp_path / "out"
     flags = training_flags(tiny_sd, photographs, out, "--checkpointing_steps", 2)
