@@ -32,7 +32,7 @@ def write(folders: Sequence[Path], output: Path, labels: Sequence[str] | None = 
     if not protocols:
         raise InputError(f"{folders[0]} and {folders[1]} share no protocol; score both with the same one.")
     files = {output: report_page.render(runs, protocols)}
-    files |= {output.with_suffix(end): text for end, text in text_tables(runs, protocols).items()}
+    files |= {output.with_suffix(suffix): text for suffix, text in text_tables(runs, protocols).items()}
     for file in files:
         if file.exists() and not overwrite:
             raise InputError(f"{file} already exists; remove it or give another --output.")
@@ -59,7 +59,7 @@ def terminal(folder: Path) -> str:
 
 
 def text_tables(runs: Sequence[Run], protocols: Sequence[str]) -> dict[str, str]:
-    """The tables as Markdown and LaTeX, by the ending of their file."""
+    """The tables as Markdown and LaTeX, by file suffix."""
     markdown, latex = "", ""
     for protocol in protocols:
         summaries = [(run.label, run.summary["protocols"][protocol]) for run in runs]

@@ -1,4 +1,4 @@
-"""The commands for each subject of a benchmark, as a user would type them, and the checks whether they are done."""
+"""The commands for each subject of a benchmark, as a user would type them, and checks whether they are done."""
 
 import dataclasses
 import sys
@@ -57,7 +57,7 @@ class SubjectRun:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A command, built just before it runs (None if it has nothing to do), and the check whether it is done."""
+    """A command, built just before it runs (None if it has nothing to do), and a check whether it is done."""
 
     command: Callable[[], Sequence[str] | None]
     is_done: Callable[[], bool]

@@ -204,7 +204,7 @@ class Encoders:
     clip_name: str
 
     def by_key(self) -> dict[str, DinoEncoder | ClipEncoder]:
-        """As ``embed`` takes them."""
+        """The encoders by key, as ``embed`` takes them."""
         return {"dino": self.dino, "clip": self.clip}
 
 

@@ -44,7 +44,7 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
 
 
 class Inception:
-    """The pooled 2,048 features of the Inception v3 that FID is defined with (torch-fidelity's, by torchmetrics).
+    """The 2,048 pooled features of the Inception v3 that defines the FID (torch-fidelity's, through torchmetrics).
 
     Args:
         weights: file of its weights; None downloads them.

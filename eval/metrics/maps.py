@@ -31,10 +31,10 @@ KINDS = ("generated", "real")
 
 
 def read_label_map(file: Path | None) -> dict[int, int]:
-    """The model's class for each class of the maps that differs.
+    """Read ``--label_map``: class of the maps to class of the segmenter, for those that differ.
 
     Raises:
-        InputError: not a JSON object of whole numbers.
+        InputError: the file is not a JSON object of integers.
     """
     if file is None:
         return {}
@@ -53,7 +53,7 @@ class Truth:
     Attributes:
         reduce_labels: index 0 means no class, index i class i - 1.
         ignore_index: of the maps; such pixels do not count.
-        palette: of maps in colour. label_map: the segmenter's class for each class of the maps that differs.
+        palette: of maps in colour. label_map: class of the maps to class of the segmenter.
     """
 
     reduce_labels: bool

@@ -1,4 +1,4 @@
-"""Scoring protocols: which encoders, which preprocessing, which pairs. Scores of different protocols do not compare."""
+"""Scoring protocols: which encoders, which preprocessing, which pairs. Do not compare scores across protocols."""
 
 import dataclasses
 

@@ -1,1 +1,1 @@
-"""The figures and tables of the paper, and ours."""
+"""Reproductions of the paper's figures and tables, and further studies."""

@@ -29,11 +29,11 @@ from eval.study.trials import check_not_varied, exclusive, finish, last_distance
 
 TRAINING_SCRIPT = ROOT / "train_controlnet_map2img.py"
 PAIRS, TEST_MAPS = 4000, 200
-"""Rendered by toybox if no folders are given."""
+"""How many toybox renders if no folders are given."""
 SCORES = {"miou": "mIoU", "mean_accuracy": "mAcc", "pixel_accuracy": "aAcc", "frechet": "Frechet distance"}
 SHOWS = "From LoRA to DeLoRA and from ETHER+ to DeLoRA on semantic maps, row by row (the paper's table 2)."
 SHOWN_MAPS = 5
-"""In the sheet of images."""
+"""Number of maps in the sheet of images."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Mean column norms of attention's pretrained projections by their position in the UNet (the paper's figure 4).
+"""Mean column norms of the pretrained attention projections by position in the UNet (the paper's figure 4).
 
 DeLoRA scales its update by these norms, so they show where its bound is wide and where it is tight.
 """
@@ -21,7 +21,7 @@ KINDS = {"attn1": "self-attention", "attn2": "cross-attention"}
 
 
 def column_norms(name_or_path: str | None) -> pd.DataFrame:
-    """A row per projection of the UNet, in the order of the forward: place, part, kind, projection, mean_norm, in, out.
+    """A row per projection of the UNet, in forward order: place, part, kind, projection, mean_norm, in, out.
 
     Raises:
         InputError: the model cannot be loaded.

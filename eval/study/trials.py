@@ -113,7 +113,7 @@ def continues(shorter: Setting, setting: Setting, options: argparse.Namespace) -
 
 @contextmanager
 def exclusive(accelerator: "Accelerator", output_dir: Path) -> Iterator[None]:
-    """Lock the runs of an output folder, which studies share; waits for another study that is using them."""
+    """Lock the runs of an output folder, which studies share, and wait while another study uses them."""
     if not accelerator.is_main_process:
         yield
         return

@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from eval.metrics.embedding import embed
 from eval.metrics.encoders import ClipEncoder, DinoEncoder
 
+pytestmark = pytest.mark.integration  # seconds a test
+
 WORDS = ["a dog", "a red backpack on top of a mirror", "a stuffed animal with the Eiffel Tower in the background"]
 
 

@@ -25,6 +25,8 @@ from eval.study.trials import plan_trials
 from tests.helpers import ROOT, write_photos
 from train_dreambooth_delora import check_arguments, find_subjects, parse_arguments
 
+pytestmark = pytest.mark.integration  # seconds a test
+
 MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 LINES = [line.strip() for line in (ROOT / "docs" / "studies.md").read_text().splitlines() if line.startswith("    ")]
 VARIABLE = next(line for line in LINES if line.startswith("SD15="))
@@ -48,7 +50,6 @@ def test_every_study_has_a_command_line():
     assert set(COMMANDS) == {*STUDIES, "comparison", "norms", "ablation-maps"}
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("name", ["lr", "norms", "ablation-maps"])
 def test_the_command_line_stops_at_the_missing_weights(name, downloaded):
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
