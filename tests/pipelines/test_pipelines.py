@@ -20,6 +20,8 @@ from delora_diffusers.pipelines.base_model import load_pipeline
 from delora_diffusers.pipelines.conditions import encode_prompts, text_encoders
 from tests.helpers import randomize, run_in_child, together_flags, train, training_flags, write_photos
 
+pytestmark = pytest.mark.integration  # seconds a test
+
 PROMPT, STEPS = "a sks dog", 3
 
 
@@ -134,7 +136,6 @@ def test_kohya_files_follow_the_grammar(models, tmp_path, kind):
     assert metadata["ss_base_model_version"] == ("sdxl_base_v1-0" if kind == "sdxl" else "sd_v1")
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("kind", ["sd2", "sdxl"])
 @pytest.mark.parametrize("with_text", [False, True])
 def test_dreambooth_from_training_to_images(models, photographs, tmp_path, kind, with_text):
@@ -263,7 +264,6 @@ def test_merge_rejects_another_model(models, tmp_path):
         assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
 
 
-@pytest.mark.integration
 def test_subjects_of_xl_trained_at_once(models, tmp_path):
     """Each sample keeps its sizes, crops and pooled embeddings, with prior preservation as well."""
     folders = [write_photos(tmp_path / name, count) for name, count in (("a", 3), ("b", 4))]
