@@ -9,6 +9,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,11 @@ def run_one(task: tuple[Path, Path, Path, str | None, int, dict[str, Any]]) -> d
     result_file = folder / "result.json"
     if result_file.exists():
         return json.loads(result_file.read_text())
+    outputs = {kind: folder / kind.replace(" ", "-") for kind in CAPTIONS}
+    for output in (folder / "run", *outputs.values()):  # an interrupted run starts from scratch
+        shutil.rmtree(output, ignore_errors=True)
+        for suffix in (".json", ".png"):
+            output.with_suffix(suffix).unlink(missing_ok=True)
     from accelerate.state import AcceleratorState
 
     import train_controlnet_map2img
@@ -57,7 +63,7 @@ def run_one(task: tuple[Path, Path, Path, str | None, int, dict[str, Any]]) -> d
         generation["adapter"] = folder / "run"
     scores = {}
     for kind, maps in zip(CAPTIONS, (test, without_captions(test))):
-        generated, scores_file = folder / kind.replace(" ", "-"), folder / f"{kind.replace(' ', '-')}.json"
+        generated, scores_file = outputs[kind], outputs[kind].with_suffix(".json")
         library(["generate", *flags(generation | {"map_dir": maps, "output_dir": generated})])
         AcceleratorState._reset_state(True)
         scoring = {"protocol": "toybox", "generated_dir": generated, "map_dir": maps, "output": scores_file}

@@ -10,6 +10,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -69,6 +70,8 @@ def run_one(task: tuple[Path, int, str | None, dict[str, Any]]) -> dict[str, Any
     result_file = folder / "result.json"
     if result_file.exists():
         return json.loads(result_file.read_text())
+    for output in ("adapter", "pictures"):  # an interrupted run starts from scratch
+        shutil.rmtree(folder / output, ignore_errors=True)
 
     from accelerate.state import AcceleratorState
 

@@ -7,6 +7,8 @@ from benchmarks.step_counts import Counter, count_step
 from benchmarks.train_step import VARIANTS
 from delora_diffusers.methods.config import UNET_TARGETS
 
+pytestmark = pytest.mark.integration  # seconds a test
+
 
 def test_the_counter_on_known_operations():
     a, b = torch.zeros(4, 8), torch.zeros(8, 2)
@@ -37,5 +39,5 @@ def test_adapters_add_few_operations(steps):
     assert products["delora"] <= products["floor"], "q, k and v of an attention layer must be a single product"
 
 
-def test_adapters_move_no_more_than_peft(steps):
+def test_delora_moves_fewer_bytes_than_pefts_lora(steps):
     assert steps["delora"].bytes < steps["peft"].bytes
