@@ -65,7 +65,7 @@ def _child(function, arguments, reports) -> None:
 def run_in_two_processes(*command: object) -> None:
     """Run a script, or ``-m MODULE``, in two processes on this machine."""
     # `accelerate launch --cpu --num_processes 2` starts a single process; torchrun starts two on a CPU as well.
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     subprocess.run([*launch, *map(str, command)], cwd=ROOT, env=environment, check=True)
 

@@ -242,6 +242,7 @@ def test_adapter_follows_a_model_that_is_cast_or_reloaded(unet, unet_inputs):
     torch.testing.assert_close(unet(*unet_inputs).sample, reloaded)
 
 
+@pytest.mark.integration
 def test_compiled_model_trains_without_recompiling(unet, unet_inputs):
     import torch._dynamo.testing
 

@@ -128,6 +128,7 @@ def scaled_copy(adapter, folder, scale: float):
     return folder
 
 
+@pytest.mark.integration
 def test_many_adapters_from_one_command(adapter, tmp_path):
     """One command generates the same images as separate commands per adapter and for the base model."""
     further = scaled_copy(adapter, tmp_path / "further", 2.0)
@@ -150,6 +151,7 @@ def test_many_adapters_from_one_command(adapter, tmp_path):
             assert np.array_equal(pixels(tmp_path / f"all-{seed}" / name), pixels(tmp_path / f"one-{seed}" / name))
 
 
+@pytest.mark.integration
 def test_a_sheet_of_strengths_and_a_sum_of_adapters(adapter, tiny_sd, tmp_path):
     further = scaled_copy(adapter, tmp_path / "further", 2.0)
     generate(adapter, tmp_path / "sheet", "--prompt", "a", "b", "--strength", 0, 0.5, 1, "--num_images", 1)
@@ -179,7 +181,7 @@ def test_two_processes_share_the_work(adapter, tmp_path):
     command = ["-m", "delora_diffusers", "generate", "--adapter", adapter, "--prompt", "a", "b", "--num_images", 2]
     command += ["--num_inference_steps", 2, "--batch_size", 1, "--output_dir"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     in_two = [*launch, *map(str, [*command, tmp_path / "two"])]
     result = subprocess.run(in_two, env=environment, capture_output=True, text=True)
     assert result.stdout.count("4 images in") == 1, result.stderr[-2000:]
@@ -222,7 +224,7 @@ def test_killing_one_of_two_processes_loses_no_finished_image(adapter, tmp_path)
     words = ["-m", "delora_diffusers", "generate", "--adapter", adapter, "--prompt", "a", "b", "--num_images", 20]
     words += ["--num_inference_steps", 10, "--batch_size", 1, "--output_dir", tmp_path / "two"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *map(str, words)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *map(str, words)]
     launched = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while len(list(tmp_path.glob("two/0*.png"))) < 6:
         assert launched.poll() is None, launched.communicate()[1][-2000:]

@@ -41,6 +41,7 @@ def test_dreambooth_matches_the_list_shipped_with_the_photos():
     assert len(contents.missing) == 18 and not contents.extra
 
 
+@pytest.mark.integration
 def test_toys_are_rendered_once(tmp_path):
     benchmark = load_benchmark("toybox")
     assert len(benchmark.subjects) == 10 and {len(p) for p in benchmark.prompts.values()} == {12}

@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.helpers import ROOT, write_photos
 
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 TWO_PROCESSES = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 

@@ -135,6 +135,7 @@ def check_against_pairs(small, tiny_scorers, output):
     return summary
 
 
+@pytest.mark.integration
 def test_scores_equal_the_pairwise_definition(small, tiny_scorers, tmp_path, capsys):
     summary = check_against_pairs(small, tiny_scorers, tmp_path / "run")
     assert summary["counts"] == {"subjects": 2, "seeds": 1, "pictures": 8, "references": 10, "pairs": 4 * 4 + 4 * 6}
@@ -156,6 +157,7 @@ def test_scores_equal_the_pairwise_definition_on_real_photos(tiny_scorers, tmp_p
     check_against_pairs(small, tiny_scorers, tmp_path / "run")
 
 
+@pytest.mark.integration
 def test_another_identifier_is_removed_too(small, tiny_scorers, tmp_path):
     benchmark, photos, _ = small
     generated = write_generated(tmp_path / "qwe", benchmark, photos, identifier="qwe")
@@ -166,6 +168,7 @@ def test_another_identifier_is_removed_too(small, tiny_scorers, tmp_path):
     assert "sks" not in "".join(a["prompt"])
 
 
+@pytest.mark.integration
 def test_an_unreadable_image_excludes_its_subject(small, tiny_scorers, tmp_path, capsys):
     _, _, generated = small
     for name in ("0-1.png", "1-0.png"):
@@ -183,6 +186,7 @@ def test_an_unreadable_image_excludes_its_subject(small, tiny_scorers, tmp_path,
     assert set(scores["subject"]) == {"two"}
 
 
+@pytest.mark.integration
 def test_errors(small, tiny_scorers, tmp_path):
     _, photos, generated = small
     output = tmp_path / "run"
@@ -222,6 +226,7 @@ def _has_alexnet() -> bool:
     return any((Path(torch.hub.get_dir()) / "checkpoints").glob("alexnet*"))
 
 
+@pytest.mark.integration
 def test_a_folder_with_other_settings_is_rejected(small, tiny_scorers, tmp_path):
     main(flags(small, tiny_scorers, tmp_path / "run"))
     benchmark, photos, generated = small
@@ -240,6 +245,7 @@ def test_a_folder_with_other_settings_is_rejected(small, tiny_scorers, tmp_path)
     assert len(starts) == 1 and starts[0]["versions"]["torch"]
 
 
+@pytest.mark.integration
 def test_two_runs_side_by_side(small, tiny_scorers, tmp_path):
     benchmark, photos, generated = small
     other = write_generated(tmp_path / "other", benchmark, photos)
@@ -267,6 +273,7 @@ def test_two_runs_side_by_side(small, tiny_scorers, tmp_path):
         main(["report", str(tmp_path), "--output", str(tmp_path / "x.html")])
 
 
+@pytest.mark.integration
 @given(st.floats(-1, 1), st.integers(2, 30))
 def test_the_interval_over_equal_subjects_has_no_width(value, count):
     low, high = bootstrap_interval(np.ones(count) * 3, np.full(count, 3 * value))

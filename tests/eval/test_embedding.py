@@ -105,6 +105,7 @@ def test_a_damaged_cache_file_is_named(encoders, images, tmp_path):
         embed(images, encoders, cache_dir=tmp_path / "cache")
 
 
+@pytest.mark.integration
 def test_lpips_equals_torchmetrics_pair_by_pair(tmp_path, monkeypatch):
     """With a random backbone in torchvision's folder of pretrained weights."""
     import torchvision

@@ -44,6 +44,7 @@ def test_the_protocols_use_the_published_models():
     assert delora.clip_pretrained == dreambooth.clip_pretrained == "openai"
 
 
+@pytest.mark.integration
 def test_openai_clip_gets_the_activation_it_was_trained_with(monkeypatch):
     """Without downloading the weights: the model that would load them is built."""
     import open_clip
@@ -164,6 +165,7 @@ def test_bad_input(generated, photographs, tiny_scorers, tmp_path):
     assert output.read_text() == "unchanged"
 
 
+@pytest.mark.integration
 def test_a_page_shows_before_and_after(generated, photographs, tmp_path, capsys):
     import shutil
 

@@ -71,6 +71,7 @@ def two_adapters(tiny_sd, tmp_path_factory):
     return folder / "a", folder / "b"
 
 
+@pytest.mark.integration
 @settings(max_examples=10, deadline=None)
 @given(st.floats(0, 2), st.floats(0, 2))
 def test_weights_are_linear_in_every_strength(tiny_sd, two_adapters, first, second):

@@ -18,6 +18,8 @@ from data.toybox.render import render
 from data.toybox.scenes import SEMANTIC_CLASSES, photograph, unseen_subject
 from data.toybox.shapes import CLASSES
 
+pytestmark = pytest.mark.integration  # seconds a test
+
 MODELS = [folder for folder in sorted(FAMILY.iterdir()) if folder.name.startswith("mini-")]
 
 
@@ -72,7 +74,6 @@ except OSError as error:
 """
 
 
-@pytest.mark.integration
 def test_the_family_loads_in_a_process_whose_connections_are_refused():
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | {"PYTHONPATH": "."}
     result = subprocess.run([sys.executable, "-c", LOADING], env=environment, capture_output=True, text=True)
@@ -108,7 +109,6 @@ def test_any_text_gives_an_image(pipeline):
     assert len({image.tobytes() for image in images}) == len(images)
 
 
-@pytest.mark.integration
 def test_a_long_prompt_is_truncated_with_a_warning(tmp_path):
     flags = ["generate", "--num_images", "1", "--num_inference_steps", "1", "--output_dir", str(tmp_path / "o")]
     result = subprocess.run(

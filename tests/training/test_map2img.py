@@ -234,6 +234,7 @@ def test_two_processes_give_the_same_weights_and_scores(generated, pairs, tiny_s
     assert two["scores"] == one["scores"] and two["classes"] == one["classes"] and two["real"] == one["real"]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("seed", range(3))
 def test_scores_equal_torchmetrics_and_direct_counts(seed):
     from torchmetrics.functional.classification import multiclass_accuracy, multiclass_jaccard_index
@@ -275,6 +276,7 @@ def test_the_frechet_distance_equals_the_formula():
     assert frechet_distance(torch.tensor(real), torch.tensor(real)) == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.integration
 def test_fid_runs_with_inception_weights_from_a_file(tmp_path):
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
