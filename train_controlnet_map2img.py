@@ -8,6 +8,7 @@
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from delora_diffusers.errors import InputError
 from delora_diffusers.image_files import upright_size
 from delora_diffusers.methods.config import MAP_TARGETS
 from delora_diffusers.names import is_miniature, is_xl
+from delora_diffusers.outputs import held_folders
 from delora_diffusers.pipelines.base_model import check_model_folder
 from delora_diffusers.training import arguments
 
@@ -93,7 +95,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         InputError
     """
     arguments.check_training_arguments(args)
-    check_model_folder(args.pretrained_model_name_or_path)
+    check_model_folder(args.pretrained_model_name_or_path, args.variant)
     if not 0 <= args.proportion_empty_prompts <= 1:
         raise InputError(
             f"--proportion_empty_prompts {args.proportion_empty_prompts} is not between 0 and 1; give a proportion."
@@ -121,7 +123,7 @@ def with_rendered_pairs(args: argparse.Namespace) -> argparse.Namespace:
         return args
     from data.toybox.write import write_map_pairs  # imports torch
 
-    folder = args.output_dir.with_name(f"{args.output_dir.name}-pairs")
+    folder = Path(f"{os.path.abspath(args.output_dir)}-pairs")
     write_map_pairs(folder, MINIATURE_PAIRS)
     return argparse.Namespace(**vars(args) | {"train_data_dir": folder})
 
@@ -180,7 +182,7 @@ def encode_data(
     accelerator: "Accelerator", pipeline: Any, pairs: list[MapPair], args: argparse.Namespace
 ) -> "DiskCache":
     """Encode latent posteriors, maps and caption embeddings once and keep them on disk."""
-    from delora_diffusers.pipelines.conditions import encode_prompts
+    from delora_diffusers.pipelines.conditions import encode_prompts, warn_of_truncation
     from delora_diffusers.training.disk_cache import build_cache, file_stamp, fingerprint
 
     crops = max(
@@ -189,6 +191,8 @@ def encode_data(
         if pair.image is not None
     )
     captions = [args.default_caption if pair.caption is None else pair.caption for pair in pairs]
+    if accelerator.is_main_process:
+        warn_of_truncation(pipeline, list(dict.fromkeys(captions)))
     names = ("pretrained_model_name_or_path", "revision", "variant", "resolution", "seed", "center_crop", "num_crops")
     inputs: dict[str, Any] = {
         name: str(getattr(args, name)) for name in (*names, "random_flip", "reduce_labels", "dataset_name")
@@ -211,22 +215,38 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     check_arguments(args)
     args = with_rendered_pairs(args)
-    pairs, validation_pairs, palette = find_data(args)
+    data = find_data(args)
+    with held_folders([args.output_dir], args.resume_from_checkpoint):
+        train_on_maps(args, *data)
 
+
+def train_on_maps(
+    args: argparse.Namespace, pairs: list[MapPair], validation_pairs: list[MapPair], palette: np.ndarray | None
+) -> None:
+    """Train an adapter and its control encoder and save them.
+
+    Raises:
+        InputError: something does not fit the model, or the loss is not finite.
+    """
     # Imported after the checks, so that bad input is rejected at once.
     import torch
 
     from delora_diffusers import attach, attach_control
     from delora_diffusers.adapter.control import new_encoder, pretrained_encoder
     from delora_diffusers.pipelines.conditions import encode_prompts
+    from delora_diffusers.pipelines.latents import latent_scale
     from delora_diffusers.training.batches import MapBatches
     from delora_diffusers.training.encoding import PromptTable
     from delora_diffusers.training.loop import train
     from delora_diffusers.training.objective import Losses, NoiseSettings
+    from delora_diffusers.training.run_folder import data_digests
     from delora_diffusers.training.setup import begin_run, load_frozen, save_run, start_accelerator
     from delora_diffusers.training.validation import MapValidation
 
-    accelerator = start_accelerator(args)
+    data = data_digests(
+        (pair.name, [file for file in (pair.image, pair.map) if isinstance(file, Path)], pair.caption) for pair in pairs
+    )
+    accelerator = start_accelerator(args, data)
     device = accelerator.device
     pipeline, noise_scheduler = load_frozen(accelerator, args)
     unet, vae, kind = pipeline.unet, pipeline.vae, type(pipeline).__name__
@@ -247,7 +267,7 @@ def main(argv: list[str] | None = None) -> None:
     control = attach_control(unet, encoder.to(device), palette)
     frozen = args.control_learning_rate == 0
     encoder.requires_grad_(not frozen)
-    begin_run(accelerator, args, "map2img-delora")
+    begin_run(accelerator, args, data, "map2img-delora")
 
     vae.to(device)
     cache = encode_data(accelerator, pipeline, pairs, args)
@@ -266,7 +286,7 @@ def main(argv: list[str] | None = None) -> None:
         noise_scheduler,
         NoiseSettings(args.noise_offset, args.snr_gamma),
         cache,
-        vae.config.scaling_factor,
+        latent_scale(vae),
         table.lookup([""])["encoder_hidden_states"][0],
         palette,
         args.seed,
@@ -278,7 +298,7 @@ def main(argv: list[str] | None = None) -> None:
     train(accelerator, adapters, batches, Losses(unet, control=control), args, validate, None if frozen else encoder)
     trained_on = f"{len(pairs)} images and their maps"
     caption = (args.default_caption if pairs[0].caption is None else pairs[0].caption) or ""
-    save_run(accelerator, args, adapters, trained_on, caption, control=control, pipeline=kind)
+    save_run(accelerator, args, adapters, trained_on, caption, data, control=control, pipeline=kind)
     accelerator.end_training()
 
 

@@ -10,6 +10,7 @@
 
 import argparse
 import functools
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from delora_diffusers.errors import InputError
 from delora_diffusers.image_files import list_images
 from delora_diffusers.methods.config import TEXT_ENCODER_TARGETS
 from delora_diffusers.names import is_miniature, is_xl
+from delora_diffusers.outputs import check_run_folder, held_folders
 from delora_diffusers.pipelines.base_model import check_model_folder
 from delora_diffusers.training import arguments
 
@@ -77,7 +79,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         InputError
     """
     arguments.check_training_arguments(args)
-    check_model_folder(args.pretrained_model_name_or_path)
+    check_model_folder(args.pretrained_model_name_or_path, args.variant)
     if args.subjects_file is None:
         if args.instance_data_dir is None and not is_miniature(args.pretrained_model_name_or_path):
             raise InputError("no photos were given; specify their folder with --instance_data_dir.")
@@ -96,7 +98,7 @@ def with_rendered_photos(args: argparse.Namespace) -> argparse.Namespace:
         return args
     from data.toybox.write import write_unseen_subject  # imports torch
 
-    folder = args.output_dir.with_name(f"{args.output_dir.name}-photographs")
+    folder = Path(f"{os.path.abspath(args.output_dir)}-photographs")
     kind = write_unseen_subject(folder)
     prompt = args.instance_prompt or f"a photo of sks {kind}"
     return argparse.Namespace(**vars(args) | {"instance_data_dir": folder, "instance_prompt": prompt})
@@ -119,7 +121,7 @@ def find_subjects(args: argparse.Namespace) -> list[Subject]:
                     f"--output_dir {args.output_dir} is also a subject's output_dir; give a separate folder for the "
                     "checkpoints."
                 )
-            arguments.check_output_dir(subject.output_dir, args.resume_from_checkpoint)
+            check_run_folder(subject.output_dir, args.resume_from_checkpoint)
     for subject in subjects:
         uncaptioned = [photo.path for photo in subject.photographs if photo.caption is None]
         if uncaptioned and not subject.instance_prompt:
@@ -161,12 +163,14 @@ def generate_class_images(
     folder = args.class_data_dir or subject.output_dir / "class_images"
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"class-{subject.seed}-{number:05}.png" for number in range(args.num_class_images)]
-    missing = [(number, path) for number, path in enumerate(paths) if not path.exists()]
-    missing = missing[: max(0, args.num_class_images - len(list_images(folder)))]
+    given = [path for path in list_images(folder) if path not in paths]
+    wanted = list(enumerate(paths))[: max(0, args.num_class_images - len(given))]
+    # Batches do not depend on where an earlier run stopped, because the last bits of an image depend on its batch.
+    batches = [wanted[i : i + args.sample_batch_size] for i in range(0, len(wanted), args.sample_batch_size)]
+    batches = [batch for batch in batches if not all(path.exists() for _, path in batch)]
     accelerator.wait_for_everyone()  # all processes list the missing images before any process writes one
-    share = missing[accelerator.process_index :: accelerator.num_processes]
-    batches = [share[i : i + args.sample_batch_size] for i in range(0, len(share), args.sample_batch_size)]
-    for batch in tqdm(batches, desc="class images", disable=not accelerator.is_local_main_process or not batches):
+    share = batches[accelerator.process_index :: accelerator.num_processes]
+    for batch in tqdm(share, desc="class images", disable=not accelerator.is_local_main_process or not share):
         images = sample_images(
             pipeline,
             [subject.seed * 1_000_003 + number for number, _ in batch],
@@ -175,6 +179,8 @@ def generate_class_images(
             num_inference_steps=args.validation_inference_steps,
         )
         for (_, path), image in zip(batch, images):
+            if path.exists():
+                continue
             with atomic_write(path) as temporary:
                 image.save(temporary, format="PNG")
     accelerator.wait_for_everyone()
@@ -201,23 +207,37 @@ def main(argv: list[str] | None = None) -> None:
     check_arguments(args)
     args = with_rendered_photos(args)
     subjects = find_subjects(args)
+    folders = list(dict.fromkeys([args.output_dir, *(subject.output_dir for subject in subjects)]))
+    with held_folders(folders, args.resume_from_checkpoint):
+        train_subjects(args, subjects)
 
+
+def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> None:
+    """Train the adapters of all subjects and save them.
+
+    Raises:
+        InputError: something does not fit the model, or the loss is not finite.
+    """
     # Imported after the checks, so that bad input is rejected at once.
     import torch
 
-    from delora_diffusers.pipelines.conditions import encode_prompts, text_encoders, tokenize
+    from delora_diffusers.pipelines.conditions import encode_prompts, text_encoders, tokenize, warn_of_truncation
     from delora_diffusers.training.batches import SubjectBatches, SubjectData
     from delora_diffusers.training.encoding import PromptTable
     from delora_diffusers.training.loop import train
     from delora_diffusers.training.objective import Losses, NoiseSettings
+    from delora_diffusers.training.run_folder import data_digests
     from delora_diffusers.training.setup import begin_run, load_frozen, save_run, start_accelerator
     from delora_diffusers.training.validation import SubjectValidation
 
-    accelerator = start_accelerator(args)
+    photos = [photo for subject in subjects for photo in subject.photographs]
+    data = data_digests((str(photo.path), [photo.path], photo.caption) for photo in photos)
+    accelerator = start_accelerator(args, data)
     device = accelerator.device
     pipeline, noise_scheduler = load_frozen(accelerator, args)
     adapters = attach_adapters(pipeline, subjects, args)
-    begin_run(accelerator, args, "dreambooth-delora")  # all checks have passed, and nothing was written before this
+    # All checks have passed, and nothing was written before this.
+    begin_run(accelerator, args, data, "dreambooth-delora")
 
     # What stays constant during training is computed once: class images, latent posteriors, prompt embeddings.
     pipeline.vae.to(device)
@@ -233,6 +253,8 @@ def main(argv: list[str] | None = None) -> None:
     pipeline.vae.to("cpu")
     prompts = [prompt for subject in subjects for prompt in (*subject.prompts, subject.class_prompt or "")]
     prompts = list(dict.fromkeys([*prompts, *args.validation_prompt, ""]))
+    if accelerator.is_main_process:
+        warn_of_truncation(pipeline, prompts)
     if args.train_text_encoder:
         table = PromptTable(prompts, tokenize(pipeline, prompts, device))
         conditions_of = functools.partial(encode_prompts, pipeline, device=device)
@@ -262,7 +284,9 @@ def main(argv: list[str] | None = None) -> None:
         if number not in failed:
             settings = argparse.Namespace(**vars(args) | subject.flag_overrides())
             trained_on, kind = f"{len(subject.photographs)} photos", type(pipeline).__name__
-            save_run(accelerator, settings, adapters, trained_on, subject.prompts[0], subject=number, pipeline=kind)
+            save_run(
+                accelerator, settings, adapters, trained_on, subject.prompts[0], data, subject=number, pipeline=kind
+            )
     accelerator.end_training()
     if failed:
         steps = ", ".join(f"{subjects[number].output_dir} at step {step}" for number, step in failed.items())

@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from delora_diffusers.errors import InputError
 from delora_diffusers.image_files import list_images
+from delora_diffusers.names import is_folder_name
+from delora_diffusers.text_files import as_int, read_yaml
 
 SHIPPED = Path(__file__).parent / "benchmarks"
 FIELDS = {"identifier", "class"}
@@ -82,21 +82,19 @@ def load_benchmark(name_or_file: str | Path) -> Benchmark:
     if not file.is_file():
         shipped = ", ".join(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
         raise InputError(f"there is no benchmark {name_or_file}; choose one of {shipped}, or give a YAML file.")
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} is not YAML ({' '.join(str(error).split())}); fix it.") from error
+    content = read_yaml(file)
 
     def require(condition: bool, problem: str) -> None:
         if not condition:
             raise InputError(f"{file}: {problem}; see data/benchmarks/dreambooth.yaml for an example.")
 
     require(isinstance(content, dict), "the file is not a mapping")
-    unknown = sorted(set(content) - {field.name for field in dataclasses.fields(Benchmark)})
-    require(not unknown, f"unknown key {', '.join(map(str, unknown))}")
+    unknown = sorted({str(key) for key in content} - {field.name for field in dataclasses.fields(Benchmark)})
+    require(not unknown, f"unknown key {', '.join(unknown)}")
     prompts, entries = content.get("prompts"), content.get("subjects")
     require(isinstance(prompts, dict) and bool(prompts), "prompts must map each kind of subject to a list of prompts")
     for kind, templates in prompts.items():
+        require(isinstance(kind, str), f"the kind {kind!r} is not a word")
         require(isinstance(templates, list) and bool(templates), f"the prompts of {kind!r} are not a list")
         for template in templates:
             require(
@@ -106,25 +104,28 @@ def load_benchmark(name_or_file: str | Path) -> Benchmark:
     require(isinstance(entries, dict) and bool(entries), "subjects must map each name to its class and kind")
     subjects = []
     for name, entry in entries.items():
+        require(
+            isinstance(name, str) and is_folder_name(name),
+            f"the subject {name!r} cannot name a folder (give a visible name without slashes)",
+        )
         entry = entry if isinstance(entry, dict) else {}
         require(
             isinstance(entry.get("class"), str) and not set(entry) - {"class", "kind", "toybox"},
             f"the subject {name!r} needs a class and a kind (the only other key is toybox)",
         )
         require(
-            entry.get("kind") in prompts,
+            isinstance(entry.get("kind"), str) and entry["kind"] in prompts,
             f"the subject {name!r} is of kind {entry.get('kind')!r}, which has no prompts",
         )
-        number = entry.get("toybox")
+        number = as_int(entry.get("toybox"))
         require(
-            number is None or (isinstance(number, int) and number >= 0),
-            f"the toybox number of {name!r} is {number!r}, not a whole number of at least 0",
+            entry.get("toybox") is None or (number is not None and number >= 0),
+            f"the toybox number of {name!r} is {entry.get('toybox')!r}, not a whole number of at least 0",
         )
-        subjects.append(Subject(str(name), entry["class"], entry["kind"], number))
-    images: Any = content.get("images_per_prompt", 4)
-    require(
-        isinstance(images, int) and images > 0, f"images_per_prompt is {images!r}, not a whole number of at least 1"
-    )
+        subjects.append(Subject(name, entry["class"], entry["kind"], number))
+    given: Any = content.get("images_per_prompt", 4)
+    images = as_int(given) or 0
+    require(images > 0, f"images_per_prompt is {given}, not a whole number of at least 1")
     identifier: Any = content.get("identifier", "sks")
     require(isinstance(identifier, str) and bool(identifier), f"the identifier is {identifier!r}, not a word")
     drift_prompts: Any = content.get("drift_prompts", [])
@@ -135,7 +136,7 @@ def load_benchmark(name_or_file: str | Path) -> Benchmark:
             f"the drift prompt {template!r} may contain {{class}} once, and no other field",
         )
     return Benchmark(
-        name=str(content.get("name", file.stem)),
+        name=str(content.get("name") or file.stem),
         identifier=identifier,
         images_per_prompt=images,
         prompts={kind: tuple(templates) for kind, templates in prompts.items()},

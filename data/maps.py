@@ -4,7 +4,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,17 @@ from tqdm.auto import tqdm
 
 from data.palettes import indices_of
 from data.photographs import crop_boxes, scaled_size
-from delora_diffusers.errors import InputError
-from delora_diffusers.image_files import EXTENSIONS, list_images, load_rgb, read_caption, upright_size
+from delora_diffusers.errors import LOADING_ERRORS, InputError
+from delora_diffusers.image_files import (
+    list_images,
+    load_rgb,
+    read_caption,
+    readable_extensions,
+    upright_size,
+    warn_of_unread_images,
+)
 from delora_diffusers.json_lines import IMAGES_WITH_MAPS, OFT_PROMPTS, read_json_lines
-from delora_diffusers.maps import IGNORED, read_map
+from delora_diffusers.maps import IGNORED, read_map, refuse_repeated_keys
 from delora_diffusers.names import METADATA_NAME
 
 LISTED = 3
@@ -95,10 +102,14 @@ def _listed_pairs(folder: Path, records: list[dict[str, Any]]) -> list[MapPair]:
     _refuse(without_map, f"lines of {folder / METADATA_NAME} have no map", "add a map to each")
     missing = [r[key] for r in records for key in ("file_name", "map") if not (folder / r[key]).is_file()]
     _refuse(missing, f"files listed in {folder / METADATA_NAME} are missing", "fix the list or the folder")
+    refuse_repeated_keys((record["map"] for record in records), folder)
     return [MapPair(r["file_name"], folder / r["map"], folder / r["file_name"], r.get("text")) for r in records]
 
 
 def _named_pairs(images: Path, maps: Path, captions: dict[str, str | None]) -> list[MapPair]:
+    for folder in (images, maps):
+        refuse_repeated_keys((path.name for path in list_images(folder)), folder)
+        warn_of_unread_images(folder)
     image_files, map_files = ({path.stem: path for path in list_images(folder)} for folder in (images, maps))
     _refuse(
         sorted(str(image_files[stem].name) for stem in image_files.keys() - map_files.keys()),
@@ -111,7 +122,7 @@ def _named_pairs(images: Path, maps: Path, captions: dict[str, str | None]) -> l
         "add the images or remove the maps",
     )
     if not image_files:
-        raise InputError(f"{images} contains no image ({', '.join(EXTENSIONS)}); put the images there.")
+        raise InputError(f"{images} contains no image ({', '.join(readable_extensions())}); put the images there.")
     pairs = []
     for stem, path in sorted(image_files.items()):
         caption = captions.get(path.name, captions.get(f"images/{path.name}"))
@@ -122,7 +133,7 @@ def _named_pairs(images: Path, maps: Path, captions: dict[str, str | None]) -> l
 def _oft_pairs(folder: Path, prompts: Path) -> list[MapPair]:
     pairs = []
     for _, record in read_json_lines(prompts, OFT_PROMPTS):
-        name = Path(record["source"]).name
+        name = PurePosixPath(record["source"]).name
         pairs.append(MapPair(name, folder / "segm" / name, folder / "color" / name, record["prompt"]))
     missing = [str(p.relative_to(folder)) for q in pairs for p in (q.map, q.image) if not Path(str(p)).is_file()]
     _refuse(missing, f"files listed in {prompts} are missing", "fix the list or the folder")
@@ -142,7 +153,7 @@ def find_hub_pairs(name: str, config: str | None, split: str, columns: tuple[str
 
     try:
         dataset: Any = datasets.load_dataset(name, config, split=split)
-    except Exception as error:  # the hub and the format readers raise all kinds
+    except (*LOADING_ERRORS, datasets.exceptions.DatasetsError) as error:
         raise InputError(
             f"--dataset_name {name} could not be loaded ({' '.join(str(error).split())[:300]})."
         ) from error

@@ -1,7 +1,6 @@
 """Colour palettes for the classes of semantic maps."""
 
 import functools
-import json
 import re
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import numpy as np
 
 from delora_diffusers.errors import InputError
 from delora_diffusers.maps import IGNORED
+from delora_diffusers.text_files import parse_json, read_text
 
 CHANNELS = (1 << 16, 1 << 8, 1)
 
@@ -64,22 +64,22 @@ def read_palette(text: str) -> np.ndarray:
     file = Path(text)
     if not file.is_file():
         raise InputError(f"--palette {text} is not a file; give a palette file, ade20k or generated.")
-    content = file.read_text(encoding="utf-8")
+    content = read_text(file)
     try:
-        rows = json.loads(content) if content.lstrip().startswith("[") else _rows(content)
+        rows = parse_json(content) if content.lstrip().startswith("[") else _rows(content)
         colours = np.array(rows, dtype=int)
         if colours.ndim != 2 or colours.shape[1] != 3 or not 0 < len(colours) <= 256:
             raise ValueError(f"{colours.shape} numbers")
         if colours.min() < 0 or colours.max() > 255:
             raise ValueError(f"a channel of {colours.min() if colours.min() < 0 else colours.max()}")
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise InputError(f"--palette {file} is not a palette ({error}); write one `r g b` line per class.") from error
     return colours.astype(np.uint8)
 
 
 def _rows(content: str) -> list[list[int]]:
     rows = []
-    for line in filter(None, (line.strip() for line in content.splitlines())):
+    for line in filter(None, (line.strip() for line in content.split("\n"))):
         if match := re.match(r"#?([0-9a-fA-F]{6})\b", line):
             rows.append(from_hex(match[1])[0].tolist())
         elif match := re.match(r"(\d+)[\s,;]+(\d+)[\s,;]+(\d+)", line):

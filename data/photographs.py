@@ -7,9 +7,19 @@ import numpy as np
 from PIL import Image
 
 from delora_diffusers.errors import InputError
-from delora_diffusers.image_files import EXTENSIONS, list_images, load_rgb, read_caption, upright_size
+from delora_diffusers.image_files import (
+    list_images,
+    load_rgb,
+    read_caption,
+    readable_extensions,
+    upright_size,
+    warn_of_unread_images,
+)
 from delora_diffusers.json_lines import PHOTOS, read_json_lines
 from delora_diffusers.names import METADATA_NAME
+
+MAX_ASPECT_RATIO = 16
+"""Scaling the short side of a narrower image to the resolution would make it enormous."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,24 +52,38 @@ def find_photographs(folder: str | Path) -> list[Photo]:
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give the folder that contains the photos.")
     paths = list_images(folder)
+    warn_of_unread_images(folder)
     if not paths:
-        raise InputError(f"{folder} contains no image ({', '.join(EXTENSIONS)}); put the photos there.")
+        raise InputError(f"{folder} contains no image ({', '.join(readable_extensions())}); put the photos there.")
     captions = _read_metadata(folder / METADATA_NAME)
     unknown = sorted(captions.keys() - {path.name for path in paths})
     if unknown:
         raise InputError(f"{folder / METADATA_NAME} lists {unknown[0]}, which is not in the folder; fix one of them.")
     photos = []
     for path in paths:
-        load_rgb(path)
+        width, height = load_rgb(path).size
+        if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+            raise InputError(f"{path} is {width} x {height} pixels, too long and narrow for a square crop; remove it.")
         caption = captions.get(path.name)
         photos.append(Photo(path, read_caption(path) if caption is None else caption))
+    with_file: dict[str, Path] = {}
+    for photo in photos:
+        if photo.caption is not None and captions.get(photo.path.name) is None:
+            other = with_file.setdefault(photo.path.stem, photo.path)
+            if other != photo.path:
+                raise InputError(f"{other} and {photo.path.name} share one caption file; rename one of them.")
     return photos
 
 
 def _read_metadata(file: Path) -> dict[str, str | None]:
     if not file.is_file():
         return {}
-    return {record["file_name"]: record["text"] for _, record in read_json_lines(file, PHOTOS)}
+    captions = {}
+    for number, record in read_json_lines(file, PHOTOS):
+        if record["file_name"] in captions:
+            raise InputError(f"{file} line {number} lists {record['file_name']} again; give one caption for each.")
+        captions[record["file_name"]] = record["text"]
+    return captions
 
 
 def crop_boxes(

@@ -1,48 +1,182 @@
 """Image files: listing, decoding, EXIF orientation and captions. Imports no torch."""
 
+import functools
+import logging
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, features
 
-from delora_diffusers.errors import InputError
+from delora_diffusers.errors import InputError, printable
+from delora_diffusers.text_files import read_text
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-"""What Pillow raises for a file that is not an image or is truncated."""
+logger = logging.getLogger(__name__)
+
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
+HEIF_EXTENSIONS = (".heic", ".heif", ".hif")
+"""Read if pillow-heif is installed."""
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "HEIF")
+"""Pillow's names of the formats that are decoded, whatever a file's name says. Pillow knows more, some of which start
+other programs."""
+UNREAD_EXTENSIONS = (
+    *(".jxl", ".jp2", ".j2k", ".jpx", ".psd", ".xcf", ".tga", ".ico", ".icns", ".svg", ".eps", ".pdf", ".exr", ".hdr"),
+    *(".ppm", ".pgm", ".pbm", ".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw"),
+)
+"""Images that are not read; a folder's files of these kinds are named, so that nobody believes that they were used."""
+CAPTION_EXTENSIONS = (".txt", ".caption")
+
+UNREADABLE = (
+    *(
+        OSError,
+        SyntaxError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        LookupError,
+        EOFError,
+        RuntimeError,
+    ),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
+)
+"""What Pillow's decoders raise for files that are damaged or too large."""
 ORIENTATION = 0x0112
-"""The EXIF orientation tag; values of 5 and above swap width and height."""
+"""The EXIF orientation tag."""
+TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""How an image with this EXIF orientation is turned upright; 5 and above swap width and height."""
 
 
-def list_images(folder: Path, extensions: tuple[str, ...] = EXTENSIONS) -> list[Path]:
-    """The image files in a folder, sorted by name, without hidden files."""
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in extensions and not p.name.startswith("."))
+@functools.cache
+def readable_extensions() -> tuple[str, ...]:
+    """The extensions of the images that can be read with the installed packages."""
+    extensions = EXTENSIONS if features.check("avif") else tuple(e for e in EXTENSIONS if e != ".avif")
+    return extensions + (HEIF_EXTENSIONS if _register_heif() else ())
+
+
+@functools.cache
+def _register_heif() -> bool:
+    try:
+        from pillow_heif import register_heif_opener  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return False
+    register_heif_opener()
+    return True
+
+
+def list_images(folder: Path, extensions: tuple[str, ...] | None = None) -> list[Path]:
+    """The image files in a folder, sorted by name. Hidden files, folders and devices are no images.
+
+    Args:
+        extensions: in lower case; None for every format that can be read.
+
+    Raises:
+        InputError: the folder cannot be read.
+    """
+    extensions = readable_extensions() if extensions is None else extensions
+    return [path for path in _visible_files(folder) if path.suffix.lower() in extensions]
+
+
+def warn_of_unread_images(folder: Path, extensions: tuple[str, ...] | None = None) -> None:
+    """Log the images in a folder that ``list_images`` leaves out, and how to use them."""
+    read = readable_extensions() if extensions is None else extensions
+    known = {*EXTENSIONS, *HEIF_EXTENSIONS, *UNREAD_EXTENSIONS}
+    unread = [path.name for path in _visible_files(folder) if path.suffix.lower() in known - set(read)]
+    if unread:
+        names = ", ".join(unread[:5]) + (f" and {len(unread) - 5} more" if len(unread) > 5 else "")
+        heif = any(name.lower().endswith(HEIF_EXTENSIONS) for name in unread) and extensions is None
+        remedy = "run `pip install pillow-heif` to read HEIC, or convert them" if heif else "convert them"
+        logger.warning(
+            printable(
+                f"not used: {names} in {folder}, which cannot be read; {remedy} to {read[0][1:]}, or remove them."
+            )
+        )
+
+
+def _visible_files(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if path.name[0] != "." and path.is_file())
+    except OSError as error:
+        raise InputError(f"{folder} could not be read ({error.strerror}); check its permissions.") from error
+
+
+def open_image(path: Path) -> Image.Image:
+    """Open an image without decoding it; its format must be one of ``FORMATS``.
+
+    Raises:
+        InputError: it is not an image file.
+    """
+    if not path.is_file():
+        problem = "is not a file" if path.exists() else "is missing"
+        raise InputError(f"{path} {problem}; replace or remove it.")
+    _register_heif()
+    try:
+        return Image.open(path, formats=[name for name in FORMATS if name != "HEIF" or _register_heif()])
+    except UNREADABLE as error:
+        raise unreadable(str(path), error) from error
+
+
+def unreadable(name: str, error: Exception, kind: str = "image") -> InputError:
+    """The error for an image that Pillow could not read."""
+    if isinstance(error, Image.DecompressionBombError):
+        return InputError(f"{name} has too many pixels ({error}); scale it down.")
+    return InputError(f"{name} is not a readable {kind} ({error}); replace or remove it.")
 
 
 def load_rgb(path: Path) -> Image.Image:
     """Decode an image of any mode, apply its EXIF orientation and convert it to RGB; transparency becomes white.
 
+    Of an animation or a file with several images, the first is read. In 16-bit images 65535 is white.
+
     Raises:
-        InputError: the file cannot be decoded.
+        InputError: the file cannot be decoded, or has no defined white.
     """
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             image.load()
-            upright = ImageOps.exif_transpose(image)
+            upright = image.transpose(TRANSPOSE[turn]) if (turn := _orientation(image)) in TRANSPOSE else image
+            if upright.mode in ("I", "F") or upright.mode.startswith("I;16"):
+                upright = _from_16_bits(upright, path)
+            if upright.has_transparency_data:
+                upright = upright.convert("RGBA")
+                white = Image.new("RGBA", upright.size, "white")
+                upright = Image.alpha_composite(white, upright)
+            return upright.convert("RGB")
+    except InputError:
+        raise
     except UNREADABLE as error:
-        raise InputError(f"{path} is not a readable image ({error}); replace or remove it.") from error
-    if upright.mode in ("I", "F") or upright.mode.startswith("I;16"):
-        values = np.asarray(upright, dtype=np.float64)
-        upright = Image.fromarray((values * (255 / max(values.max(), 1))).clip(0, 255).astype(np.uint8))
-    if upright.has_transparency_data:
-        upright = upright.convert("RGBA")
-        white = Image.new("RGBA", upright.size, "white")
-        upright = Image.alpha_composite(white, upright)
-    return upright.convert("RGB")
+        raise unreadable(str(path), error) from error
+
+
+def _from_16_bits(image: Image.Image, path: Path) -> Image.Image:
+    """An 8-bit image; 65535 becomes 255."""
+    values = np.asarray(image)
+    if image.mode == "F" or values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+        kind = "floating-point" if image.mode == "F" else "32-bit"
+        raise InputError(f"{path} is a {kind} image, in which no value stands for white; convert it to 8 or 16 bits.")
+    return Image.fromarray(np.round(values / 257).astype(np.uint8))
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 if there is none or the metadata is damaged."""
+    try:
+        value = image.getexif().get(ORIENTATION)
+    except UNREADABLE:
+        return 1
+    return value if isinstance(value, int) and value in TRANSPOSE else 1
 
 
 def upright_size(source: Path | Image.Image, name: str) -> tuple[int, int]:
-    """(width, height) of an image with its EXIF orientation applied, without decoding it.
+    """(width, height) of an image as ``load_rgb`` returns it, in most formats without decoding it.
 
     Args:
         source: a file, or an image that is already upright. name: how the error message refers to it.
@@ -53,14 +187,26 @@ def upright_size(source: Path | Image.Image, name: str) -> tuple[int, int]:
     if isinstance(source, Image.Image):
         return source.size
     try:
-        with Image.open(source) as image:
-            swapped = image.getexif().get(ORIENTATION, 1) >= 5
-            return image.size[::-1] if swapped else image.size
+        with open_image(source) as image:
+            if image.format == "TIFF":
+                image.load()  # turns it upright, and removes the orientation
+            return image.size[::-1] if _orientation(image) >= 5 else image.size
+    except InputError:
+        raise
     except UNREADABLE as error:
-        raise InputError(f"{name} is not a readable image ({error}); replace or remove it.") from error
+        raise unreadable(name, error) from error
 
 
 def read_caption(image: Path) -> str | None:
-    """The text of the ``.txt`` file beside an image; None if it is missing or empty."""
-    file = image.with_suffix(".txt")
-    return file.read_text(encoding="utf-8").strip() or None if file.is_file() else None
+    """The text of the ``.txt`` or ``.caption`` file beside an image; None if there is none or it is empty.
+
+    Raises:
+        InputError: the file is not UTF-8, or there are two with different texts.
+    """
+    spellings = (ending for e in CAPTION_EXTENSIONS for ending in (e, e.upper(), e[:2].upper() + e[2:]))
+    files = [file for ending in spellings if (file := image.with_suffix(ending)).is_file()]
+    captions = {text: file for file in reversed(files) if (text := read_text(file).strip())}
+    if len(captions) > 1:
+        first, second, *_ = captions.values()
+        raise InputError(f"{first} and {second} give {image.name} different captions; remove one of them.")
+    return next(iter(captions), None)

@@ -8,6 +8,8 @@ from typing import Any
 
 from delora_diffusers.atomic import write_text
 from delora_diffusers.errors import InputError
+from delora_diffusers.names import stays_inside
+from delora_diffusers.text_files import is_text, parse_json, read_lines
 
 TYPES: dict[str, tuple[type, ...]] = {
     "file_name": (str,),
@@ -24,6 +26,8 @@ TYPES: dict[str, tuple[type, ...]] = {
     "source": (str,),
 }
 """The types that each key's value may have."""
+INSIDE = ("file_name", "map")
+"""Keys whose values are paths in the folder of the file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +60,15 @@ class LineFormat:
         if self.closed and unknown:
             return f"it has an unknown key {unknown[0]!r}"
         for key in self.keys:
-            if key in record and (not isinstance(record[key], TYPES[key]) or isinstance(record[key], bool)):
+            if key in record and not self._is_valid(key, record[key]):
                 return f"its {key} is {json.dumps(record[key])[:60]}"
         return None
+
+    def _is_valid(self, key: str, value: Any) -> bool:
+        if not isinstance(value, TYPES[key]) or isinstance(value, bool):
+            return False
+        texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+        return all(map(is_text, texts)) and (key not in INSIDE or all(map(stays_inside, texts)))
 
 
 PHOTOS = LineFormat(("file_name", "text"), (), '{"file_name": "01.jpg", "text": "a photo of sks dog"}')
@@ -94,13 +104,11 @@ def read_json_lines(file: Path, line_format: LineFormat) -> list[tuple[int, dict
         InputError: a line does not match the format; the message gives its number and what is wrong with it.
     """
     records = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
+    for number, line in read_lines(file):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             problem = line_format.problem(record)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             problem = f"it is not JSON: {str(error)[:100]}"
         if problem is not None:
             raise InputError(f"{file} line {number} is not a record like {line_format.example} ({problem}); fix it.")

@@ -1,12 +1,21 @@
 """Semantic maps: finding, decoding, colouring and cropping them. Imports no torch."""
 
-from pathlib import Path
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
 
 from delora_diffusers.errors import InputError
-from delora_diffusers.image_files import UNREADABLE, list_images, read_caption
+from delora_diffusers.image_files import (
+    UNREADABLE,
+    list_images,
+    open_image,
+    read_caption,
+    unreadable,
+    warn_of_unread_images,
+)
 from delora_diffusers.json_lines import IMAGES_WITH_MAPS, read_json_lines
 from delora_diffusers.names import METADATA_NAME
 
@@ -28,56 +37,99 @@ def read_map(source: Path | Image.Image, name: str) -> np.ndarray:
         InputError: the map cannot be read or has indices above 255.
     """
     try:
-        image = source if isinstance(source, Image.Image) else Image.open(source)
+        image = source if isinstance(source, Image.Image) else open_image(source)
         image.load()
         if image.mode == "1":
             image = image.convert("L")
         values = np.asarray(image if image.mode in ("P", "L") or image.mode.startswith("I") else image.convert("RGB"))
+    except InputError:
+        raise
     except UNREADABLE as error:
-        raise InputError(f"{name} is not a readable map ({error}); replace or remove it.") from error
-    if values.max(initial=0) > 255:
-        raise InputError(f"{name} has class {values.max()}; a map has at most 256 classes, 0 to 255.")
+        raise unreadable(name, error, "map") from error
+    for value in (values.min(initial=0), values.max(initial=0)):
+        if not 0 <= value <= 255:
+            raise InputError(f"{name} has class {value}; a map has at most 256 classes, 0 to 255.")
     return values.astype(np.uint8)
 
 
-def find_maps(folder: Path, default_caption: str | None) -> list[tuple[Path, str]]:
-    """(map file, caption) pairs, sorted by name or in the order of a ``metadata.jsonl`` that lists the maps.
+def map_key(path: str) -> str:
+    """What identifies a map in its folder: its path without the folder of the maps and without the extension.
+
+    An image generated from the map has this name, and a map has the caption of the image with the same key.
+    """
+    parts = PurePosixPath(path).with_suffix("").parts
+    return "/".join(parts[1:] if len(parts) > 1 and parts[0] in (*FOLDERS, "images", "color") else parts)
+
+
+def refuse_repeated_keys(paths: Iterable[str], folder: Path) -> None:
+    """Refuse files that differ only in their extension.
+
+    Raises:
+        InputError
+    """
+    seen: dict[str, str] = {}
+    for path in paths:
+        other = seen.setdefault(map_key(path), path)
+        if other != path:
+            raise InputError(f"{folder} contains both {other} and {path}; rename or remove one of them.")
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionedMap:
+    """A map to generate images from.
+
+    Attributes:
+        key: see ``map_key``.
+    """
+
+    key: str
+    path: Path
+    caption: str
+
+
+def find_maps(folder: Path, default_caption: str | None) -> list[CaptionedMap]:
+    """The maps of a folder, sorted by name or in the order of a ``metadata.jsonl`` that lists them.
 
     The folder has the layout of training data (``metadata.jsonl`` with ``map`` and ``text``, or ``maps/`` next to
     ``images/``) or contains the maps directly. Captions are in its ``metadata.jsonl`` or in ``NAME.txt`` files.
 
     Raises:
-        InputError: the folder does not exist or contains no map, or a map has no caption.
+        InputError: the folder does not exist or contains no map, a map has no caption, or two maps have one name.
     """
     if not folder.is_dir():
         raise InputError(f"--map_dir {folder} is not a folder; give the folder that contains the maps.")
     file, captions = folder / METADATA_NAME, {}
     map_folder = next((folder / name for name in FOLDERS if (folder / name).is_dir()), folder)
-    paths = list_images(map_folder, EXTENSIONS)
+    names = [path.relative_to(folder).as_posix() for path in list_images(map_folder, EXTENSIONS)]
     if file.is_file():
         records = [record for _, record in read_json_lines(file, IMAGES_WITH_MAPS)]
-        captions = {Path(record["file_name"]).stem: record.get("text") for record in records}
+        captions = {map_key(record["file_name"]): record.get("text") for record in records}
         if any("map" in record for record in records):
             without = next((record["file_name"] for record in records if "map" not in record), None)
             if without is not None:
                 raise InputError(f"{file} has no map for {without}; add a map to every line.")
-            paths = [folder / record["map"] for record in records]
-            captions = {Path(record["map"]).stem: record.get("text") for record in records}
-    missing = [str(path) for path in paths if not path.is_file()]
-    if missing or not paths:
+            names = list(dict.fromkeys(record["map"] for record in records))
+            captions = {map_key(record["map"]): record.get("text") for record in records}
+            if len(names) < len(records):
+                raise InputError(f"{file} lists {len(records) - len(names)} maps twice; list each once.")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing or not names:
         problem = f"{len(missing)} maps are missing, the first is {missing[0]}" if missing else "it contains no map"
         raise InputError(f"--map_dir {folder}: {problem}; put the maps there as PNG files.")
-    captioned, bare = [], []
-    for path in paths:
-        candidates = (captions.get(path.stem), read_caption(path), read_caption(folder / "images" / path.name))
+    warn_of_unread_images(map_folder, EXTENSIONS)
+    refuse_repeated_keys(names, folder)
+    maps, bare = [], []
+    for name in names:
+        key, path = map_key(name), folder / name
+        candidates = (captions.get(key), read_caption(path), read_caption(folder / "images" / f"{key}.png"))
         caption = next((text for text in candidates if text is not None), default_caption)
-        bare += [path.name] if caption is None else []
-        captioned.append((path, caption or ""))
+        bare += [name] if caption is None else []
+        maps.append(CaptionedMap(key, path, caption or ""))
     if bare:
         raise InputError(
             f"{len(bare)} maps have no caption, the first is {bare[0]}; add captions, or pass --default_caption."
         )
-    return captioned
+    return maps
 
 
 def paint(values: np.ndarray, palette: np.ndarray | None, name: str = "the map") -> np.ndarray:

@@ -1,6 +1,7 @@
 """Names that several packages share: files in an output folder, model names, hub ids. Imports no torch."""
 
-from pathlib import Path
+import re
+from pathlib import Path, PureWindowsPath
 
 WEIGHTS_NAME = "pytorch_delora_weights.safetensors"
 """The adapter in an output folder. It is written last, so a run that has it is finished."""
@@ -29,6 +30,24 @@ def may_be_hub_id(name: str) -> bool:
     """Whether a name that is not a local path could be a repository on the hub: ``owner/model`` or ``model``."""
     is_path = name.startswith(("/", ".")) or name.endswith(("/", ".safetensors")) or Path(name).is_absolute()
     return bool(name) and not is_path and name.count("/") <= 1
+
+
+def recorded_model_name(name_or_path: str) -> str:
+    """A base model as an adapter records it: a hub id as it is, a local folder so that it is found from anywhere."""
+    is_folder = not is_miniature(name_or_path) and Path(name_or_path).is_dir()
+    return str(Path(name_or_path).resolve()) if is_folder else name_or_path
+
+
+def stays_inside(path: str) -> bool:
+    """Whether a path that a file gives, relative to a folder, stays in that folder on every system."""
+    parts = PureWindowsPath(path).parts  # Windows separates at both slashes
+    return bool(parts) and ".." not in parts and "\0" not in path and not re.match(r"[/\\]|[A-Za-z]:[/\\]", path)
+
+
+def is_folder_name(name: str) -> bool:
+    """Whether a name that a file gives can be the name of a new folder: one visible part of a path."""
+    parts = PureWindowsPath(name).parts
+    return len(parts) == 1 and stays_inside(name) and name.isprintable() and name[0] != "." and len(name) <= 100
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:

@@ -10,13 +10,16 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
-from delora_diffusers.adapter.processors import AdaptedAttnProcessor
+from delora_diffusers.adapter.modules import keep_own_keys, named_modules, unwrap
+from delora_diffusers.adapter.processors import AdaptedAttnProcessor, copied
 from delora_diffusers.adapter.projections import Projection, low_rank_product
 from delora_diffusers.adapter.tensors import Adapter
 from delora_diffusers.errors import InputError
 from delora_diffusers.methods.config import EVERYTHING, AdapterConfig
 
 FUSED = ("to_q", "to_k", "to_v")
+STOCK_PROCESSORS = (AttnProcessor2_0, FusedAttnProcessor2_0)
+"""The processors that ``AdaptedAttnProcessor`` replaces; with any other, the modules that it calls are adapted."""
 _ATTACHMENT = "_delora_attachment"
 
 
@@ -56,6 +59,7 @@ def attach(
         InputError: a target matches no module or one that is not linear, the rank is too large, an adapter is already
             attached, or there are several subjects and a target outside attention or the split path.
     """
+    model = unwrap(model)
     if attached_adapter(model) is not None:
         raise InputError("the model already has an adapter attached; call detach(model) or merge(model) first.")
     if EVERYTHING in config.targets:
@@ -63,10 +67,10 @@ def attach(
     linears = find_targets(model, config.targets)
     attentions = {
         name: module
-        for name, module in model.named_modules()
-        if isinstance(module, Attention) and type(module.processor) in (AttnProcessor2_0, FusedAttnProcessor2_0)
+        for name, module in named_modules(model)
+        if isinstance(module, Attention) and type(module.processor) in STOCK_PROCESSORS
     }
-    by_attention: list[tuple[str, Attention, list[Projection]]] = []
+    by_attention: list[AdaptedAttention] = []
     for prefix, attention in attentions.items():
         members = {
             name: linears.pop(f"{prefix}.{name}") for name in (*FUSED, "to_out.0") if f"{prefix}.{name}" in linears
@@ -75,28 +79,38 @@ def attach(
             Projection(tuple(f"{prefix}.{name}" for name in names), tuple(members[name] for name in names))
             for names in _same_input(attention, members)
         ]
-        by_attention += [(prefix, attention, projections)] if projections else []
+        by_attention += [AdaptedAttention(prefix, attention, projections)] if projections else []
     standalone = [Projection((name,), (linear,)) for name, linear in linears.items()]
     return _attach(model, config, by_attention, standalone, generator)
 
 
 def _every_parameter(model: nn.Module) -> list[Projection]:
+    for name, module in named_modules(model):
+        if parametrize.is_parametrized(module):
+            raise _already_parametrized(name)
     return [
         Projection((prefix if name == "weight" else f"{prefix}.{name}",), (module,), name)
-        for prefix, module in model.named_modules()
+        for prefix, module in named_modules(model)
         for name, _ in module.named_parameters(recurse=False)
     ]
+
+
+def _already_parametrized(name: str) -> InputError:
+    return InputError(
+        f"{name} is already parametrized, so its weight cannot be adapted; call "
+        "torch.nn.utils.parametrize.remove_parametrizations first."
+    )
 
 
 def _attach(
     model: nn.Module,
     config: AdapterConfig,
-    by_attention: list[tuple[str, Attention, list[Projection]]],
+    by_attention: "list[AdaptedAttention]",
     standalone: list[Projection],
     generator: torch.Generator | Sequence[torch.Generator] | None,
 ) -> Adapter:
     """Build the adapter and attach it: one processor per attention, a parametrization or hook per standalone module."""
-    attention_projections = [projection for _, _, projections in by_attention for projection in projections]
+    attention_projections = [projection for adapted in by_attention for projection in adapted.projections]
     generators = generator if isinstance(generator, Sequence) else [generator or torch.default_generator]
     if len(generators) > 1 and (standalone or config.path == "split"):
         reason = f"{standalone[0].names[0]} is not an attention projection" if standalone else "path is 'split'"
@@ -106,20 +120,25 @@ def _attach(
     adapter = Adapter(config, attention_projections + standalone, generators)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
-    for prefix, attention, projections in by_attention:
-        processor: Any = AdaptedAttnProcessor(adapter, attention.processor, projections, prefix)
-        attention.set_processor(processor)
-    handles = []
+    handles: list[RemovableHandle] = []
+    for adapted in by_attention:
+        adapted.adapt(adapter, handles)
     for projection in standalone:
-        linear = projection.linears[0]
-        if config.path == "split":
-            handles.append(linear.register_forward_hook(_LowRankHook(adapter, projection)))
-        else:
-            adapted = _AdaptedWeight(adapter, projection)
-            parametrize.register_parametrization(linear, projection.parameter, adapted)
+        _adapt_modules(adapter, projection, handles)
+    standalone_modules = {module for projection in standalone for module in projection.linears}
+    fusible = [
+        (name, module)
+        for name, module in named_modules(model)
+        if hasattr(module, "fused_projections") and not standalone_modules.isdisjoint(module.children())
+    ]
 
     @torch.compiler.disable
     def refresh_once(*_: object) -> None:
+        for adapted in by_attention:
+            adapted.adapt(adapter, handles)
+        for name, module in fusible:
+            if module.fused_projections:
+                raise _fused(name)
         if not adapter.prepared:
             adapter.refresh()
         adapter.prepared = False
@@ -131,13 +150,72 @@ def _attach(
     return adapter
 
 
+def _adapt_modules(adapter: Adapter, projection: Projection, handles: list[RemovableHandle]) -> None:
+    """Adapt each module of a projection by itself, whoever calls it; adds hooks to ``handles``."""
+    for index, module in enumerate(projection.linears):
+        if adapter.config.path == "split":
+            handles.append(module.register_forward_hook(_LowRankHook(adapter, projection, index)))
+        else:
+            adapted = _AdaptedWeight(adapter, projection, index)
+            parametrize.register_parametrization(module, projection.parameter, adapted)
+            handles += keep_own_keys(module, projection.parameter)
+
+
+@dataclasses.dataclass
+class AdaptedAttention:
+    """An attention module whose projections are adapted, whatever processor it is given.
+
+    Attributes:
+        prefix: its name. by_module: whether its linear modules are adapted one by one, for a processor that calls them.
+    """
+
+    prefix: str
+    attention: Attention
+    projections: list[Projection]
+    by_module: bool = False
+
+    def adapt(self, adapter: Adapter, handles: list[RemovableHandle]) -> None:
+        """Adapt the attention, unless it is; called again before every forward, since its processor may be replaced.
+
+        Diffusers replaces processors for attention slicing, xformers, fused projections, IP-Adapters and so on.
+
+        Raises:
+            InputError: the processor that it was given does not call the adapted modules.
+        """
+        processor: Any = self.attention.processor
+        if isinstance(processor, AdaptedAttnProcessor):
+            return
+        if type(processor) in STOCK_PROCESSORS:
+            adapted: Any = AdaptedAttnProcessor(adapter, processor, self.projections, self.prefix)
+            self.attention.set_processor(adapted)
+            return
+        if self.attention.fused_projections:
+            raise _fused(self.prefix)
+        if adapter.subjects > 1:
+            raise InputError(
+                f"{self.prefix} has a {type(processor).__name__}, but several subjects can be trained together only "
+                "with diffusers' default attention processors; set those again."
+            )
+        if not self.by_module:
+            self.by_module = True
+            for projection in self.projections:
+                _adapt_modules(adapter, projection, handles)
+
+
+def _fused(name: str) -> InputError:
+    return InputError(
+        f"the projections of {name} were fused, which copies their weights without the adapter; call "
+        "unfuse_qkv_projections(), or detach the adapter, fuse, and attach it again."
+    )
+
+
 def attachment(model: nn.Module) -> Attachment:
     """The record of what ``attach`` did to a model.
 
     Raises:
         InputError: nothing is attached.
     """
-    attached = model.__dict__.get(_ATTACHMENT)
+    attached = unwrap(model).__dict__.get(_ATTACHMENT)
     if attached is None:
         raise InputError(f"no adapter is attached to this {type(model).__name__}; call attach or load_adapter first.")
     return attached
@@ -145,12 +223,12 @@ def attachment(model: nn.Module) -> Attachment:
 
 def forget_attachment(model: nn.Module) -> None:
     """Delete the record of an attachment; the last step of ``detach``."""
-    del model.__dict__[_ATTACHMENT]
+    del unwrap(model).__dict__[_ATTACHMENT]
 
 
 def attached_adapter(model: nn.Module) -> Adapter | None:
     """The adapter attached to a model, or None."""
-    attached = model.__dict__.get(_ATTACHMENT)
+    attached = unwrap(model).__dict__.get(_ATTACHMENT)
     return None if attached is None else attached.adapter
 
 
@@ -161,18 +239,20 @@ def find_targets(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Lin
         InputError: a target matches no module's name, or the module is not linear.
     """
     linears: dict[str, nn.Linear] = {}
-    unused = set(targets)
-    for name, module in model.named_modules():
-        for target in targets:
-            if name == target or name.endswith("." + target):
-                if not isinstance(module, nn.Linear):
-                    raise InputError(
-                        f"target {target} matches {name} of type {type(module).__name__}; give linear modules only."
-                    )
-                linears[name] = module
-                unused.discard(target)
+    wanted, unused = set(targets), set(targets)
+    for name, module in named_modules(model):
+        parts = name.split(".")
+        for target in wanted.intersection(".".join(parts[i:]) for i in range(len(parts))):
+            if not isinstance(module, nn.Linear):
+                raise InputError(
+                    f"target {target} matches {name} of type {type(module).__name__}; give linear modules only."
+                )
+            if parametrize.is_parametrized(module, "weight") and not parametrized_by_adapter(module):
+                raise _already_parametrized(name)
+            linears[name] = module
+            unused.discard(target)
     if unused:
-        endings = sorted({name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+        endings = sorted({name.split(".")[-1] for name, m in named_modules(model) if isinstance(m, nn.Linear)})
         raise InputError(
             f"target {sorted(unused)[0]} matches no module of {type(model).__name__}; "
             f"the names of its linear modules end in {', '.join(endings)}."
@@ -183,7 +263,11 @@ def find_targets(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Lin
 def adapted_parameters(model: nn.Module, config: AdapterConfig) -> list[tuple[str, str]]:
     """(module, parameter) names of everything that an adapter with this configuration adapts."""
     if EVERYTHING in config.targets:
-        return [tuple(name.rpartition(".")[::2]) for name, _ in model.named_parameters()]  # pyright: ignore
+        return [
+            (prefix, name)
+            for prefix, module in named_modules(model)
+            for name, _ in module.named_parameters(recurse=False)
+        ]
     return [(name, "weight") for name in find_targets(model, config.targets)]
 
 
@@ -209,26 +293,43 @@ def _same_input(attention: Attention, members: dict[str, nn.Linear]) -> list[lis
 
 
 class _AdaptedWeight(nn.Module):
-    """Parametrization of a linear module's weight: W', or W while the adapter's strength is 0."""
+    """Parametrization of one module's weight: W', or W while the adapter's strength is 0.
 
-    def __init__(self, adapter: Adapter, projection: Projection):
+    Args:
+        index: of the module among those of the projection.
+    """
+
+    def __init__(self, adapter: Adapter, projection: Projection, index: int):
         super().__init__()
         self.unregistered = (adapter, projection)  # in a tuple, so that neither becomes a submodule of the model
+        self.index = index
+
+    def __deepcopy__(self, _: dict[int, Any]) -> Any:
+        raise copied()
 
     def forward(self, weight: Tensor) -> Tensor:
         adapter, projection = self.unregistered
-        return weight if projection.weight is None or adapter.strength == 0 else projection.weight
+        if projection.weight is None or adapter.strength == 0:
+            return weight
+        if len(projection.linears) == 1:
+            return projection.weight
+        return projection.weight[self.index * len(weight) : (self.index + 1) * len(weight)]
 
 
 class _LowRankHook:
     """Forward hook of a linear module that adds the low-rank product to its output."""
 
-    def __init__(self, adapter: Adapter, projection: Projection):
+    def __init__(self, adapter: Adapter, projection: Projection, index: int):
         self.adapter = adapter
         self.projection = projection
+        self.member = slice(index, index + 1)
+
+    def __deepcopy__(self, _: dict[int, Any]) -> Any:
+        raise copied()
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if self.adapter.strength == 0:
             return output
         assert self.projection.a is not None and self.projection.b is not None
-        return output + low_rank_product(inputs[0], self.projection.a, self.projection.b)[0].to(output.dtype)
+        a, b = self.projection.a[self.member], self.projection.b[self.member]
+        return output + low_rank_product(inputs[0], a, b)[0].to(output.dtype)

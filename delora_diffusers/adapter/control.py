@@ -16,7 +16,8 @@ from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedd
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from delora_diffusers.errors import InputError
+from delora_diffusers.adapter.modules import unwrap
+from delora_diffusers.errors import LOADING_ERRORS, InputError
 from delora_diffusers.maps import paint
 
 BLOCK_OUT_CHANNELS = (16, 32, 96, 256)
@@ -90,7 +91,7 @@ def new_encoder(unet: nn.Module, factor: int, generator: torch.Generator | None 
 
 def _width(unet: nn.Module) -> int:
     """Channels of the UNet's features after its first convolution."""
-    return len(unet.get_parameter("conv_in.bias"))
+    return len(unwrap(unet).get_parameter("conv_in.bias"))
 
 
 def pretrained_encoder(name_or_path: str, unet: nn.Module, factor: int) -> nn.Module:
@@ -103,7 +104,7 @@ def pretrained_encoder(name_or_path: str, unet: nn.Module, factor: int) -> nn.Mo
 
     try:
         encoder = ControlNetModel.from_pretrained(name_or_path).controlnet_cond_embedding.float()
-    except (OSError, ValueError) as error:
+    except LOADING_ERRORS as error:
         raise InputError(
             f"--controlnet_model_name_or_path {name_or_path} could not be loaded ({' '.join(str(error).split())}); "
             "give a ControlNet folder or hub id."
@@ -119,11 +120,20 @@ def pretrained_encoder(name_or_path: str, unet: nn.Module, factor: int) -> nn.Mo
 
 
 def saved_encoder(tensors: dict[str, Tensor]) -> nn.Module:
-    """The encoder with this state dict."""
+    """The encoder with this state dict.
+
+    Raises:
+        InputError: it is not an encoder's.
+    """
     widened = [f"blocks.{i}.weight" for i in range(1, len(tensors), 2) if f"blocks.{i}.weight" in tensors]
-    channels = tuple(len(tensors[name]) for name in ("conv_in.weight", *widened))
-    encoder = ControlNetConditioningEmbedding(len(tensors["conv_out.weight"]), block_out_channels=channels)
-    encoder.load_state_dict(tensors)
+    try:
+        *channels, outputs = (len(tensors[name]) for name in ("conv_in.weight", *widened, "conv_out.weight"))
+        with torch.device("meta"):  # without memory, since the sizes are those that a file claims
+            encoder = ControlNetConditioningEmbedding(outputs, block_out_channels=tuple(channels))
+        encoder.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    except (KeyError, IndexError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"the control encoder is incomplete or has other shapes ({reason}); save it again.") from error
     return encoder.eval().requires_grad_(False)
 
 
@@ -138,6 +148,7 @@ def attach_control(unet: nn.Module, encoder: nn.Module, palette: np.ndarray | No
     Raises:
         InputError: a control signal is already attached.
     """
+    unet = unwrap(unet)
     if attached_control(unet) is not None:
         raise InputError("the model already has a control signal attached; call detach_control(model) first.")
     control = Control(encoder, palette)
@@ -148,7 +159,7 @@ def attach_control(unet: nn.Module, encoder: nn.Module, palette: np.ndarray | No
 
 def attached_control(unet: nn.Module) -> Control | None:
     """The control signal attached to a UNet, or None."""
-    attached: Attachment | None = unet.__dict__.get(_ATTACHMENT)
+    attached: Attachment | None = unwrap(unet).__dict__.get(_ATTACHMENT)
     return None if attached is None else attached.control
 
 
@@ -160,7 +171,7 @@ def detach_control(unet: nn.Module) -> None:
     """
     if attached_control(unet) is None:
         raise InputError("no control signal is attached to this model; call attach_control or load_control first.")
-    unet.__dict__.pop(_ATTACHMENT).handle.remove()
+    unwrap(unet).__dict__.pop(_ATTACHMENT).handle.remove()
 
 
 def as_signal(maps: Sequence[np.ndarray], palette: np.ndarray | None) -> Tensor:

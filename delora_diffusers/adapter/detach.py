@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from delora_diffusers.adapter.attach import attachment, forget_attachment, parametrized_by_adapter
+from delora_diffusers.adapter.modules import unwrap
 from delora_diffusers.adapter.processors import AdaptedAttnProcessor
 
 
@@ -16,6 +17,7 @@ def detach(model: nn.Module) -> None:
         InputError: no adapter is attached.
     """
     attached = attachment(model)
+    model = unwrap(model)
     for handle in attached.handles:
         handle.remove()
     for module in model.modules():
@@ -40,6 +42,7 @@ def merge(model: nn.Module) -> None:
     adapter = attachment(model).adapter
     merged = [(module, parameter, adapter.weight(name)) for name, module, parameter in adapter.sites()]
     detach(model)
+    model = unwrap(model)
     for module, parameter, weight in merged:
         module.get_parameter(parameter).copy_(weight)
     for module in model.modules():

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor
 
 from delora_diffusers.adapter.projections import Projection
 from delora_diffusers.adapter.tensors import Adapter
+from delora_diffusers.errors import InputError
 
 
 class AdaptedAttnProcessor:
@@ -24,6 +25,10 @@ class AdaptedAttnProcessor:
         prefix: the attention's name in the model, a prefix of the projections' names.
     """
 
+    def __new__(cls, *arguments: Any, **keywords: Any) -> Any:
+        # Diffusers' IP-Adapters replace each processor that they leave alone by ``type(processor)()``.
+        return super().__new__(cls) if arguments or keywords else AttnProcessor2_0()
+
     def __init__(self, adapter: Adapter, stock: Any, projections: list[Projection], prefix: str):
         self.adapter = adapter
         self.stock = stock
@@ -32,6 +37,9 @@ class AdaptedAttnProcessor:
             for projection in projections
             for index, name in enumerate(projection.names)
         }
+
+    def __deepcopy__(self, _: dict[int, Any]) -> Any:
+        raise copied()
 
     def _project(self, attn: Attention, x: Tensor, *names: str) -> Sequence[Tensor]:
         """The outputs of the named linear modules of ``attn`` for one input x (batch, tokens, in)."""
@@ -94,3 +102,8 @@ class AdaptedAttnProcessor:
         if attn.residual_connection:
             hidden_states = hidden_states + residual
         return hidden_states if attn.rescale_output_factor == 1 else hidden_states / attn.rescale_output_factor
+
+
+def copied() -> InputError:
+    """The error for copying an adapted model: the copy would share the adapter's weights with the original."""
+    return InputError("a model with an adapter attached cannot be copied; detach it, copy, and load the adapter again.")

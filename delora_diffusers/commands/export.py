@@ -6,6 +6,7 @@ from typing import Any
 
 from delora_diffusers.commands.arguments import add_adapter_arguments, weighted_adapters
 from delora_diffusers.errors import InputError
+from delora_diffusers.outputs import check_new
 
 FORMATS = {
     "diffusers": "pipe.load_lora_weights",
@@ -31,8 +32,7 @@ def run(options: argparse.Namespace) -> None:
     adapters = weighted_adapters(options)
     if options.rank is not None and options.rank < 1:
         raise InputError(f"--rank is {options.rank}; give at least 1.")
-    if options.output.exists():
-        raise InputError(f"--output {options.output} already exists; give a new file or folder.")
+    check_new(options.output, "--output")
     writes_folder = options.format.startswith("peft")
     if writes_folder and options.output.suffix == ".safetensors":
         raise InputError(f"--output {options.output} is a file, but {options.format} writes a folder; give a folder.")

@@ -3,7 +3,7 @@
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from delora_diffusers.commands.arguments import (
     add_adapter_arguments,
@@ -12,6 +12,11 @@ from delora_diffusers.commands.arguments import (
 )
 from delora_diffusers.errors import InputError
 from delora_diffusers.names import MINIATURE, is_miniature
+from delora_diffusers.outputs import check_writable, held_outputs
+from delora_diffusers.text_files import is_text, read_lines
+
+if TYPE_CHECKING:
+    from delora_diffusers.pipelines.adapted_pipeline import BaseModel
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -24,8 +29,22 @@ SCHEDULERS = {
     "unipc": "UniPCMultistepScheduler",
 }
 
-Batch = tuple[Any, list[dict[str, Any]]]
-"""A ``Request`` and the records of some of its images; see ``files/records.py``."""
+Records = list[dict[str, Any]]
+Planned = tuple[Any, Records]
+"""A ``Request`` and the records of all its images; see ``files/records.py``."""
+
+
+class Batch(NamedTuple):
+    """Images that are generated together.
+
+    Attributes:
+        request: the ``Request`` that they belong to.
+        records: of all images of the batch. missing: of those that are written.
+    """
+
+    request: Any
+    records: Records
+    missing: Records
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,12 +94,15 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
         InputError: the file is missing or contains no prompt.
     """
     if options.prompt is not None:
+        broken = next((prompt for prompt in options.prompt if not is_text(prompt)), None)
+        if broken is not None:
+            raise InputError(f"--prompt {broken!r} is not UTF-8; set the terminal's encoding, or use --prompts_file.")
         return options.prompt
     if not options.prompts_file.is_file():
         raise InputError(
             f"--prompts_file {options.prompts_file} is not a file; give a text file with one prompt per line."
         )
-    prompts = [line.strip() for line in options.prompts_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    prompts = [line for _, line in read_lines(options.prompts_file)]
     if not prompts:
         raise InputError(f"--prompts_file {options.prompts_file} contains no prompt; write one prompt per line.")
     return prompts
@@ -134,23 +156,27 @@ def run(options: argparse.Namespace) -> None:
     requests = build_requests(options)
     follows_maps = check_maps(options, requests)
     adapters = list(dict.fromkeys(path for request in requests for path, _ in request.adapters))
-    base_model = base_model_of(adapters, options.pretrained_model_name_or_path) or MINIATURE
+    base_model = base_model_of(adapters, options.pretrained_model_name_or_path, options.revision, options.variant)
     if options.guidance_scale is None:
-        options.guidance_scale = 4.0 if is_miniature(base_model) else 7.5
-    planned, batches = _plan_batches(requests, options, base_model)
-    if follows_maps:
-        _check_palette(adapters[0], batches)
+        options.guidance_scale = 4.0 if is_miniature(base_model.name) else 7.5
+    for request in requests:
+        check_writable(request.output_dir, "--output_dir")
+    with held_outputs([request.output_dir for request in requests]):
+        planned = _plan(requests, options, base_model)
+        batches = _missing_batches(planned, options.batch_size)
+        if follows_maps:
+            _check_palette(adapters[0], batches)
 
-    from accelerate import Accelerator
+        from delora_diffusers.launching import launched_accelerator
 
-    accelerator = Accelerator(mixed_precision=options.mixed_precision)
-    accelerator.wait_for_everyone()  # all processes list the missing images before any process writes one
-    if batches:
-        share = batches[accelerator.process_index :: accelerator.num_processes]
-        _generate(options, base_model, adapters, share, accelerator)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        _write_results(planned, sum(len(records) for _, records in batches))
+        accelerator = launched_accelerator(mixed_precision=options.mixed_precision)
+        accelerator.wait_for_everyone()  # all processes list the missing images before any process writes one
+        if batches:
+            share = batches[accelerator.process_index :: accelerator.num_processes]
+            _generate(options, base_model, adapters, share, accelerator)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            _write_results(planned, sum(len(batch.missing) for batch in batches))
 
 
 def _check_numbers(options: argparse.Namespace) -> None:
@@ -163,18 +189,37 @@ def _check_numbers(options: argparse.Namespace) -> None:
         raise InputError(f"--resolution {options.resolution} is not a multiple of 8; use a multiple of 8.")
 
 
-def _plan_batches(requests: list[Any], options: argparse.Namespace, base_model: str) -> tuple[list[Batch], list[Batch]]:
-    """All records of each request, and batches of those still to generate, each at a single strength."""
-    from delora_diffusers.files.records import is_done, plan
+def _plan(requests: list[Any], options: argparse.Namespace, base_model: "BaseModel") -> list[Planned]:
+    """The records of all images of each request.
 
-    planned = [(request, plan(request, options, base_model)) for request in requests]
+    Raises:
+        InputError: a folder contains images of other prompts, maps or settings.
+    """
+    from delora_diffusers.files.records import check_same_images, plan
+
+    planned = [(request, plan(request, options, base_model.name or MINIATURE)) for request in requests]
+    for request, records in planned:
+        check_same_images(request.output_dir, records)
+    return planned
+
+
+def _missing_batches(planned: list[Planned], size: int) -> list[Batch]:
+    """The batches with at least one image that is still to generate, each at a single strength.
+
+    They are the same wherever an earlier run stopped, because the last bits of an image depend on its batch.
+    """
+    from delora_diffusers.files.records import is_done
+
     batches = []
     for request, records in planned:
         for strength in request.strengths:
-            missing = [r for r in records if r["strength"] == strength and not is_done(request.output_dir, r)]
-            size = options.batch_size
-            batches += [(request, missing[i : i + size]) for i in range(0, len(missing), size)]
-    return planned, batches
+            at_strength = [record for record in records if record["strength"] == strength]
+            for start in range(0, len(at_strength), size):
+                batch = at_strength[start : start + size]
+                missing = [record for record in batch if not is_done(request.output_dir, record)]
+                if missing:
+                    batches.append(Batch(request, batch, missing))
+    return batches
 
 
 def _check_palette(adapter: Path, batches: list[Batch]) -> None:
@@ -187,11 +232,11 @@ def _check_palette(adapter: Path, batches: list[Batch]) -> None:
     from delora_diffusers.maps import paint, read_map
 
     palette = read_header(adapter)["control_encoder"]["palette"]
-    for source in dict.fromkeys(record["map_source"] for _, records in batches for record in records):
+    for source in dict.fromkeys(record["map_source"] for batch in batches for record in batch.records):
         paint(read_map(Path(source), source), palette, source)
 
 
-def _write_results(planned: list[Batch], new: int) -> None:
+def _write_results(planned: list[Planned], new: int) -> None:
     from delora_diffusers.files.records import write_contact_sheet, write_metadata
 
     for request, records in planned:
@@ -203,7 +248,7 @@ def _write_results(planned: list[Batch], new: int) -> None:
 
 
 def _generate(
-    options: argparse.Namespace, base_model: str, adapters: list[Path], batches: list[Batch], accelerator: Any
+    options: argparse.Namespace, base_model: "BaseModel", adapters: list[Path], batches: list[Batch], accelerator: Any
 ) -> None:
     """Generate the images of these batches and write them with their records."""
     import diffusers
@@ -215,18 +260,22 @@ def _generate(
     from delora_diffusers.atomic import atomic_write
     from delora_diffusers.files.records import RECORD_KEY
     from delora_diffusers.maps import crop_square, read_map
+    from delora_diffusers.memory import explain_out_of_memory
     from delora_diffusers.pipelines.adapted_pipeline import AdaptedPipeline
     from delora_diffusers.pipelines.base_model import load_pipeline
+    from delora_diffusers.pipelines.noise_schedule import check_ddpm
     from delora_diffusers.pipelines.sampling import sample_images
 
-    pipeline = load_pipeline(base_model, revision=options.revision, variant=options.variant)
+    pipeline = load_pipeline(base_model.name, revision=base_model.revision, variant=base_model.variant)
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     adapted = AdaptedPipeline(pipeline, adapters, accelerator.device, dtype)
     if options.scheduler is not None:
+        check_ddpm(pipeline.scheduler, base_model.name)
         pipeline.scheduler = getattr(diffusers, SCHEDULERS[options.scheduler]).from_config(pipeline.scheduler.config)
     side = options.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     in_use = None
-    for request, records in tqdm(batches, desc="generating", disable=not accelerator.is_local_main_process):
+    savings = ["--batch_size 1", "--mixed_precision bf16 or fp16", "a smaller --resolution"]
+    for request, records, missing in tqdm(batches, desc="generating", disable=not accelerator.is_local_main_process):
         scaled = [(path, weight * records[0]["strength"]) for path, weight in request.adapters]
         if scaled != in_use:
             adapted.use(scaled)
@@ -234,18 +283,21 @@ def _generate(
         maps = None
         if options.map_dir is not None:
             maps = [crop_square(read_map(Path(r["map_source"]), r["map_source"]), side) for r in records]
-        images = sample_images(
-            pipeline,
-            [record["seed"] for record in records],
-            options.resolution if maps is None else side,
-            maps=maps,
-            prompt=[record["prompt"] for record in records],
-            # None if empty: XL's base model then uses zeros.
-            negative_prompt=[options.negative_prompt] * len(records) if options.negative_prompt else None,
-            num_inference_steps=options.num_inference_steps,
-            guidance_scale=options.guidance_scale,
-        )
+        with explain_out_of_memory(f"generating {len(records)} images of {side} x {side} pixels at once", savings):
+            images = sample_images(
+                pipeline,
+                [record["seed"] for record in records],
+                options.resolution if maps is None else side,
+                maps=maps,
+                prompt=[record["prompt"] for record in records],
+                # None if empty: XL's base model then uses zeros.
+                negative_prompt=[options.negative_prompt] * len(records) if options.negative_prompt else None,
+                num_inference_steps=options.num_inference_steps,
+                guidance_scale=options.guidance_scale,
+            )
         for record, image in zip(records, images):
+            if record not in missing:
+                continue
             metadata = PngInfo()
             metadata.add_text(RECORD_KEY, json.dumps(record))
             with atomic_write(request.output_dir / record["file_name"]) as temporary:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from delora_diffusers.commands.arguments import add_base_model_arguments
 from delora_diffusers.errors import InputError
+from delora_diffusers.names import recorded_model_name
+from delora_diffusers.outputs import check_new
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,8 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     if not options.peft_dir.is_dir():
         raise InputError(f"--peft_dir {options.peft_dir} is not a folder; give a folder that PEFT saved.")
-    if options.output_dir.exists():
-        raise InputError(f"--output_dir {options.output_dir} already exists; give a new folder.")
+    check_new(options.output_dir, "--output_dir")
     from torch import nn
 
     from delora_diffusers.files.formats import read_peft_delora
@@ -32,4 +33,4 @@ def run(options: argparse.Namespace) -> None:
     pipeline = load_pipeline(name, revision=options.revision, variant=options.variant)
     weights = {n: m.weight.detach() for n, m in pipeline.unet.named_modules() if isinstance(m, nn.Linear)}
 
-    print(f"wrote {read_peft_delora(options.peft_dir, weights, name, options.output_dir)}")
+    print(f"wrote {read_peft_delora(options.peft_dir, weights, recorded_model_name(name), options.output_dir)}")

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from delora_diffusers.commands.arguments import add_adapter_arguments, add_base_model_arguments, weighted_adapters
-from delora_diffusers.errors import InputError
+from delora_diffusers.outputs import check_new
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,13 +15,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     adapters = weighted_adapters(options)
-    if options.output_dir.exists():
-        raise InputError(f"--output_dir {options.output_dir} already exists; give a new folder.")
+    check_new(options.output_dir, "--output_dir")
     from delora_diffusers.files.merging import merge_folder
     from delora_diffusers.pipelines.adapted_pipeline import base_model_of
     from delora_diffusers.pipelines.base_model import pipeline_folder
 
-    base = base_model_of(options.adapter, options.pretrained_model_name_or_path)
-    folder = pipeline_folder(base, revision=options.revision, variant=options.variant)
+    base = base_model_of(options.adapter, options.pretrained_model_name_or_path, options.revision, options.variant)
+    folder = pipeline_folder(base.name, revision=base.revision, variant=base.variant)
     merge_folder(folder, adapters, options.output_dir)
     print(f"wrote {options.output_dir}")

@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from delora_diffusers.atomic import atomic_folder, atomic_write
+from delora_diffusers.atomic import atomic_folder, atomic_write, write_text
 from delora_diffusers.errors import InputError
 from delora_diffusers.files.low_rank import (
     Factors,
@@ -26,6 +27,8 @@ from delora_diffusers.files.reading import (
     FORMAT_VERSION,
     METADATA_KEY,
     adapter_path,
+    check_shapes,
+    check_tensors,
     parse_config,
     read_adapter,
     read_tensors,
@@ -33,8 +36,10 @@ from delora_diffusers.files.reading import (
 from delora_diffusers.methods import update
 from delora_diffusers.methods.config import AdapterConfig
 from delora_diffusers.names import WEIGHTS_NAME, is_xl
+from delora_diffusers.text_files import read_json
 
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
+KOHYA_NAME = "lora.safetensors"
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SDXL_WIDTH, SD2_WIDTH = 2048, 1024
@@ -107,9 +112,9 @@ def write_diffusers(source: Source, path: Path, dtype: torch.dtype) -> Path:
         for module, factors in modules.items():
             name = f"{component}.{long_name(component, module)}"
             tensors |= {f"{name}.lora_A.weight": factors.a, f"{name}.lora_B.weight": factors.b}
-    file = path if path.suffix == ".safetensors" else path / DIFFUSERS_NAME
-    _save(tensors, file, dtype, {"format": "pt"})
-    return file
+    with atomic_output(path, DIFFUSERS_NAME) as file:
+        _save(tensors, file, dtype, {"format": "pt"})
+    return output_file(path, DIFFUSERS_NAME)
 
 
 def write_kohya(source: Source, path: Path, dtype: torch.dtype) -> Path:
@@ -145,9 +150,9 @@ def write_kohya(source: Source, path: Path, dtype: torch.dtype) -> Path:
         "ss_base_model_version": source.version,
         "ss_v2": str(source.version == "sd_v2"),
     }
-    file = path if path.suffix == ".safetensors" else path / "lora.safetensors"
-    _save(tensors, file, dtype, metadata)
-    return file
+    with atomic_output(path, KOHYA_NAME) as file:
+        _save(tensors, file, dtype, metadata)
+    return output_file(path, KOHYA_NAME)
 
 
 def sgm_name(module: str) -> str:
@@ -233,7 +238,7 @@ def _write_peft_component(
         "inference_mode": True,
         "task_type": None,
     }
-    (subfolder / PEFT_FILES[0]).write_text(json.dumps(config | common, indent=2, sort_keys=True) + "\n")
+    write_text(subfolder / PEFT_FILES[0], json.dumps(config | common, indent=2, sort_keys=True) + "\n")
     named = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
     _save(named, subfolder / PEFT_FILES[1], dtype, {"format": "pt"})
 
@@ -251,12 +256,10 @@ def read_peft_delora(folder: Path, base_weights: Mapping[str, Tensor], base_mode
     for file in files:
         if not file.is_file():
             raise InputError(f"{folder} has no {file.name}; give a folder saved by PEFT.")
-    try:
-        config = json.loads(files[0].read_text())
-    except ValueError as error:
-        raise InputError(f"{files[0]} is not JSON ({error}); save the adapter again.") from error
-    if config.get("peft_type") != "DELORA":
-        raise InputError(f"{folder} contains a {config.get('peft_type')} adapter; only DELORA can be imported.")
+    config = read_json(files[0])
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "DELORA":
+        raise InputError(f"{folder} contains a {kind} adapter; only DELORA can be imported.")
     by_module: dict[str, dict[str, Tensor]] = {}
     for name, tensor in read_tensors(files[1])[1].items():
         module, _, key = name.removeprefix("base_model.model.").rpartition(".delora_")
@@ -266,10 +269,12 @@ def read_peft_delora(folder: Path, base_weights: Mapping[str, Tensor], base_mode
         if module not in base_weights or not {"A", "B", "lambda"} <= saved.keys():
             raise InputError(f"{folder} does not fit {base_model}: it adapts {module}; give its base model.")
         weight, (a, b) = base_weights[module], (saved["A"], saved["B"])
-        if (b.shape[0], a.shape[1]) != tuple(weight.shape):
+        if saved["lambda"].numel() != 1:
+            raise InputError(f"{files[1]} has {saved['lambda'].numel()} lambdas for {module}; save the adapter again.")
+        if a.ndim != 2 or b.ndim != 2 or (b.shape[0], a.shape[1]) != tuple(weight.shape):
             raise InputError(
-                f"{folder} does not fit {base_model}: {module} is {(b.shape[0], a.shape[1])} in the folder "
-                f"and {tuple(weight.shape)} in the model; give its base model."
+                f"{folder} does not fit {base_model}: {module} has A {tuple(a.shape)} and B {tuple(b.shape)} in the "
+                f"folder and is {tuple(weight.shape)} in the model; give its base model."
             )
         scale = saved.get("w_norm")
         if scale is None:
@@ -277,9 +282,10 @@ def read_peft_delora(folder: Path, base_weights: Mapping[str, Tensor], base_mode
             assert norm is not None
             scale = norm[0]
         ranks.add(a.shape[0])
-        prefix = f"unet.{module}.delora_"
-        tensors |= {f"{prefix}A": a, f"{prefix}B": b, f"{prefix}lambda": saved["lambda"].reshape(())}
-        tensors[f"{prefix}w_norm"] = scale
+        converted = {"A": a, "B": b, "lambda": saved["lambda"].reshape(()), "w_norm": scale}
+        config = AdapterConfig(rank=a.shape[0], start="zero")
+        check_shapes(files[1], module, config, converted, tuple(weight.shape))
+        tensors |= {f"unet.{module}.delora_{key}": tensor for key, tensor in converted.items()}
     if len(ranks) != 1:
         raise InputError(
             f"{folder} has ranks {sorted(ranks)}; import an adapter that has the same rank in all modules."
@@ -290,9 +296,25 @@ def read_peft_delora(folder: Path, base_weights: Mapping[str, Tensor], base_mode
         "base_model": base_model,
         "config": {"unet": dataclasses.asdict(adapter)},
     }
-    file = output if output.suffix == ".safetensors" else output / WEIGHTS_NAME
-    _save(tensors, file, torch.float32, {METADATA_KEY: json.dumps(header, sort_keys=True)})
-    return file
+    check_tensors(files[1], header, tensors)
+    with atomic_output(output, WEIGHTS_NAME) as file:
+        _save(tensors, file, torch.float32, {METADATA_KEY: json.dumps(header, sort_keys=True)})
+    return output_file(output, WEIGHTS_NAME)
+
+
+def output_file(path: Path, name: str) -> Path:
+    """The file to write: ``path`` itself if it names a safetensors file, else ``name`` in that folder."""
+    return path if path.suffix == ".safetensors" else path / name
+
+
+@contextmanager
+def atomic_output(path: Path, name: str) -> Iterator[Path]:
+    """Where to write ``output_file(path, name)``; a new folder appears together with the file in it."""
+    if path.suffix == ".safetensors":
+        yield path
+    else:
+        with atomic_folder(path) as folder:
+            yield folder / name
 
 
 def _save(tensors: Mapping[str, Tensor], file: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from delora_diffusers.adapter.attach import attach
 from delora_diffusers.adapter.control import Control, attach_control, saved_encoder
 from delora_diffusers.adapter.detach import detach
+from delora_diffusers.adapter.modules import named_modules, unwrap
 from delora_diffusers.adapter.tensors import Adapter
 from delora_diffusers.errors import InputError
 from delora_diffusers.files.reading import CONTROL_PREFIX, adapter_path, parse_config, read_adapter
@@ -33,11 +34,6 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, component: str = "un
         raise InputError(f"{file} has no {component}; choose from {', '.join(header['config'])}.")
     prefix = component + "."
     saved = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    for name, tensor in saved.items():
-        if not torch.isfinite(tensor).all():
-            raise InputError(
-                f"{file} contains values that are not finite in {prefix}{name}; resume training from a checkpoint."
-            )
     config = parse_config(file, header["config"][component])
     saved = _match_names(saved, model)
     adapter = attach(model, config, torch.Generator())
@@ -63,11 +59,10 @@ def load_control(unet: nn.Module, path: str | os.PathLike) -> Control | None:
     saved = {n.removeprefix(CONTROL_PREFIX): t for n, t in tensors.items() if n.startswith(CONTROL_PREFIX)}
     try:
         encoder = saved_encoder(saved)
-    except (KeyError, IndexError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{file} contains an incomplete control encoder ({reason}); save it again.") from error
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
     saved_width, width = (
-        len(m.get_parameter(name)) for m, name in ((encoder, "conv_out.bias"), (unet, "conv_in.bias"))
+        len(m.get_parameter(name)) for m, name in ((encoder, "conv_out.bias"), (unwrap(unet), "conv_in.bias"))
     )
     if saved_width != width:
         raise InputError(
@@ -81,7 +76,7 @@ def load_control(unet: nn.Module, path: str | os.PathLike) -> Control | None:
 def _match_names(saved: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Match this model's names: whether CLIP's have the prefix ``text_model`` depends on transformers' version."""
     outer = "text_model."
-    if any(name.startswith(outer) for name, _ in model.named_modules()):
+    if any(name.startswith(outer) for name, _ in named_modules(model)):
         return {name if name.startswith(outer) else outer + name: tensor for name, tensor in saved.items()}
     return {name.removeprefix(outer): tensor for name, tensor in saved.items()}
 

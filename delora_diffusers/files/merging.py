@@ -4,6 +4,7 @@ Every part of the pipeline is copied unchanged; the adapted tensors are then ove
 dtype that they have. At no time is more than the adapters and one weight matrix in memory.
 """
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from tqdm.auto import tqdm
 from delora_diffusers.atomic import atomic_folder
 from delora_diffusers.errors import InputError
 from delora_diffusers.files.low_rank import module_tensors
-from delora_diffusers.files.reading import adapter_path, parse_config, read_adapter
+from delora_diffusers.files.reading import adapter_path, check_shapes, parse_config, read_adapter
 from delora_diffusers.methods.config import AdapterConfig
 from delora_diffusers.methods.functions import method_functions
 
@@ -27,20 +28,31 @@ OTHER_WEIGHTS = ("*.bin", "*.ckpt", "*.pt", "*.msgpack", "*.h5", "*.onnx", "*.pb
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """What one adapter file contributes to the change of one weight."""
+
+    file: Path
+    config: AdapterConfig
+    tensors: dict[str, Tensor]
+    strength: float
+
+
 class Change:
     """The combined change that several adapters make to one weight."""
 
     def __init__(self):
-        self.terms: list[tuple[AdapterConfig, dict[str, Tensor], float]] = []
+        self.terms: list[Term] = []
 
     def __call__(self, weight: Tensor) -> Tensor:
         """``W + sum_i s_i (W_i' - W)`` in float32, for W of any dtype."""
         exact = weight.float()
         total = exact.clone()
-        for config, tensors, strength in self.terms:
-            stacked = {key: tensor[None] for key, tensor in tensors.items()}
-            changed = method_functions(config.method).adapted_weight(exact[None], stacked, config)[0]
-            total = changed if len(self.terms) == 1 and strength == 1 else total + strength * (changed - exact)
+        for term in self.terms:
+            stacked = {key: tensor[None].float() for key, tensor in term.tensors.items()}
+            changed = method_functions(term.config.method).adapted_weight(exact[None], stacked, term.config)[0]
+            alone = len(self.terms) == 1 and term.strength == 1
+            total = changed if alone else total + term.strength * (changed - exact)
         return total
 
 
@@ -61,7 +73,7 @@ def read_changes(adapters: Sequence[tuple[Path, float]]) -> dict[str, dict[str, 
             names = [name for name in tensors if name.startswith(component + ".")]
             for module, keys in module_tensors(names).items():
                 change = changes.setdefault(component, {}).setdefault(module.removeprefix(component + "."), Change())
-                change.terms.append((config, {key: tensors[name] for key, name in keys.items()}, strength))
+                change.terms.append(Term(file, config, {key: tensors[name] for key, name in keys.items()}, strength))
     return changes
 
 
@@ -90,14 +102,15 @@ def merge_folder(folder: Path, adapters: Sequence[tuple[Path, float]], output_di
         return hidden | (set(shutil.ignore_patterns(*OTHER_WEIGHTS)(directory, names)) if changed else set())
 
     with atomic_folder(output_dir) as copy:
-        shutil.copytree(folder, copy, ignore=ignore, dirs_exist_ok=True)  # follows the symlinks in the hub's cache
+        # Follows the symlinks in the hub's cache. Permissions are not copied: the base model may be read-only.
+        shutil.copytree(folder, copy, ignore=ignore, dirs_exist_ok=True, copy_function=shutil.copyfile)
         files = [(file, changes[component]) for component in changes for file in _weights(copy, component)]
         for file, module_changes in tqdm(files, desc="merging", leave=False):
             _overwrite(file, module_changes)
 
 
 def _weights(folder: Path, component: str) -> list[Path]:
-    return sorted((folder / component).glob("*.safetensors"))
+    return sorted(path for path in (folder / component).glob("*.safetensors") if path.name[0] != ".")
 
 
 def _adapted_weights(file: Path, changes: dict[str, Change]) -> Iterator[tuple[str, str]]:
@@ -112,13 +125,8 @@ def _adapted_weights(file: Path, changes: dict[str, Change]) -> Iterator[tuple[s
             shape, dtype = tuple(piece.get_shape()), piece.get_dtype()
             if dtype not in FLOATS:
                 raise InputError(f"{file} stores {name} as {dtype}; merge into a model in fp32, fp16 or bf16.")
-            for config, tensors, _ in change.terms:
-                expected = _expected_shape(config, tensors)
-                if expected is not None and expected != shape:
-                    raise InputError(
-                        f"the adapter does not fit {file}: {name} is {shape} in the file and {expected} in the "
-                        "adapter; give the adapter's base model."
-                    )
+            for term in change.terms:
+                check_shapes(term.file, name, term.config, term.tensors, shape)
             yield module, name
 
 
@@ -129,15 +137,6 @@ def _weight_name(names: set[str], module: str) -> str | None:
             for name in (f"{prefix}{inner}.weight", prefix + inner):
                 if name in names:
                     return name
-    return None
-
-
-def _expected_shape(config: AdapterConfig, tensors: dict[str, Tensor]) -> tuple[int, ...] | None:
-    """The weight's shape, if the adapter's tensors determine it."""
-    if config.method == "full":
-        return tuple(tensors["W"].shape)
-    if {"A", "B"} <= tensors.keys() and config.method != "delora_multiplicative":
-        return tensors["B"].shape[0], tensors["A"].shape[1]
     return None
 
 

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from delora_diffusers.methods.config import AdapterConfig
 from delora_diffusers.methods.functions import method_functions
 from delora_diffusers.methods.table import METHODS
 from delora_diffusers.names import WEIGHTS_NAME, may_be_hub_id
+from delora_diffusers.text_files import is_text, parse_json
 
 FORMAT_VERSION = 1
 METADATA_KEY = "delora_diffusers"
@@ -111,8 +114,8 @@ def _check_header(file: Path) -> None:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         entries = dict(pairs)
         if len(entries) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise InputError(f"{file} has {next(n for n in names if names.count(n) > 1)} twice; save it again.")
+            repeated = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+            raise InputError(f"{file} has {repeated} twice; save it again.")
         return entries
 
     try:
@@ -130,20 +133,12 @@ def read_adapter(file: Path, tensors: bool = True) -> tuple[dict[str, Any], dict
         InputError: see ``read_tensors``; or the header is not an adapter's, or the tensors do not match it.
     """
     metadata, loaded = read_tensors(file, tensors)
-    try:
-        header = json.loads(metadata[METADATA_KEY])
-        version, configs = header["format_version"], header["config"]
-        right = isinstance(version, int) and isinstance(configs, dict) and bool(configs)
-        right = right and isinstance(header["base_model"], str | None)
-        right = right and isinstance(header.get("pipeline"), str | None)
-        right = right and isinstance(header.get("training", {}), dict)
-        right = right and isinstance(header.get("control_encoder", {"palette": None})["palette"], list | None)
-    except (KeyError, ValueError, TypeError, RecursionError):
-        right = False
-    if not right:
+    header = _parse_header(metadata)
+    if header is None:
         raise InputError(
             f"{file} is a safetensors file, but not an adapter saved by delora-diffusers; give one of those."
         )
+    version, configs = header["format_version"], header["config"]
     if version > FORMAT_VERSION:
         raise InputError(
             f"{file} has format version {version}, newer than {FORMAT_VERSION}, the newest that this version can read; "
@@ -155,8 +150,37 @@ def read_adapter(file: Path, tensors: bool = True) -> tuple[dict[str, Any], dict
                 f"{file} has an unknown component {component!r}; the known ones are {', '.join(COMPONENTS)}."
             )
     if tensors:
-        _check_tensors(file, header, loaded)
+        check_tensors(file, header, loaded)
     return header, loaded
+
+
+def _parse_header(metadata: dict[str, str]) -> dict[str, Any] | None:
+    """The header in a file's metadata; None if it is not an adapter's."""
+    try:
+        header = parse_json(metadata[METADATA_KEY])
+    except (KeyError, ValueError):
+        return None
+    if not isinstance(header, dict) or type(header.get("format_version")) is not int:
+        return None
+    texts = [header.get(name) for name in ("base_model", "pipeline", "revision", "variant")]
+    valid = "base_model" in header and all(text is None or (isinstance(text, str) and is_text(text)) for text in texts)
+    valid = valid and isinstance(header.get("config"), dict) and bool(header["config"])
+    valid = valid and isinstance(header.get("training", {}), dict)
+    control = header.get("control_encoder", {"palette": None})
+    valid = valid and isinstance(control, dict) and "palette" in control and _is_palette(control["palette"])
+    return header if valid else None
+
+
+def _is_palette(palette: Any) -> bool:
+    """Whether a value is None or the colours of at most 256 classes."""
+    if palette is None:
+        return True
+    if not isinstance(palette, list) or not 0 < len(palette) <= 256:
+        return False
+    return all(
+        isinstance(colour, list) and len(colour) == 3 and all(type(c) is int and 0 <= c <= 255 for c in colour)
+        for colour in palette
+    )
 
 
 def parse_config(file: Path, values: Any) -> AdapterConfig:
@@ -166,52 +190,88 @@ def parse_config(file: Path, values: Any) -> AdapterConfig:
         InputError: a setting is unknown or invalid.
     """
     known = {field.name for field in dataclasses.fields(AdapterConfig)}
-    unknown = sorted(set(values) - known) if isinstance(values, dict) else ["config"]
+    if not isinstance(values, dict):
+        raise InputError(f"{file} has settings that are not a JSON object; save it again.")
+    unknown = sorted(values.keys() - known)
     if unknown:
         raise InputError(f"{file} has the unknown setting {unknown[0]}; update delora-diffusers.")
     try:
         return AdapterConfig(**values)
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{file} has invalid settings ({error}); save it again.") from error
 
 
-def _check_tensors(file: Path, header: dict[str, Any], loaded: dict[str, Tensor]) -> None:
-    """Check that every tensor belongs to a component in the header and every module has its method's tensors."""
-    expected = {}
-    for component, values in header["config"].items():
-        config = parse_config(file, values)
-        method = METHODS[config.method]
-        minimal = dataclasses.replace(config, rank=1, blocks=1)
-        starts = method_functions(config.method).initialize(torch.ones(1, 1, 1), minimal, torch.Generator())
-        expected[component] = (config, {method.key_prefix + key for start in starts for key in start})
+def check_tensors(file: Path, header: dict[str, Any], loaded: dict[str, Tensor]) -> None:
+    """Check that every tensor is finite and belongs to a module with all tensors of its method.
+
+    Raises:
+        InputError: it does not, or a component has no module.
+    """
+    configs = {component: parse_config(file, values) for component, values in header["config"].items()}
+    keys = {component: _keys(config) for component, config in configs.items()}
     modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in loaded.items():
+        if not torch.isfinite(tensor).all():
+            raise InputError(
+                f"{file} contains values that are not finite in {name}; resume training from a checkpoint."
+            )
         module, _, last = name.rpartition(".")
         component = name.partition(".")[0]
         if name.startswith(CONTROL_PREFIX) and "control_encoder" in header:
             continue
-        if component not in expected or last not in expected[component][1]:
+        if component not in configs or last not in keys[component]:
             raise InputError(f"{file} contains {name}, which is not a tensor of this adapter; save it again.")
-        modules.setdefault(module, {})[last] = tensor
+        modules.setdefault(module, {})[keys[component][last]] = tensor
     for module, tensors in modules.items():
-        config, keys = expected[module.partition(".")[0]]
-        missing = sorted(keys - tensors.keys())
+        component = module.partition(".")[0]
+        missing = sorted(
+            keys[component].keys() - {f"{METHODS[configs[component].method].key_prefix}{k}" for k in tensors}
+        )
         if missing:
             raise InputError(f"{file} has no {module}.{missing[0]}; save or download it again.")
-        if METHODS[config.method].has_factors:
-            _check_shapes(file, module, config, {name.partition("_")[2]: t for name, t in tensors.items()})
+        _check_dimensions(file, module, configs[component], tensors)
+    empty = sorted(configs.keys() - {module.partition(".")[0] for module in modules})
+    if empty:
+        raise InputError(f"{file} has settings for {empty[0]}, but none of its tensors; save or download it again.")
 
 
-def _check_shapes(file: Path, module: str, config: AdapterConfig, tensors: dict[str, Tensor]) -> None:
-    """Check A (r, in), B (out, r) and the tensors whose shapes follow from theirs."""
-    in_features, out_features = tensors["A"].shape[-1], tensors["B"].shape[0]
-    norm = {"column": (in_features,), "frobenius": (), "none": None}[config.weight_norm]
-    shapes = {"A": (config.rank, in_features), "B": (out_features, config.rank), "lambda": (), "w_norm": norm}
-    shapes |= {"A0": shapes["A"], "B0": shapes["B"]}
-    for key, tensor in tensors.items():
-        if tuple(tensor.shape) != shapes[key]:
+def _keys(config: AdapterConfig) -> dict[str, str]:
+    """The last part of the names of a method's tensors in a file, and the key that it stands for."""
+    method, side = METHODS[config.method], config.number_of_blocks
+    return {method.key_prefix + key: key for key in method_functions(config.method).shapes((side, side), config)}
+
+
+def _check_dimensions(file: Path, module: str, config: AdapterConfig, tensors: dict[str, Tensor]) -> None:
+    """Check what can be checked without the pretrained weight."""
+    if config.method != "full":
+        side = config.number_of_blocks
+        for key, shape in method_functions(config.method).shapes((side, side), config).items():
+            if tensors[key].ndim != len(shape):
+                raise InputError(
+                    f"{file}: {module} has {key} with {tensors[key].ndim} dimensions instead of {len(shape)}; save it "
+                    "again."
+                )
+    if METHODS[config.method].has_factors:
+        check_shapes(file, module, config, tensors, (tensors["B"].shape[0], tensors["A"].shape[1]))
+
+
+def check_shapes(
+    file: Path, module: str, config: AdapterConfig, tensors: Mapping[str, Tensor], weight: tuple[int, ...]
+) -> None:
+    """Check the shapes of all tensors of a module, by key, against that of the pretrained weight.
+
+    Raises:
+        InputError: a shape is wrong, or the method cannot adapt such a weight.
+    """
+    if config.method != "full" and len(weight) != 2:
+        raise InputError(f"{file}: {module} is {weight} in the model, but only matrices can be adapted; save it again.")
+    try:
+        expected = method_functions(config.method).shapes(weight, config)
+    except InputError as error:
+        raise InputError(f"{file} does not fit the model: {module}: {error}") from error
+    for key, shape in expected.items():
+        if tuple(tensors[key].shape) != shape:
             raise InputError(
-                f"{file}: {module} has {key} of shape {tuple(tensor.shape)}, not {shapes[key]}; save it again."
+                f"{file}: {module} has {key} of shape {tuple(tensors[key].shape)}, not {shape}; give the adapter's "
+                "base model, or save it again."
             )

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import hashlib
-import json
 import re
 import zlib
 from collections.abc import Sequence
@@ -13,9 +12,11 @@ from typing import Any
 from delora_diffusers.atomic import atomic_write
 from delora_diffusers.errors import InputError
 from delora_diffusers.files.reading import adapter_path
-from delora_diffusers.json_lines import REQUESTS, read_json_lines, write_json_lines
+from delora_diffusers.image_files import UNREADABLE, open_image
+from delora_diffusers.json_lines import GENERATED, REQUESTS, read_json_lines, write_json_lines
 from delora_diffusers.maps import find_maps
 from delora_diffusers.names import METADATA_NAME
+from delora_diffusers.text_files import parse_json
 
 RECORD_KEY = "delora_diffusers"
 """The PNG text entry that records how an image was generated."""
@@ -85,16 +86,20 @@ def plan(request: Request, options: argparse.Namespace, base_model: str | None) 
         # With several strengths, the same images are generated at each.
         suffix = f"-s{strength:g}" if len(request.strengths) > 1 else ""
         if options.map_dir is not None:
-            for path, caption in find_maps(options.map_dir, options.default_caption)[: options.max_maps]:
+            for semantic in find_maps(options.map_dir, options.default_caption)[: options.max_maps]:
                 for k in range(options.num_images):
                     index = "" if options.num_images == 1 else f"-{k:02}"
                     map_fields = {
-                        "map": f"maps/{path.stem}.png",
-                        "map_source": str(path),
-                        "map_sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:16],
+                        "map": f"maps/{semantic.key}.png",
+                        "map_source": str(semantic.path),
+                        "map_sha256": hashlib.sha256(semantic.path.read_bytes()).hexdigest()[:16],
                     }
-                    name, seed = f"{path.stem}{index}{suffix}.png", request.seed + k + zlib.crc32(path.stem.encode())
-                    records.append({"file_name": name, "prompt": caption, "seed": seed, **map_fields, **settings})
+                    name, seed = (
+                        f"{semantic.key}{index}{suffix}.png",
+                        request.seed + k + zlib.crc32(semantic.key.encode()),
+                    )
+                    image = {"file_name": name, "prompt": semantic.caption, "seed": seed}
+                    records.append({**image, **map_fields, **settings})
         for number, prompt in enumerate(request.prompts):
             slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
             for k in range(options.num_images):
@@ -107,23 +112,36 @@ def _value_or_list(values: Sequence[str]) -> Any:
     return None if not values else values[0] if len(values) == 1 else list(values)
 
 
+def check_same_images(folder: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Refuse a folder with finished images that these records do not contain: their records would be lost.
+
+    Raises:
+        InputError
+    """
+    file = folder / METADATA_NAME
+    if not file.is_file():
+        return
+    planned = {record["file_name"] for record in records}
+    other = [r["file_name"] for _, r in read_json_lines(file, GENERATED) if r["file_name"] not in planned]
+    if other:
+        raise InputError(f"{folder} contains other images, such as {other[0]}; pass a new --output_dir or remove them.")
+
+
 def is_done(folder: Path, record: dict[str, Any]) -> bool:
     """Whether an image already exists, complete and generated with the same settings.
 
     Raises:
         InputError: an image with that name was generated with other settings.
     """
-    from PIL import Image, UnidentifiedImageError
-
     path = folder / record["file_name"]
     if not path.exists():
         return False
     recorded = None
     try:
-        with Image.open(path) as image:
-            recorded = json.loads(image.info.get(RECORD_KEY, "null"))
+        with open_image(path) as image:
+            recorded = parse_json(image.info.get(RECORD_KEY, "null"))
             image.verify()
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
+    except UNREADABLE:
         if recorded == record:
             return False  # the same image, but damaged: generated again
     if recorded != record:
@@ -146,7 +164,7 @@ def write_contact_sheet(folder: Path, records: list[dict[str, Any]], most: int =
     from delora_diffusers.image_grid import labelled_grid
 
     def load_image(name: str) -> Image.Image:
-        with Image.open(folder / name) as image:
+        with open_image(folder / name) as image:
             if image.mode in ("L", "P"):  # class indices, spread over the grey levels
                 return image.convert("L").point(lambda value: value * 73 % 256)
             return image.convert("RGB")

@@ -28,6 +28,8 @@ def save_adapter(
     text_encoders: Mapping[str, Adapter] | None = None,
     control: Control | None = None,
     base_model: str | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
     pipeline: str | None = None,
     training: dict[str, Any] | None = None,
     subject: int = 0,
@@ -39,7 +41,7 @@ def save_adapter(
         path: a folder (the file is named ``pytorch_delora_weights.safetensors``) or a ``.safetensors`` file.
         text_encoders: the text encoders' adapters by name, ``text_encoder`` and ``text_encoder_2``, if trained.
         control: the control signal that was trained with the adapter; its encoder and palette are saved too.
-        base_model: hub id or folder of the base model.
+        base_model: hub id or folder of the base model. revision, variant: with which it was loaded.
         pipeline: class of the base model's pipeline, which exports to other formats need.
         training: settings to record: steps, rates, prompt.
         subject: index of the subject to save, if the adapter has several.
@@ -55,7 +57,8 @@ def save_adapter(
         "base_model": base_model,
         "config": {name: dataclasses.asdict(part.config) for name, part in components.items()},
     }
-    header |= {name: value for name, value in (("pipeline", pipeline), ("training", training)) if value is not None}
+    optional = {"revision": revision, "variant": variant, "pipeline": pipeline, "training": training}
+    header |= {name: value for name, value in optional.items() if value is not None}
     tensors = {
         f"{component}.{name}": tensor.detach().float().cpu().contiguous().clone()
         for component, part in components.items()

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
 from delora_diffusers.errors import InputError
 from delora_diffusers.methods.table import METHODS
@@ -16,6 +18,9 @@ UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 MAP_TARGETS = (*UNET_TARGETS, "ff.net.0.proj", "ff.net.2")
 """Training on semantic maps adapts the feed-forward layers too."""
 TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+MAX_NUMBER = 1e30
+"""The largest setting; float32 cannot store much more."""
 
 RELATIVE_BOUND = 0.35
 """Default bound on |dW|_F / |W|_F at any model width; twice that with a frozen start, which subtracts a product."""
@@ -58,25 +63,30 @@ class AdapterConfig:
     path: str = "fast"
 
     def __post_init__(self):
+        if isinstance(self.targets, str) or not isinstance(self.targets, Sequence):
+            raise InputError(f"targets is {self.targets!r}; give a list of module names, for example to_q.")
         object.__setattr__(self, "targets", tuple(self.targets))
+        unnamed = [target for target in self.targets if not isinstance(target, str) or not target]
+        if unnamed:
+            raise InputError(f"targets contains {unnamed[0]!r}; give module names, for example to_q.")
         for name, allowed in (
             ("method", tuple(METHODS)),
             ("start", STARTS),
             ("weight_norm", WEIGHT_NORMS),
             ("path", PATHS),
         ):
-            if getattr(self, name) not in allowed:
+            if not isinstance(getattr(self, name), str) or getattr(self, name) not in allowed:
                 raise InputError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}.")
         method = METHODS[self.method]
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
             raise InputError(f"rank is {self.rank!r}; give a positive integer.")
         if self.path == "split" and not method.has_factors:
             raise InputError(f"path is 'split', which {method.title} does not support; use 'fast'.")
-        if self.blocks is not None and (isinstance(self.blocks, bool) or self.blocks < 1):
+        if self.blocks is not None and (not isinstance(self.blocks, int) or self.blocks is True or self.blocks < 1):
             raise InputError(f"blocks is {self.blocks!r}; give a positive integer.")
         for name in ("delora_lambda", "alpha"):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
+            if value is not None and not _is_positive(value):
                 raise InputError(f"{name} is {value!r}; give a positive number.")
         if EVERYTHING in self.targets and self.method != "full":
             raise InputError(f"targets is *, but {method.title} adapts linear modules only; list them.")
@@ -92,3 +102,10 @@ class AdapterConfig:
     def lora_scale(self) -> float:
         """LoRA's alpha / r."""
         return (2 * self.rank if self.alpha is None else self.alpha) / self.rank
+
+
+def _is_positive(value: Any) -> bool:
+    """Whether a setting, which may come from any file, is a positive number that a float can store."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return 0 < value <= MAX_NUMBER and math.isfinite(value)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from delora_diffusers.methods import update
+from delora_diffusers.methods import lora, update
 from delora_diffusers.methods.config import RELATIVE_BOUND, AdapterConfig
 from delora_diffusers.methods.lora import kaiming
 
@@ -28,6 +28,14 @@ def initialize(
     if config.start == "frozen":
         fixed |= {"A0": a.clone(), "B0": b.clone()}
     return trainable, fixed
+
+
+def shapes(weight: tuple[int, ...], config: AdapterConfig) -> dict[str, tuple[int, ...]]:
+    """A (r, in), B (out, r), lambda (), the scale and the frozen start."""
+    product = lora.shapes(weight, config)
+    scale = {"column": {"w_norm": weight[1:]}, "frobenius": {"w_norm": ()}, "none": {}}[config.weight_norm]
+    start = {"A0": product["A"], "B0": product["B"]} if config.start == "frozen" else {}
+    return {**product, "lambda": (), **scale, **start}
 
 
 def initial_lambda(weight: Tensor, config: AdapterConfig) -> Tensor:

@@ -23,6 +23,11 @@ def initialize(
     return trainable | magnitude, fixed
 
 
+def shapes(weight: tuple[int, ...], config: AdapterConfig) -> dict[str, tuple[int, ...]]:
+    """A (r, in), B (out, r), magnitude (out,)."""
+    return lora.shapes(weight, config) | {"magnitude": weight[:1]}
+
+
 def adapted_weight(weight: Tensor, tensors: dict[str, Tensor], config: AdapterConfig) -> Tensor:
     """W' (n, out, in) in the dtype of the weight, computed in that of the tensors."""
     b, a = lora.factors(tensors, config)

@@ -27,17 +27,30 @@ def initialize(
     Raises:
         InputError: the number of blocks does not divide the input or output width.
     """
-    n, out_features, in_features = weight.shape
-    sides = {"": in_features}
-    if config.method == "etherplus":
-        sides["2"] = out_features
     trainable = {}
-    for side, width in sides.items():
-        size = block_size(width, config.number_of_blocks)
-        trainable[f"u{side}"] = kaiming((n, width // size, size), size, generator)
-        if config.method != "ether":
-            trainable[f"v{side}"] = -trainable[f"u{side}"]
+    for key, shape in shapes(tuple(weight.shape[1:]), config).items():
+        if key.startswith("u"):
+            trainable[key] = kaiming((len(weight), *shape), shape[-1], generator)
+        else:
+            trainable[key] = -trainable[key.replace("v", "u")]
     return trainable, {}
+
+
+def shapes(weight: tuple[int, ...], config: AdapterConfig) -> dict[str, tuple[int, ...]]:
+    """u (blocks, in / blocks); for ETHER+ also v, and u2, v2 (blocks, out / blocks).
+
+    Raises:
+        InputError: the number of blocks does not divide the input or output width.
+    """
+    out_features, in_features = weight
+    blocks = config.number_of_blocks
+    inputs = (blocks, block_size(in_features, blocks))
+    if config.method == "ether":
+        return {"u": inputs}
+    if config.method == "etherplus_onesided":
+        return {"u": inputs, "v": inputs}
+    outputs = (blocks, block_size(out_features, blocks))
+    return {"u": inputs, "v": inputs, "u2": outputs, "v2": outputs}
 
 
 def block_size(width: int, blocks: int) -> int:

@@ -13,6 +13,11 @@ def initialize(
     return {"W": weight.detach().to(torch.float32, copy=True)}, {}
 
 
+def shapes(weight: tuple[int, ...], config: AdapterConfig) -> dict[str, tuple[int, ...]]:
+    """W, the weight itself."""
+    return {"W": weight}
+
+
 def adapted_weight(weight: Tensor, tensors: dict[str, Tensor], config: AdapterConfig) -> Tensor:
     """W' (n, ...) in the dtype of the weight."""
     return tensors["W"].to(weight.dtype)

@@ -12,6 +12,7 @@ from delora_diffusers.methods.table import METHODS
 
 Tensors = dict[str, Tensor]
 """The tensors of n stacked matrices of one shape, by key; n is the first dimension."""
+Shape = tuple[int, ...]
 
 
 @runtime_checkable
@@ -20,6 +21,10 @@ class MethodFunctions(Protocol):
 
     def initialize(self, weight: Tensor, config: AdapterConfig, generator: torch.Generator) -> tuple[Tensors, Tensors]:
         """The initial trainable and fixed tensors, float32."""
+        ...
+
+    def shapes(self, weight: Shape, config: AdapterConfig) -> dict[str, Shape]:
+        """The shape of every tensor of one matrix W of this shape, by key."""
         ...
 
     def adapted_weight(self, weight: Tensor, tensors: Tensors, config: AdapterConfig) -> Tensor:

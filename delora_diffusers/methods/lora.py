@@ -24,6 +24,12 @@ def initialize(
     return {"A": a, "B": torch.zeros(n, out_features, config.rank)}, {}
 
 
+def shapes(weight: tuple[int, ...], config: AdapterConfig) -> dict[str, tuple[int, ...]]:
+    """A (r, in), B (out, r)."""
+    out_features, in_features = weight
+    return {"A": (config.rank, in_features), "B": (out_features, config.rank)}
+
+
 def factors(tensors: dict[str, Tensor], config: AdapterConfig) -> tuple[Tensor, Tensor]:
     """B~ (n, out, r) and A~ (n, r, in) with ``W' - W = B~ A~``."""
     return tensors["B"] * config.lora_scale, tensors["A"]

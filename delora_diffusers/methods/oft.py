@@ -19,9 +19,17 @@ def initialize(
     Raises:
         InputError: the number of blocks does not divide the input width.
     """
-    n, _, in_features = weight.shape
-    size = block_size(in_features, config.number_of_blocks)
-    return {"Q": torch.zeros(n, in_features // size, size * (size - 1) // 2)}, {}
+    return {"Q": torch.zeros(len(weight), *shapes(tuple(weight.shape[1:]), config)["Q"])}, {}
+
+
+def shapes(weight: tuple[int, ...], config: AdapterConfig) -> dict[str, tuple[int, ...]]:
+    """Q (blocks, size (size - 1) / 2).
+
+    Raises:
+        InputError: the number of blocks does not divide the input width.
+    """
+    size = block_size(weight[1], config.number_of_blocks)
+    return {"Q": (config.number_of_blocks, size * (size - 1) // 2)}
 
 
 def adapted_weight(weight: Tensor, tensors: dict[str, Tensor], config: AdapterConfig) -> Tensor:

@@ -33,6 +33,14 @@ def initialize(
     return trainable | {"B": first, "A": second, "D": first.clone(), "C": second.clone()}, {}
 
 
+def shapes(weight: tuple[int, ...], config: AdapterConfig) -> dict[str, tuple[int, ...]]:
+    """lambda (); U and V (in, r), or B and D (in, r) with A and C (r, in)."""
+    tall, wide = (weight[1], config.rank), (config.rank, weight[1])
+    if config.method == "delora_symmetric":
+        return {"lambda": (), "U": tall, "V": tall}
+    return {"lambda": (), "B": tall, "A": wide, "D": tall, "C": wide}
+
+
 def adapted_weight(weight: Tensor, tensors: dict[str, Tensor], config: AdapterConfig) -> Tensor:
     """W' (n, out, in) in the dtype of the weight, computed in that of the tensors."""
     if config.method == "delora_symmetric":

@@ -1,5 +1,7 @@
 """A pipeline with saved adapters written into its weights, so that sampling is as fast as with the base model."""
 
+import dataclasses
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from delora_diffusers.adapter.attach import adapted_parameters
 from delora_diffusers.adapter.control import attached_control, detach_control
 from delora_diffusers.adapter.detach import detach
+from delora_diffusers.adapter.modules import named_modules
 from delora_diffusers.errors import InputError
 from delora_diffusers.files.loading import load_adapter, load_control
 from delora_diffusers.files.reading import adapter_path, parse_config, read_header
@@ -18,15 +21,27 @@ Weighted = tuple[Path, float]
 """An adapter (an output folder or the file in it) and its strength."""
 
 
-def base_model_of(adapters: Iterable[Path], name_or_path: str | None) -> str | None:
-    """The base model: ``name_or_path``, or the base model recorded in all adapters.
+@dataclasses.dataclass(frozen=True)
+class BaseModel:
+    """A base model: hub id or folder (None for the included miniature), and the revision and variant of its files."""
+
+    name: str | None
+    revision: str | None = None
+    variant: str | None = None
+
+
+def base_model_of(
+    adapters: Iterable[Path], name_or_path: str | None, revision: str | None = None, variant: str | None = None
+) -> BaseModel:
+    """The base model that is given, or the one that all adapters record.
 
     Raises:
-        InputError: an adapter records no base model, or two adapters record different ones.
+        InputError: an adapter records no base model, or one that is not here, or two adapters record different ones.
     """
-    recorded = {adapter: read_header(adapter)["base_model"] for adapter in adapters}
+    headers = {adapter: read_header(adapter) for adapter in adapters}
+    recorded = {adapter: header["base_model"] for adapter, header in headers.items()}
     if name_or_path or not recorded:
-        return name_or_path
+        return BaseModel(name_or_path, revision, variant)
     for adapter, base in recorded.items():
         if not base:
             raise InputError(f"{adapter} records no base model; give one with --pretrained_model_name_or_path.")
@@ -36,7 +51,13 @@ def base_model_of(adapters: Iterable[Path], name_or_path: str | None) -> str | N
             f"{first} was trained on {first_base} and {second} on {second_base}; choose one with "
             "--pretrained_model_name_or_path."
         )
-    return next(iter(recorded.values()))
+    (adapter, base), header = next(iter(recorded.items())), next(iter(headers.values()))
+    if os.path.isabs(base) and not os.path.isdir(base):
+        raise InputError(
+            f"{adapter} was trained on the base model in the folder {base}, which is not here; give it with "
+            "--pretrained_model_name_or_path."
+        )
+    return BaseModel(base, revision or header.get("revision"), variant or header.get("variant"))
 
 
 class AdaptedPipeline:
@@ -65,8 +86,9 @@ class AdaptedPipeline:
             for component, values in read_header(adapter)["config"].items():
                 masters = self._masters.setdefault(component, {})
                 model = self._model(component, adapter)
-                for site in adapted_parameters(model, parse_config(adapter_path(adapter), values)):
-                    masters[site] = _parameter(model, site).detach().clone()
+                modules = dict(named_modules(model))
+                for name, parameter in adapted_parameters(model, parse_config(adapter_path(adapter), values)):
+                    masters[name, parameter] = modules[name].get_parameter(parameter).detach().clone()
         pipeline.to(device, dtype)
 
     def _model(self, component: str, adapter: Path) -> nn.Module:
@@ -94,14 +116,15 @@ class AdaptedPipeline:
         for component, masters in self._masters.items():
             model = getattr(self.pipeline, component)
             device, dtype = next(model.parameters()).device, model.dtype
-            for site, master in masters.items():
-                _parameter(model, site).data = master.to(device, copy=True)
+            modules = dict(named_modules(model))
+            for (name, parameter), master in masters.items():
+                modules[name].get_parameter(parameter).data = master.to(device, copy=True)
             selected = [pair for pair, header in zip(adapters, headers) if component in header["config"]]
             adapted: dict[tuple[str, str], Tensor] = {}
             for path, strength in selected:
                 adapter = load_adapter(model, path, component)
                 adapter.strength = strength
-                module_names = {module: name for name, module in model.named_modules()}
+                module_names = {module: name for name, module in modules.items()}
                 for name, module, parameter in adapter.sites():
                     site = (module_names[module], parameter)
                     if len(selected) == 1:
@@ -110,16 +133,12 @@ class AdaptedPipeline:
                         weight = adapted[site] if site in adapted else masters[site].to(device)
                         adapted[site] = weight + adapter.delta_weight(name)
                 detach(model)
-            for site in masters:
-                parameter = _parameter(model, site)
-                parameter.data = adapted.get(site, parameter.data).to(dtype)
+            for name, parameter in masters:
+                weight = modules[name].get_parameter(parameter)
+                weight.data = adapted.get((name, parameter), weight.data).to(dtype)
         if attached_control(self.pipeline.unet) is not None:
             detach_control(self.pipeline.unet)
         if len(adapters) == 1:
             control = load_control(self.pipeline.unet, adapters[0][0])
             if control is not None:
                 control.strength = adapters[0][1]
-
-
-def _parameter(model: nn.Module, site: tuple[str, str]) -> nn.Parameter:
-    return model.get_submodule(site[0]).get_parameter(site[1])

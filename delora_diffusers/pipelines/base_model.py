@@ -1,13 +1,21 @@
 """Load a Stable Diffusion pipeline from a folder or the hub, with a clear error if that fails."""
 
 import logging
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from delora_diffusers.errors import InputError
-from delora_diffusers.names import MINIATURE, SD_PIPELINE, SDXL_PIPELINE, is_miniature, may_be_hub_id
+from delora_diffusers.errors import LOADING_ERRORS, InputError, reason
+from delora_diffusers.names import MINIATURE, SD_PIPELINE, SDXL_PIPELINE, is_miniature, is_xl, may_be_hub_id
+from delora_diffusers.text_files import read_json
 
 PIPELINES = (SD_PIPELINE, SDXL_PIPELINE)
+COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
+)
+"""Names of weight files, with their variant."""
 
 _MINIATURE_FOLDER = Path(__file__).resolve().parents[2] / "data" / "miniature" / MINIATURE
 
@@ -24,9 +32,10 @@ def load_pipeline(
         name_or_path: a pipeline folder or a hub id; None or ``"mini-sd"`` for the included miniature.
 
     Raises:
-        InputError: the folder is not a complete pipeline, or the hub id cannot be loaded.
+        InputError: the folder is not a complete pipeline, the hub id cannot be loaded, or its configuration asks for
+            something that is not supported.
     """
-    check_model_folder(name_or_path)
+    check_model_folder(name_or_path, variant)
     folder_or_id = _MINIATURE_FOLDER if name_or_path is None or is_miniature(name_or_path) else name_or_path
     import diffusers
     import torch
@@ -48,16 +57,49 @@ def load_pipeline(
             safety_checker=None,
             requires_safety_checker=False,
         )
-    except (OSError, ValueError) as error:
-        raise _loading_error(name_or_path, error) from error
+    except LOADING_ERRORS as error:
+        raise _loading_error(name_or_path, variant, error) from error
     finally:
         for logger, verbosity in zip(loggers, verbosities):
             logger.set_verbosity(verbosity)
-    if type(pipeline).__name__ not in PIPELINES:
-        raise InputError(
-            f"the base model {name_or_path} is a {type(pipeline).__name__}; give a {' or '.join(PIPELINES)}."
-        )
+    problem = _unsupported(pipeline)
+    if problem is not None:
+        raise InputError(f"the base model {name_or_path} {problem}; choose another.")
+    _limit_prompts(pipeline)
     return pipeline.to(dtype=torch.float32)  # transformers loads weights in the file's dtype
+
+
+def _unsupported(pipeline: Any) -> str | None:
+    """What the configuration of a pipeline asks for that diffusers' pipeline or this project would ignore."""
+    kind = type(pipeline).__name__
+    if kind not in PIPELINES:
+        return f"is a {kind} and not a {' or '.join(PIPELINES)}"
+    unet, vae = pipeline.unet.config, pipeline.vae.config
+    for name in COMPONENTS:
+        if getattr(getattr(getattr(pipeline, name, None), "config", None), "quantization_config", None) is not None:
+            return f"has a quantized {name}, whose weights cannot be adapted"
+    if unet.in_channels != vae.latent_channels:
+        return f"has a UNet with {unet.in_channels} input channels for {vae.latent_channels} latent channels"
+    if getattr(vae, "shift_factor", None):
+        return f"has an autoencoder with shift_factor {vae.shift_factor}, which a {kind} ignores"
+    scales = [getattr(vae, name, None) is not None for name in ("latents_mean", "latents_std")]
+    if any(scales) and not (all(scales) and is_xl(kind)):
+        return f"has an autoencoder with latents_mean or latents_std, which a {kind} ignores"
+    for name in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type"):
+        if getattr(unet, name, None) is not None:
+            return f"has a UNet with {name} {getattr(unet, name)}, which needs other inputs than a prompt"
+    if getattr(unet, "addition_embed_type", None) != ("text_time" if is_xl(kind) else None):
+        return f"has a UNet with addition_embed_type {unet.addition_embed_type}, which a {kind} does not serve"
+    return None
+
+
+def _limit_prompts(pipeline: Any) -> None:
+    """Give every tokenizer the length that its text encoder reads: some files name none, or a longer one."""
+    for suffix in ("", "_2"):
+        tokenizer, encoder = (getattr(pipeline, name + suffix, None) for name in ("tokenizer", "text_encoder"))
+        if tokenizer is not None and encoder is not None:
+            longest = getattr(encoder.config, "max_position_embeddings", tokenizer.model_max_length)
+            tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
 
 
 def pipeline_folder(name_or_path: str | None, *, revision: str | None = None, variant: str | None = None) -> Path:
@@ -66,7 +108,7 @@ def pipeline_folder(name_or_path: str | None, *, revision: str | None = None, va
     Raises:
         InputError: see ``load_pipeline``.
     """
-    check_model_folder(name_or_path)
+    check_model_folder(name_or_path, variant)
     if name_or_path is None or is_miniature(name_or_path):
         return _MINIATURE_FOLDER
     if Path(name_or_path).is_dir():
@@ -75,19 +117,33 @@ def pipeline_folder(name_or_path: str | None, *, revision: str | None = None, va
 
     try:
         folder = DiffusionPipeline.download(name_or_path, revision=revision, variant=variant, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise _loading_error(name_or_path, error) from error
+    except LOADING_ERRORS as error:
+        raise _loading_error(name_or_path, variant, error) from error
     return Path(folder)
 
 
-def _loading_error(name_or_path: str | None, error: Exception) -> InputError:
+def _loading_error(name_or_path: str | None, variant: str | None, error: Exception) -> InputError:
+    if name_or_path is not None and variant is None and not Path(name_or_path).exists():
+        check_variant(name_or_path, _files_on_hub(name_or_path), None)
+    where = "" if name_or_path is None or Path(name_or_path).exists() else "there is no such folder here; "
     return InputError(
-        f"the base model {name_or_path} could not be loaded ({' '.join(str(error).split())}); "
+        f"the base model {name_or_path} could not be loaded ({where}{reason(error)}); "
         "give --pretrained_model_name_or_path a Stable Diffusion pipeline folder or hub id."
     )
 
 
-def check_model_folder(name_or_path: str | None) -> None:
+def _files_on_hub(repo_id: str) -> list[str]:
+    """The files of a repository; empty if they cannot be listed."""
+    from huggingface_hub import list_repo_files
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return list_repo_files(repo_id)
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError):  # the error that led here says what is wrong
+        return []
+
+
+def check_model_folder(name_or_path: str | None, variant: str | None = None) -> None:
     """Reject at once what cannot be a pipeline. A name that is not a local folder may be a hub id and is accepted.
 
     Raises:
@@ -99,6 +155,11 @@ def check_model_folder(name_or_path: str | None) -> None:
     if not name_or_path:
         raise InputError("--pretrained_model_name_or_path is empty; give a folder or a hub id, or leave it out.")
     folder = Path(name_or_path)
+    if folder.is_file():
+        raise InputError(
+            f"the base model {name_or_path} is a single file; convert it to a folder with diffusers: "
+            f"StableDiffusionPipeline.from_single_file({name_or_path!r}).save_pretrained('FOLDER')."
+        )
     if not folder.is_dir():
         if not may_be_hub_id(name_or_path):
             raise InputError(f"the base model folder {name_or_path} does not exist; check the path.")
@@ -108,4 +169,38 @@ def check_model_folder(name_or_path: str | None) -> None:
             raise InputError(
                 f"the base model folder {name_or_path} has no {part.split('/')[0]}; give a complete Stable "
                 "Diffusion pipeline folder, as pipeline.save_pretrained writes it."
+            )
+    for file in (folder / "model_index.json", *(folder / name / "config.json" for name in COMPONENTS)):
+        config = read_json(file) if file.is_file() else {}
+        if not isinstance(config, dict):
+            raise InputError(f"{file} is not a JSON object; download the base model again.")
+        if config.get("quantization_config") is not None:
+            raise InputError(
+                f"the {file.parent.name} of the base model {name_or_path} is quantized, so its weights cannot be "
+                "adapted; give the model without quantization."
+            )
+    check_variant(name_or_path, (path.relative_to(folder).as_posix() for path in folder.glob("*/*")), variant)
+
+
+def check_variant(name: str, files: Iterable[str], variant: str | None) -> None:
+    """Reject a model whose weights exist only in a variant that was not asked for.
+
+    Args:
+        files: paths relative to the model's folder.
+
+    Raises:
+        InputError: the message gives the variant.
+    """
+    variants: dict[str, set[str | None]] = {}
+    for path in files:
+        component, _, file = path.rpartition("/")
+        match = WEIGHTS.fullmatch(file)
+        if match and component in COMPONENTS:
+            variants.setdefault(component, set()).add(match["variant"])
+    for component, available in variants.items():
+        if None not in available and variant not in available:
+            names = " or ".join(sorted(str(other) for other in available))
+            raise InputError(
+                f"the base model {name} has the weights of its {component} only as variant {names}; pass --variant "
+                f"{sorted(str(other) for other in available)[0]}."
             )

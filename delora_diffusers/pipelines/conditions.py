@@ -1,12 +1,16 @@
 """Prompts as conditions for the UNet: the outputs of the text encoders of Stable Diffusion 1.x, 2.x and XL."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from delora_diffusers.errors import printable
 from delora_diffusers.names import is_xl
+
+logger = logging.getLogger(__name__)
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
@@ -25,6 +29,24 @@ def tokenize(pipeline: Any, prompts: Sequence[str], device: torch.device | str) 
         padded = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
         tokens[name] = tokenizer(list(prompts), return_tensors="pt", **padded).input_ids.to(device)
     return tokens
+
+
+def warn_of_truncation(pipeline: Any, prompts: Sequence[str]) -> None:
+    """Log the captions that are longer than the text encoder reads, and what it does not read of the first."""
+    tokenizer = pipeline.tokenizer
+    longest = tokenizer.model_max_length
+    cut = [(prompt, ids) for prompt in prompts if len(ids := tokenizer(prompt, verbose=False).input_ids) > longest]
+    if cut:
+        prompt, ids = cut[0]
+        unread = tokenizer.decode(ids[longest - 1 :], skip_special_tokens=True)
+        more = f"; {len(cut) - 1} more captions are too long" if len(cut) > 1 else ""
+        message = f"truncated: the caption {shortened(prompt)!r} has {len(ids)} tokens, of which {longest} are read"
+        logger.warning(printable(f"{message}; not read: {shortened(unread)!r}{more}."))
+
+
+def shortened(text: str, longest: int = 100) -> str:
+    """The start of a text."""
+    return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
 def encode_tokens(pipeline: Any, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,8 +6,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from delora_diffusers.adapter.control import as_signal, attached_control
+from delora_diffusers.errors import InputError
+from delora_diffusers.pipelines.latents import latent_scale
 
 
 @torch.no_grad()
@@ -29,6 +32,9 @@ def sample_images(
         resolution: side length in pixels; None for the model's default, or for that of the maps.
         maps: one per seed, all of the same size, for a UNet with a control signal.
         arguments: for the pipeline: ``prompt`` or ``prompt_embeds``, ``num_inference_steps``, ``guidance_scale``, ...
+
+    Raises:
+        InputError: the UNet overflows in its dtype; the image would be black.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     pipeline.set_progress_bar_config(disable=True)
@@ -43,9 +49,23 @@ def sample_images(
     latents = pipeline(generator=generators, height=height, width=width, output_type="latent", **arguments).images
     if control is not None:
         control.see(None)
-    vae = pipeline.vae
+    if not torch.isfinite(latents).all():
+        raise InputError(
+            f"the UNet gave values that are not finite in {str(pipeline.unet.dtype)[6:]}; use --mixed_precision bf16 "
+            "or no, or a smaller --strength."
+        )
+    return pipeline.image_processor.postprocess(_decode(pipeline.vae, latents), output_type="pil")
+
+
+def _decode(vae: Any, latents: Tensor) -> Tensor:
+    """Images (batch, 3, height, width) of the UNet's latents; in float32 if the autoencoder overflows in its dtype."""
     if vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
         vae.to(torch.float32)  # Stable Diffusion XL's autoencoder overflows in fp16
-
-    decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
-    return pipeline.image_processor.postprocess(decoded, output_type="pil")
+    scale = latent_scale(vae)
+    decoded = vae.decode(scale.unscaled(latents.to(vae.dtype)), return_dict=False)[0]
+    if vae.dtype != torch.float32 and not torch.isfinite(decoded).all():
+        vae.to(torch.float32)
+        decoded = vae.decode(scale.unscaled(latents.float()), return_dict=False)[0]
+    if not torch.isfinite(decoded).all():
+        raise InputError("the autoencoder gave values that are not finite; use another base model.")
+    return decoded

@@ -3,18 +3,17 @@
 import argparse
 import importlib.util
 import re
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from delora_diffusers.errors import InputError
 from delora_diffusers.methods.config import EVERYTHING, PATHS, STARTS, UNET_TARGETS, WEIGHT_NORMS, AdapterConfig
 from delora_diffusers.methods.table import LAMBDA_LEARNING_RATE, METHODS
 from delora_diffusers.names import MINIATURE, is_miniature
+from delora_diffusers.outputs import check_run_folder
+from delora_diffusers.text_files import as_bool, read_yaml
 
 MINIATURE_SUBJECT_RATES = {"delora": 1e-2}
 """On the included miniature, DeLoRA has better prompt fidelity at half the paper's rate; see docs/miniature.md."""
@@ -40,8 +39,6 @@ MINIATURE_DEFAULTS: dict[str, Any] = {
     "guidance_scale": 4.0,
 }
 """Defaults of the included miniature that differ from Stable Diffusion 1.5's; see docs/miniature.md for the search."""
-
-MIN_FREE_BYTES = 256 * 2**20
 
 
 def positive_int(text: str) -> int:
@@ -185,10 +182,9 @@ def _read_config(parser: argparse.ArgumentParser, file: Path) -> list[str]:
     """The contents of a YAML file as command line arguments."""
     if not file.is_file():
         raise InputError(f"{file} is not a file; give --config a YAML file.")
-    try:
-        values = yaml.safe_load(file.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise InputError(f"{file} is not valid YAML ({' '.join(str(error).split())}); fix it.") from error
+    values = read_yaml(file)
+    if values is None:
+        return []
     if not isinstance(values, dict):
         raise InputError(f"{file} is not a mapping of flags to values; write lines like `rank: 16`.")
     actions = {action.dest: action for action in parser._actions if action.option_strings}
@@ -196,19 +192,29 @@ def _read_config(parser: argparse.ArgumentParser, file: Path) -> list[str]:
     for key, value in values.items():
         if key not in actions or key in ("config", "help"):
             raise InputError(f"{file} sets {key!r}, which is not a flag; see --help for the flags.")
-        argv += _as_arguments(actions[key], value)
+        argv += _as_arguments(file, actions[key], value)
     return argv
 
 
-def _as_arguments(action: argparse.Action, value: Any) -> list[str]:
+def _as_arguments(file: Path, action: argparse.Action, value: Any) -> list[str]:
     flag = action.option_strings[0]
-    if isinstance(action, argparse.BooleanOptionalAction):
-        return [] if value is None else [action.option_strings[not value]]
-    if action.nargs == 0:
-        return [flag] if value else []
     if value is None:
         return []
-    return [flag, *map(str, value)] if isinstance(value, list) else [flag, str(value)]
+    if action.nargs == 0:
+        switch = as_bool(value)
+        if switch is None:
+            raise InputError(f"{file} sets {action.dest} to {value!r}; write true or false.")
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return [action.option_strings[not switch]]
+        return [flag] if switch else []
+    several = action.nargs == "+"
+    items = value if isinstance(value, list) and several else [value]
+    for item in items:
+        if item is None or isinstance(item, list | dict):
+            raise InputError(f"{file} sets {action.dest} to {value!r}; give {'values' if several else 'one value'}.")
+    if not several:
+        return [f"{flag}={value}"]
+    return [flag, *map(str, items)] if items else []
 
 
 def adapter_config(args: argparse.Namespace, **changes: Any) -> AdapterConfig:
@@ -263,26 +269,4 @@ def check_training_arguments(args: argparse.Namespace) -> None:
     ):
         if requested and importlib.util.find_spec(package) is None:
             raise InputError(f"{flag} needs {package}, which is not installed; run `pip install {package}`.")
-    check_output_dir(args.output_dir, args.resume_from_checkpoint)
-
-
-def check_output_dir(output_dir: Path, resume_from_checkpoint: str | None) -> None:
-    """Refuse an output folder that contains another run or is on a full disk.
-
-    Raises:
-        InputError
-    """
-    if output_dir.exists() and not output_dir.is_dir():
-        raise InputError(f"--output_dir {output_dir} is a file; give a folder.")
-    if output_dir.is_dir() and any(output_dir.iterdir()) and resume_from_checkpoint is None:
-        raise InputError(
-            f"--output_dir {output_dir} contains another run; give a new folder, or continue that run with "
-            "--resume_from_checkpoint latest."
-        )
-    existing = next(parent for parent in (output_dir, *output_dir.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < MIN_FREE_BYTES:
-        raise InputError(
-            f"--output_dir {output_dir} is on a disk with {free / 2**20:.0f} MiB free, but a run needs at least "
-            f"{MIN_FREE_BYTES / 2**20:.0f} MiB; free some space or choose another disk."
-        )
+    check_run_folder(args.output_dir, args.resume_from_checkpoint)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from delora_diffusers.adapter.control import as_signal
+from delora_diffusers.pipelines.latents import LatentScale
 from delora_diffusers.training import order
 from delora_diffusers.training.cuda_graph import Batch
 from delora_diffusers.training.disk_cache import DiskCache
@@ -84,7 +85,7 @@ class MapBatches:
 
     Attributes:
         noise_scheduler: of the base model. noise: how it is used.
-        cache: the encoded pairs. scaling_factor: the autoencoder's.
+        cache: the encoded pairs. scale: the autoencoder's.
         empty_prompt: embedding (tokens, width) of the empty prompt, which replaces a caption with probability
             ``proportion_empty_prompts``.
         palette: colours for index maps, or None for maps in colour.
@@ -93,7 +94,7 @@ class MapBatches:
     noise_scheduler: Any
     noise: NoiseSettings
     cache: DiskCache
-    scaling_factor: float
+    scale: LatentScale
     empty_prompt: Tensor
     palette: np.ndarray | None
     seed: int
@@ -108,7 +109,8 @@ class MapBatches:
         pairs = order.sample_indices(self.seed, microbatch, self.batch_size, len(self.cache))
         batch = self.cache.read(pairs, seed)
         mean, std = batch.mean.to(self.device, non_blocking=True), batch.std.to(self.device, non_blocking=True)
-        latents = (mean + std * torch.randn(mean.shape, generator=generator, device=self.device)) * self.scaling_factor
+        noise = torch.randn(mean.shape, generator=generator, device=self.device)
+        latents = self.scale.scaled(mean + std * noise)
         embeddings = batch.embeddings.to(self.device, non_blocking=True)
         unprompted = np.random.default_rng((seed, 2)).uniform(size=len(mean)) < self.proportion_empty_prompts
         if unprompted.any():

@@ -1,4 +1,4 @@
-"""Checkpoints that are written completely or not at all, and the flags that a resumed run must not change."""
+"""Checkpoints that are written completely or not at all, and what must not change when a run is continued."""
 
 import json
 import os
@@ -7,10 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from safetensors import SafetensorError
 
-from delora_diffusers.errors import InputError
-from delora_diffusers.names import CHECKPOINT_PREFIX, CONFIG_NAME, is_checkpoint, list_checkpoints
+from delora_diffusers.errors import LOADING_ERRORS, InputError, reason
+from delora_diffusers.names import (
+    CHECKPOINT_PREFIX,
+    CONFIG_NAME,
+    checkpoint_step,
+    is_checkpoint,
+    list_checkpoints,
+)
+from delora_diffusers.text_files import read_json
 
 MAY_CHANGE = {
     "output_dir",
@@ -34,6 +40,9 @@ MAY_CHANGE = {
 }
 """Flags that may change when a run is resumed; all others must stay the same."""
 
+SIZES_NAME = "sizes.json"
+"""The size of every file of a checkpoint, by name; checkpoints of earlier versions do not have it."""
+
 
 def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, total_limit: int | None) -> None:
     """Save a run under a temporary name, rename it, and delete the oldest checkpoints beyond ``total_limit``."""
@@ -44,13 +53,16 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, total
     accelerator.wait_for_everyone()
     try:
         accelerator.save_state(str(temporary))
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError on a full disk
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir()) if path.is_file()}
+            (temporary / SIZES_NAME).write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
+    except LOADING_ERRORS as error:  # torch.save raises RuntimeError on a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         raise InputError(
-            f"{final} could not be written ({' '.join(str(error).split())}); free some space, then use "
+            f"{final} could not be written ({reason(error)}); free some space, then use "
             "--resume_from_checkpoint latest."
         ) from error
-    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         shutil.rmtree(final, ignore_errors=True)
         os.rename(temporary, final)
@@ -62,33 +74,88 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Pat
     """The checkpoint for ``--resume_from_checkpoint``; None to start from the beginning.
 
     Raises:
-        InputError: the given checkpoint does not exist.
+        InputError: the given checkpoint does not exist, or a file of it is missing or cut short.
     """
     if resume_from_checkpoint is None:
         return None
     if resume_from_checkpoint == "latest":
-        return (list_checkpoints(output_dir) or [None])[-1]
-    path = Path(resume_from_checkpoint)
-    candidates = [p for p in (path, output_dir / path) if p.is_dir() and is_checkpoint(p)]
-    if not candidates:
-        available = ", ".join(p.name for p in list_checkpoints(output_dir)) or "no checkpoint"
-        raise InputError(f"--resume_from_checkpoint {path} does not exist; {output_dir} has {available}.")
-    return candidates[0]
+        checkpoint = (list_checkpoints(output_dir) or [None])[-1]
+    else:
+        path = Path(resume_from_checkpoint)
+        candidates = [p for p in (path, output_dir / path) if p.is_dir() and is_checkpoint(p)]
+        if not candidates:
+            available = ", ".join(p.name for p in list_checkpoints(output_dir)) or "no checkpoint"
+            raise InputError(f"--resume_from_checkpoint {path} does not exist; {output_dir} has {available}.")
+        checkpoint = candidates[0]
+    if checkpoint is not None and (checkpoint / SIZES_NAME).is_file():
+        _check_sizes(checkpoint)
+    return checkpoint
 
 
-def check_same_run(output_dir: Path, settings: dict[str, Any]) -> None:
-    """Refuse to resume a run whose settings have changed.
+def _check_sizes(checkpoint: Path) -> None:
+    sizes = read_json(checkpoint / SIZES_NAME)
+    for name, size in sizes.items() if isinstance(sizes, dict) else ():
+        file = checkpoint / name
+        if not file.is_file():
+            raise _damaged(checkpoint, f"{name} is missing")
+        if file.stat().st_size != size:
+            raise _damaged(checkpoint, f"{name} has {file.stat().st_size} of {size} bytes")
+
+
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
+    """Restore a run.
 
     Raises:
-        InputError: a flag differs; the message names the first.
+        InputError: a file of the checkpoint is missing or damaged.
     """
-    file = output_dir / CONFIG_NAME
+    try:
+        accelerator.load_state(str(checkpoint))
+    except LOADING_ERRORS as error:
+        raise _damaged(checkpoint, reason(error)) from error
+
+
+def _damaged(checkpoint: Path, problem: str) -> InputError:
+    step = checkpoint_step(checkpoint)
+    earlier = [other for other in list_checkpoints(checkpoint.parent) if checkpoint_step(other) < step]
+    remedy = f"--resume_from_checkpoint {earlier[-1].name}" if earlier else "another checkpoint, or a new --output_dir"
+    return InputError(f"the checkpoint {checkpoint} is damaged ({problem}); use {remedy}.")
+
+
+def check_same_run(
+    output_dir: Path, resume_from_checkpoint: str | None, settings: dict[str, Any], data: dict[str, str]
+) -> None:
+    """Refuse to resume a run whose settings or data have changed, or that has already done more steps.
+
+    Args:
+        settings: the flags. data: a digest of each file that is trained on, by name; see ``run_folder.data_digests``.
+
+    Raises:
+        InputError: the message names the first difference.
+    """
+    checkpoint = find_checkpoint(output_dir, resume_from_checkpoint)
+    folder = output_dir if checkpoint is None else checkpoint.parent
+    if checkpoint is not None and checkpoint_step(checkpoint) > settings["max_train_steps"]:
+        raise InputError(
+            f"{checkpoint} has finished {checkpoint_step(checkpoint)} steps, more than --max_train_steps "
+            f"{settings['max_train_steps']}; give at least as many, or resume from an earlier checkpoint."
+        )
+    file = folder / CONFIG_NAME
     if not file.is_file():
         return
-    before = json.loads(file.read_text())["arguments"]
+    config = read_json(file)
+    before = config.get("arguments") if isinstance(config, dict) else None
+    if not isinstance(before, dict):
+        raise InputError(f"{file} is damaged, so this run cannot be continued; restore it, or give a new --output_dir.")
     for key in sorted(before.keys() & settings.keys() - MAY_CHANGE):
         if before[key] != settings[key]:
             raise InputError(
-                f"{output_dir} was trained with --{key} {before[key]}, but --{key} is now {settings[key]}; give the "
+                f"{folder} was trained with --{key} {before[key]}, but --{key} is now {settings[key]}; give the "
                 "same value, or a new --output_dir."
+            )
+    recorded = config.get("data", data)
+    for name in sorted({*recorded, *data}):
+        if recorded.get(name) != data.get(name):
+            change = "is new" if name not in recorded else "is gone" if name not in data else "has changed"
+            raise InputError(
+                f"{name} {change} since {folder} was trained; restore the data, or give a new --output_dir."
             )

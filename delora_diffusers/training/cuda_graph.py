@@ -91,6 +91,8 @@ class MicroBatches:
             # Capture only this thread: with several processes, another thread monitors their communication.
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._losses = self._forward_and_backward(self._inputs)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             reason = " ".join(str(error).split("\n")[0].split())
             raise InputError(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from delora_diffusers.pipelines.latents import LatentScale, latent_scale
 from delora_diffusers.training import order
 
 
@@ -18,7 +19,7 @@ class LatentCache:
     Attributes:
         mean, std: (views, channels, height, width), float32.
         first: index of each image's first view; image i has ``first[i + 1] - first[i]`` views.
-        scaling_factor: the autoencoder's.
+        scale: the autoencoder's.
         sizes: (views, 6), SDXL's size conditions (``time_ids``) of each view: height and width of the photo, top and
             left of the crop, height and width of the view; None for other models.
     """
@@ -26,7 +27,7 @@ class LatentCache:
     mean: Tensor
     std: Tensor
     first: list[int]
-    scaling_factor: float
+    scale: LatentScale
     sizes: Tensor | None = None
 
     def __len__(self) -> int:
@@ -43,7 +44,7 @@ class LatentCache:
         views = self._views(images, seed)
         mean, std = self.mean[views], self.std[views]
         noise = torch.randn(mean.shape, generator=generator, device=mean.device)
-        return (mean + std * noise) * self.scaling_factor
+        return self.scale.scaled(mean + std * noise)
 
     def sizes_of(self, images: Sequence[int], seed: int) -> list[Tensor]:
         """Size conditions of the views that ``sample`` chooses, (batch, 6); empty if the model takes none."""
@@ -115,7 +116,7 @@ def encode_images(
     if pending:
         encode(pending)
     size_conditions = None if sizes is None else torch.tensor(sizes, device=device)
-    return LatentCache(torch.cat(means), torch.cat(stds), first, vae.config.scaling_factor, size_conditions)
+    return LatentCache(torch.cat(means), torch.cat(stds), first, latent_scale(vae), size_conditions)
 
 
 def crop_offsets(seed: int, image: int, random_crop: bool, count: int = 16) -> list[float] | None:

@@ -10,11 +10,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from delora_diffusers.adapter.tensors import Adapter
+from delora_diffusers.memory import explain_out_of_memory
 from delora_diffusers.names import checkpoint_step
 from delora_diffusers.training import checkpoints, gradients
 from delora_diffusers.training.cuda_graph import Batch, MicroBatches, can_capture
 from delora_diffusers.training.loss_monitor import LossMonitor
 from delora_diffusers.training.optimizers import build_lr_scheduler, build_optimizer
+from delora_diffusers.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +27,7 @@ def train(
     batch_of: Callable[[int], Batch],
     losses_of: Callable[..., Tensor],
     args: argparse.Namespace,
-    validate: Callable[[int], None] | None = None,
+    validate: Validation | None = None,
     control: torch.nn.Module | None = None,
 ) -> dict[int, int]:
     """Train until ``args.max_train_steps``, from the start or from a checkpoint.
@@ -60,8 +62,15 @@ def train(
     monitor = LossMonitor(accelerator.device, subjects)
     capture = can_capture(accelerator, list(adapters.values())) if args.cuda_graph is None else args.cuda_graph
     accumulate_gradients = MicroBatches(accelerator, list(adapters.values()), losses_of, capture)
+    # A run may have been killed between this checkpoint and its validation images.
+    overdue = validate is not None and start > 0 and _is_validated(start, args) and not validate.is_done(start)
+    accelerator.wait_for_everyone()  # all processes have checked before the first one writes
+    if validate is not None and overdue:
+        validate(start)
     quiet = not accelerator.is_local_main_process
-    with tqdm(total=args.max_train_steps, initial=start, desc="training", disable=quiet) as progress:
+    size = f"batches of {args.train_batch_size} at {args.resolution} x {args.resolution} pixels"
+    out_of_memory = explain_out_of_memory(f"training on {size}", memory_savings(accelerator, args))
+    with out_of_memory, tqdm(total=args.max_train_steps, initial=start, desc="training", disable=quiet) as progress:
         for step in range(start, args.max_train_steps):
             for accumulation in range(args.gradient_accumulation_steps):
                 microbatch = (step * args.gradient_accumulation_steps + accumulation) * accelerator.num_processes
@@ -86,9 +95,28 @@ def train(
             if finished % args.checkpointing_steps == 0 or last:
                 monitor.check(accelerator, args.output_dir)
                 checkpoints.save_checkpoint(accelerator, args.output_dir, finished, args.checkpoints_total_limit)
-            if validate is not None and (finished % args.validation_steps == 0 or last):
+            if validate is not None and _is_validated(finished, args):
                 validate(finished)
     return monitor.check(accelerator, args.output_dir)
+
+
+def memory_savings(accelerator: Accelerator, args: argparse.Namespace) -> list[str]:
+    """The flags that save memory in training and are not yet used, the largest saving first."""
+    precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp16"
+    savings = {
+        "--gradient_checkpointing": not args.gradient_checkpointing,
+        f"--mixed_precision {precision}": accelerator.mixed_precision == "no",
+        "--train_batch_size 1 with --gradient_accumulation_steps": args.train_batch_size > 1,
+        "a smaller --resolution": True,
+        "--no-cuda_graph": args.cuda_graph is not False,
+        "a smaller --rank": True,
+    }
+    return [flag for flag, helps in savings.items() if helps]
+
+
+def _is_validated(step: int, args: argparse.Namespace) -> bool:
+    """Whether validation images are generated after this step."""
+    return step % args.validation_steps == 0 or step == args.max_train_steps
 
 
 def _resume(accelerator: Accelerator, args: argparse.Namespace) -> int:
@@ -97,7 +125,7 @@ def _resume(accelerator: Accelerator, args: argparse.Namespace) -> int:
         if args.resume_from_checkpoint is not None:
             logger.warning("%s has no checkpoint yet; training starts from the beginning", args.output_dir)
         return 0
-    accelerator.load_state(str(checkpoint))
+    checkpoints.load_checkpoint(accelerator, checkpoint)
     return checkpoint_step(checkpoint)
 
 

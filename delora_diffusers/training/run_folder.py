@@ -1,15 +1,19 @@
 """What a finished run writes beside its adapter: its configuration and a model card."""
 
 import argparse
+import hashlib
 import importlib.metadata
 import json
+import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from delora_diffusers.atomic import atomic_write
+import yaml
+
+from delora_diffusers.atomic import write_text
 from delora_diffusers.methods.table import METHODS
 from delora_diffusers.names import CONFIG_NAME, WEIGHTS_NAME, is_miniature
 
@@ -29,18 +33,35 @@ def command_line() -> str:
     return "accelerate launch " + shlex.join([Path(words[0]).name, *words[1:]])
 
 
-def write_config(output_dir: Path, args: argparse.Namespace, reached: dict[str, float] | None = None) -> None:
-    """Write ``config.json``: every flag, the versions, the command, and the final readings of the training."""
+def data_digests(items: Iterable[tuple[str, Sequence[Path], str | None]]) -> dict[str, str]:
+    """A digest of the contents of each example, by name.
+
+    Args:
+        items: (name, files, caption).
+    """
+    digests = {}
+    for name, files, caption in items:
+        digest = hashlib.sha256(b"" if caption is None else caption.encode())
+        for file in files:
+            digest.update(b"\0" + file.read_bytes())
+        digests[name] = digest.hexdigest()[:16]
+    return digests
+
+
+def write_config(
+    output_dir: Path, args: argparse.Namespace, data: dict[str, str], reached: dict[str, float] | None = None
+) -> None:
+    """Write ``config.json``: flags, digests of the data, versions, the command, and the final readings of training."""
     packages = ("torch", "diffusers", "transformers", "accelerate")
     record: dict[str, Any] = {
         "arguments": settings(args),
         "command": command_line(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
+        "data": data,
     }
     if reached is not None:
         record["reached"] = reached
-    with atomic_write(output_dir / CONFIG_NAME) as temporary:
-        temporary.write_text(json.dumps(record, indent=2) + "\n")
+    write_text(output_dir / CONFIG_NAME, json.dumps(record, indent=2) + "\n")
 
 
 def write_model_card(
@@ -58,14 +79,18 @@ def write_model_card(
     base = args.pretrained_model_name_or_path
     method = METHODS[args.method].title
     of_rank = f" of rank {args.rank}" if METHODS[args.method].has_rank else ""
-    # The hub's validator rejects a local folder as base_model.
-    base_line = "" if Path(base).exists() or is_miniature(base) else f"base_model: {base}\n"
     licence = "apache-2.0" if is_miniature(base) else "openrail++" if xl else "creativeml-openrail-m"
     samples = zip(getattr(args, "validation_prompt", []), sorted((output_dir / "samples").glob("*.png")))
-    widget = "".join(
-        f"- text: {json.dumps(text)}\n  output:\n    url: samples/{image.name}\n" for text, image in samples
-    )
-    widget = f"widget:\n{widget}" if widget else ""
+    metadata: dict[str, Any] = {"library_name": "diffusers", "license": licence}
+    if not Path(base).exists() and not is_miniature(base):  # the hub's validator rejects a local folder
+        metadata["base_model"] = base
+    family = "stable-diffusion-xl" if xl else "stable-diffusion"
+    metadata["tags"] = ["text-to-image", "diffusers", family, args.method, "delora-diffusers"]
+    widget = [{"text": text, "output": {"url": f"samples/{image.name}"}} for text, image in samples]
+    if widget:
+        metadata["widget"] = widget
+    if not follows_maps:
+        metadata["instance_prompt"] = prompt
     kind = "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"
     loading = "\n".join(
         f'load_adapter(pipeline.{name}, "{WEIGHTS_NAME}", "{name}")\nmerge(pipeline.{name})' for name in components
@@ -76,16 +101,15 @@ def write_model_card(
         flags, imports = "--map_dir maps", "load_adapter, load_control, merge"
         loading += f'\ncontrol = load_control(pipeline.unet, "{WEIGHTS_NAME}")'
         sampling = f"control.see(maps)  # a tensor (1, 3, height, width), values 0 to 1\n{sampling}"
+    use = f"python -m delora_diffusers generate --adapter . {flags} --output_dir images"
+    code = f"""from diffusers import {kind}
+from delora_diffusers import {imports}
+
+pipeline = {kind}.from_pretrained({base!r})
+{loading}
+{sampling}"""
     card = f"""---
-{base_line}library_name: diffusers
-license: {licence}
-tags:
-- text-to-image
-- diffusers
-- stable-diffusion{"-xl" if xl else ""}
-- {args.method}
-- delora-diffusers
-{widget}{"" if follows_maps else f"instance_prompt: {json.dumps(prompt)}{chr(10)}"}---
+{yaml.safe_dump(metadata, allow_unicode=True, sort_keys=False)}---
 
 # {output_dir.resolve().name}
 
@@ -93,27 +117,22 @@ A {method} adapter{of_rank} for `{base}`, trained on {trained_on} for {args.max_
 
 {grid}## Use
 
-```
-python -m delora_diffusers generate --adapter . {flags} --output_dir images
-```
+{fenced(use)}
 
-```python
-from diffusers import {kind}
-from delora_diffusers import {imports}
-
-pipeline = {kind}.from_pretrained({base!r})
-{loading}
-{sampling}
-```
+{fenced(code, "python")}
 
 ## Training
 
-```
-{command_line()}
-```
+{fenced(command_line())}
 """
-    with atomic_write(output_dir / "README.md") as temporary:
-        temporary.write_text(card)
+    write_text(output_dir / "README.md", card)
+
+
+def fenced(code: str, language: str = "") -> str:
+    """A Markdown code block, whatever backticks the code contains."""
+    longest = max((len(run) for run in re.findall("`+", code)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{code}\n{fence}"
 
 
 def push_to_hub(output_dir: Path, args: argparse.Namespace) -> str:
@@ -126,7 +145,7 @@ def push_to_hub(output_dir: Path, args: argparse.Namespace) -> str:
         repo_id=repo_id,
         folder_path=output_dir,
         commit_message="Train",
-        ignore_patterns=["checkpoint-*", ".checkpoint-*", "logs/*", "class_images/*"],
+        ignore_patterns=["checkpoint-*", ".*", "*/.*", "logs/*", "class_images/*", "cache/*"],
         token=args.hub_token,
     )
     return repo_id

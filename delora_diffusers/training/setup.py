@@ -8,37 +8,44 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
-from diffusers import DDPMScheduler
+from diffusers import AutoencoderKL, DDPMScheduler
 from torch.utils.checkpoint import checkpoint
 
 from delora_diffusers.adapter.tensors import Adapter
+from delora_diffusers.errors import InputError
 from delora_diffusers.files.writing import save_adapter
+from delora_diffusers.launching import launched_accelerator
+from delora_diffusers.names import recorded_model_name
 from delora_diffusers.pipelines.base_model import load_pipeline
 from delora_diffusers.pipelines.conditions import text_encoders
+from delora_diffusers.pipelines.noise_schedule import training_schedule
 from delora_diffusers.training import checkpoints, run_folder
 
 RECORDED_FLAGS = ("max_train_steps", "train_batch_size", "learning_rate", "resolution", "seed")
 """Flags that are recorded in the adapter file."""
 
 
-def start_accelerator(args: argparse.Namespace) -> Accelerator:
+def start_accelerator(args: argparse.Namespace, data: dict[str, str]) -> Accelerator:
     """Create the accelerator for these flags.
 
+    Args:
+        data: a digest of each file that is trained on; see ``run_folder.data_digests``.
+
     Raises:
-        InputError: the run to resume has other settings, or its checkpoint does not exist.
+        InputError: the run to resume has other settings or data, or its checkpoint does not exist or is damaged, or
+            accelerate is configured for something that is not supported.
     """
+    if args.resume_from_checkpoint is not None:
+        checkpoints.check_same_run(args.output_dir, args.resume_from_checkpoint, run_folder.settings(args), data)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it on start-up
         torch.use_deterministic_algorithms(True, warn_only=True)
-    accelerator = Accelerator(
+    accelerator = launched_accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(args.output_dir, args.output_dir / "logs"),
     )
-    if args.resume_from_checkpoint is not None:
-        checkpoints.check_same_run(args.output_dir, run_folder.settings(args))
-    checkpoints.find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     return accelerator
 
@@ -55,6 +62,8 @@ def load_frozen(accelerator: Accelerator, args: argparse.Namespace) -> tuple[Any
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     with accelerator.main_process_first():
         pipeline = load_pipeline(args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant)
+    scheduler = training_schedule(pipeline.scheduler, args.pretrained_model_name_or_path)
+    _check_trainable(pipeline, args.pretrained_model_name_or_path)
     pipeline.vae.requires_grad_(False)
     for model in (pipeline.unet, *text_encoders(pipeline).values()):
         model.requires_grad_(False)
@@ -62,8 +71,24 @@ def load_frozen(accelerator: Accelerator, args: argparse.Namespace) -> tuple[Any
     if args.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing(run_checkpointed)
         pipeline.unet.train()
-    scheduler: Any = DDPMScheduler.from_config(pipeline.scheduler.config)
     return pipeline, scheduler
+
+
+def _check_trainable(pipeline: Any, name: str) -> None:
+    """Reject a base model that can be sampled but not trained as it was.
+
+    Raises:
+        InputError
+    """
+    problem = None
+    if not isinstance(pipeline.vae, AutoencoderKL):
+        problem = f"has a {type(pipeline.vae).__name__}, whose latents have no distribution"
+    if getattr(pipeline.unet.config, "time_cond_proj_dim", None) is not None:
+        problem = "was distilled to take the guidance scale as an input"
+    if any(getattr(encoder.config, "use_attention_mask", None) for encoder in text_encoders(pipeline).values()):
+        problem = "has a text encoder that masks the padding of prompts"
+    if problem is not None:
+        raise InputError(f"the base model {name} {problem}; choose another to train on.")
 
 
 def run_checkpointed(module: torch.nn.Module, *inputs: Any) -> Any:
@@ -71,11 +96,11 @@ def run_checkpointed(module: torch.nn.Module, *inputs: Any) -> Any:
     return checkpoint(module.__call__, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
-def begin_run(accelerator: Accelerator, args: argparse.Namespace, name: str) -> None:
+def begin_run(accelerator: Accelerator, args: argparse.Namespace, data: dict[str, str], name: str) -> None:
     """Write the run's settings, start the trackers and set the global seed. Nothing is written before this."""
     if accelerator.is_main_process:
         args.output_dir.mkdir(parents=True, exist_ok=True)
-        run_folder.write_config(args.output_dir, args)
+        run_folder.write_config(args.output_dir, args, data)
     accelerator.wait_for_everyone()
     if args.report_to != "none":
         kinds = (int, float, str, bool)
@@ -90,6 +115,7 @@ def save_run(
     adapters: Mapping[str, Adapter],
     trained_on: str,
     prompt: str,
+    data: dict[str, str],
     *,
     subject: int = 0,
     **parts: Any,
@@ -99,7 +125,7 @@ def save_run(
     Args:
         adapters: the trained adapters by component.
         trained_on: the data, for the model card, for example ``5 photos``.
-        prompt: an example prompt for the model card.
+        prompt: an example prompt for the model card. data: as for ``start_accelerator``.
         subject: the subject to save, if several were trained at once.
         parts: further arguments of ``save_adapter``.
     """
@@ -110,7 +136,7 @@ def save_run(
         lambdas = unet.all_lambdas()
         if lambdas is not None:
             reached["lambda"] = lambdas[subject].mean().item()
-        run_folder.write_config(args.output_dir, args, reached)
+        run_folder.write_config(args.output_dir, args, data, reached)
         run_folder.write_model_card(
             args.output_dir,
             args,
@@ -125,7 +151,9 @@ def save_run(
             adapters["unet"],
             args.output_dir,
             text_encoders={name: adapter for name, adapter in adapters.items() if name != "unet"},
-            base_model=args.pretrained_model_name_or_path,
+            base_model=recorded_model_name(args.pretrained_model_name_or_path),
+            revision=args.revision,
+            variant=args.variant,
             training={name: getattr(args, name) for name in RECORDED_FLAGS} | {"prompt": prompt},
             subject=subject,
             **parts,

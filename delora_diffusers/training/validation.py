@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from delora_diffusers.adapter.control import Control
+from delora_diffusers.atomic import atomic_write
 from delora_diffusers.image_grid import labelled_grid
 from delora_diffusers.maps import paint
 from delora_diffusers.pipelines.conditions import guided
@@ -22,6 +23,18 @@ Rows = list[tuple[str, list[Image.Image]]]
 """(label, images) per row of a grid."""
 Conditions = Callable[[list[str]], dict[str, Tensor]]
 """Encodes prompts; see ``conditions.encode_tokens`` for the result."""
+
+
+class Validation(Protocol):
+    """Generates validation images."""
+
+    def __call__(self, step: int) -> None:
+        """Generate them after this step and write them."""
+        ...
+
+    def is_done(self, step: int) -> bool:
+        """Whether those of this step are written."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +51,9 @@ class SubjectValidation:
     conditions_of: Conditions
     args: argparse.Namespace
 
+    def is_done(self, step: int) -> bool:
+        return grid_file(self.args.output_dir, step).exists()
+
     @torch.no_grad()
     def __call__(self, step: int) -> None:
         """Write the grid for this step, and one image per prompt for the model card."""
@@ -46,8 +62,8 @@ class SubjectValidation:
             self.pipeline.vae.to(self.accelerator.device)
             rows = [(prompt, self._sample(prompt)) for prompt in self.args.validation_prompt]
             self.pipeline.vae.to(vae_device)
-            save_grid(self.accelerator, rows, self.args.output_dir, step)
             save_samples(self.args.output_dir / "samples", rows)
+            save_grid(self.accelerator, rows, self.args.output_dir, step)
         self.accelerator.wait_for_everyone()
 
     def _sample(self, prompt: str) -> list[Image.Image]:
@@ -83,6 +99,9 @@ class MapValidation:
     examples: Sequence[tuple[str, np.ndarray, Image.Image]]
     args: argparse.Namespace
 
+    def is_done(self, step: int) -> bool:
+        return grid_file(self.args.output_dir, step).exists()
+
     @torch.no_grad()
     def __call__(self, step: int) -> None:
         """Write the grid for this step."""
@@ -109,18 +128,22 @@ class MapValidation:
 
 def save_samples(folder: Path, rows: Rows) -> None:
     """Write the first image of each prompt, for the model card."""
-    folder.mkdir(parents=True, exist_ok=True)
     for number, (_, images) in enumerate(rows):
-        images[0].save(folder / f"{number:02}.png")
+        with atomic_write(folder / f"{number:02}.png") as temporary:
+            images[0].save(temporary, format="PNG")
+
+
+def grid_file(output_dir: Path, step: int) -> Path:
+    """The validation images of a step; the last file that the validation writes."""
+    return output_dir / "validation" / f"step-{step:06}.png"
 
 
 def save_grid(accelerator: Accelerator, rows: Rows, output_dir: Path, step: int) -> None:
     """Write ``validation/step-N.png`` and log it to every tracker that accepts images."""
 
     grid = labelled_grid(rows, title=f"step {step}")
-    path = output_dir / "validation" / f"step-{step:06}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    grid.save(path)
+    with atomic_write(grid_file(output_dir, step)) as temporary:
+        grid.save(temporary, format="PNG")
     for tracker in accelerator.trackers:
         if tracker.name in ("tensorboard", "wandb"):
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}

@@ -19,6 +19,7 @@ from data.photographs import find_photographs
 from delora_diffusers.atomic import write_text
 from delora_diffusers.errors import InputError
 from delora_diffusers.names import is_miniature, may_be_hub_id
+from delora_diffusers.text_files import read_json
 from eval.benchmark.tasks import ROOT, TRAINING_SCRIPT, SubjectCommands, SubjectRun, Task, in_order
 
 PACKAGES = ("accelerate", "diffusers", "open_clip_torch", "pillow", "timm", "torch", "torchvision", "transformers")
@@ -227,7 +228,9 @@ def write_settings(plan: Plan, options: argparse.Namespace) -> None:
     settings = json.loads(json.dumps(plan.settings))
     starts: list[Any] = []
     if file.is_file():
-        recorded = json.loads(file.read_text())
+        recorded = read_json(file)
+        if not isinstance(recorded, dict) or not {"made", "starts"} <= recorded.keys():
+            raise InputError(f"{file} is damaged; restore it, or give a new --output_dir.")
         starts = recorded["starts"]
         for name, value in settings.items():
             old = recorded["made"].get(name)

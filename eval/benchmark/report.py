@@ -1,12 +1,12 @@
 """The report of a benchmark run, or of two side by side: tables as text, and one HTML page that needs no network."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from delora_diffusers.atomic import write_text
 from delora_diffusers.errors import InputError
+from delora_diffusers.text_files import read_json
 from eval.benchmark import report_page, tables
 from eval.benchmark.results_folder import Run, read_run
 
@@ -43,7 +43,7 @@ def write(folders: Sequence[Path], output: Path, labels: Sequence[str] | None = 
 
 def terminal(folder: Path) -> str:
     """The summary as lines for a terminal."""
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = read_json(folder / "summary.json")
     lines = []
     for protocol, scored in summary["protocols"].items():
         counts = scored["counts"]

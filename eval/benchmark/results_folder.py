@@ -1,7 +1,6 @@
 """Read the results folder of a benchmark run."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import pandas as pd
 
 from delora_diffusers.errors import InputError
 from delora_diffusers.methods.table import title_of
+from delora_diffusers.text_files import read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ def read_run(folder: Path, label: str | None = None) -> Run:
     for name in ("settings.json", "summary.json", "scores.parquet", "subjects.csv"):
         if not (folder / name).is_file():
             raise InputError(f"{folder} has no {name}; give a finished output folder of eval benchmark.")
-    settings, summary = (json.loads((folder / name).read_text()) for name in ("settings.json", "summary.json"))
+    settings, summary = (read_json(folder / name) for name in ("settings.json", "summary.json"))
     if label is None:
         given = settings["made"].get("generated_dir")
         label = Path(given).name if given else title_of(summary["method"])

@@ -5,15 +5,13 @@ fork, so with a GPU each command is a new process.
 """
 
 import datetime
-import fcntl
 import multiprocessing
 import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import DupFd
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Protocol
 
 from tqdm.auto import tqdm
 
+from delora_diffusers.locking import locked_folder
 from eval.benchmark.tasks import ROOT, Task
 
 if TYPE_CHECKING:
@@ -46,10 +45,11 @@ class Descriptor(Protocol):
 
 def start_accelerator() -> "Accelerator":
     """An accelerator whose processes may wait for one another for a long time."""
-    from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
-    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)])
+    from delora_diffusers.launching import launched_accelerator
+
+    return launched_accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)])
 
 
 def exit_with_failures(failed: dict[str, str]) -> None:
@@ -76,14 +76,13 @@ def run_tasks(
     start = _start_fork if fork else _start_process
 
     def run(task: Task) -> str | None:
-        task.folder.mkdir(parents=True, exist_ok=True)
         problem = None
-        with lock(task.folder / ".lock") as lock_file, (task.folder / "log.txt").open("ab") as log:
+        with locked_folder(task.folder, wait=True) as lock, (task.folder / "log.txt").open("ab") as log:
             for step in task.steps:
                 command = None if step.is_done() else step.command()
                 if command is None:
                     continue
-                process, wait = start(command, log, environment, lock_file)
+                process, wait = start(command, log, environment, lock)
                 running.add(process)
                 code = wait()
                 running.discard(process)
@@ -124,22 +123,27 @@ def run_on_all(accelerator: "Accelerator", tasks: Sequence[Task], jobs: int) -> 
     return failed
 
 
-def _start_process(command: Sequence[str], log: IO[bytes], environment: dict[str, str], lock: int) -> Started:
+def _start_process(command: Sequence[str], log: IO[bytes], environment: dict[str, str], lock: int | None) -> Started:
     """Start a command in a new process.
 
     The command inherits the lock, so the folder stays locked if this process is killed and the command lives on.
     """
     process = subprocess.Popen(
-        command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, pass_fds=[lock]
+        command,
+        stdout=log,
+        stderr=log,
+        stdin=subprocess.DEVNULL,
+        env=environment,
+        pass_fds=[] if lock is None else [lock],
     )
     return process, process.wait
 
 
-def _start_fork(command: Sequence[str], log: IO[bytes], environment: dict[str, str], lock: int) -> Started:
+def _start_fork(command: Sequence[str], log: IO[bytes], environment: dict[str, str], lock: int | None) -> Started:
     """Start a command in a fork of a process that has done the imports."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["eval.benchmark.warm"])
-    arguments = (list(command[1:]), DupFd(log.fileno()), environment, DupFd(lock))
+    arguments = (list(command[1:]), DupFd(log.fileno()), environment, None if lock is None else DupFd(lock))
     process = context.Process(target=_become_command, args=arguments)
     process.start()
 
@@ -150,9 +154,10 @@ def _start_fork(command: Sequence[str], log: IO[bytes], environment: dict[str, s
     return process, wait
 
 
-def _become_command(words: list[str], log: Descriptor, environment: dict[str, str], lock: Descriptor) -> None:
+def _become_command(words: list[str], log: Descriptor, environment: dict[str, str], lock: Descriptor | None) -> None:
     """Become ``python WORDS`` with its output, environment and arguments. Holds the lock until the process ends."""
-    lock.detach()
+    if lock is not None:
+        lock.detach()
     log_descriptor = log.detach()
     for stream in (1, 2):
         os.dup2(log_descriptor, stream)
@@ -189,18 +194,6 @@ def child_environment(jobs: int, num_processes: int, local_index: int, on_gpu: b
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local_index] if visible else str(local_index)
     return environment
-
-
-@contextmanager
-def lock(path: Path) -> Iterator[int]:
-    """Lock a file, and wait if it is locked: a command of a run that was killed may still be running."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            tqdm.write(f"waiting for another command that is running in {path.parent}", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield file.fileno()
 
 
 def _last_line(log: Path) -> str:

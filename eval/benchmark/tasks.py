@@ -6,10 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from PIL import Image
-
 from delora_diffusers.errors import InputError
-from delora_diffusers.image_files import UNREADABLE
+from delora_diffusers.image_files import UNREADABLE, open_image
 from delora_diffusers.json_lines import GENERATED, read_json_lines, write_json_lines
 from delora_diffusers.names import METADATA_NAME, WEIGHTS_NAME, list_checkpoints
 
@@ -159,7 +157,7 @@ def images_are_complete(folder: Path, prompts: Sequence[str]) -> bool:
     try:
         records = [record for _, record in read_json_lines(file, GENERATED)]
         for record in records:
-            with Image.open(folder / record["file_name"]) as image:
+            with open_image(folder / record["file_name"]) as image:
                 image.verify()
     except (InputError, *UNREADABLE):
         return False

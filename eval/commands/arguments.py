@@ -3,7 +3,6 @@
 import argparse
 from pathlib import Path
 
-from delora_diffusers.errors import InputError
 from eval.metrics.protocols import IDENTIFIERS, PRECISIONS, PROTOCOLS
 
 LPIPS_BACKBONES = ("alex", "vgg", "squeeze", "none")
@@ -55,14 +54,3 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add_encoder_arguments(group, batch_size=64)
     group.add_argument("--lpips", choices=LPIPS_BACKBONES, help="LPIPS backbone (default: alex; none for toybox)")
     group.add_argument("--workers", type=int, help="number of processes that decode images")
-
-
-def check_new(*files: Path) -> None:
-    """Reject output files that exist.
-
-    Raises:
-        InputError
-    """
-    for file in files:
-        if file.exists():
-            raise InputError(f"{file} already exists; remove it or give another --output.")

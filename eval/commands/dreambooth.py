@@ -7,7 +7,8 @@ from typing import Any
 
 from data.photographs import find_photographs
 from delora_diffusers.atomic import write_text
-from eval.commands.arguments import add_encoder_arguments, add_scorer_arguments, check_new
+from delora_diffusers.outputs import check_new
+from eval.commands.arguments import add_encoder_arguments, add_scorer_arguments
 from eval.metrics.generated import read_generated
 from eval.metrics.protocols import PROTOCOLS
 
@@ -37,7 +38,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def run(options: argparse.Namespace) -> None:
-    check_new(options.output)
+    check_new(options.output, "--output")
     generated = read_generated(options.generated_dir)
     references = [photo.path for photo in find_photographs(options.reference_dir)]
 

@@ -14,7 +14,7 @@ from delora_diffusers.atomic import atomic_write, write_text
 from delora_diffusers.errors import InputError
 from delora_diffusers.image_files import load_rgb
 from delora_diffusers.maps import IGNORED
-from eval.commands.arguments import check_new
+from delora_diffusers.outputs import check_new
 from eval.metrics.generated import read_generated_from_maps
 
 if TYPE_CHECKING:
@@ -100,19 +100,19 @@ def table(result: dict[str, Any]) -> str:
 
 def run(options: argparse.Namespace) -> None:
     sheet = options.output.with_suffix(".png")
-    check_new(options.output, sheet)
+    for file in (options.output, sheet):
+        check_new(file, "--output")
     if options.batch_size < 1:
         raise InputError(f"--batch_size is {options.batch_size}; give at least 1.")
     generated = read_generated_from_maps(options.generated_dir, options.map_dir)
     palette = read_palette(options.palette) if options.palette else None
 
-    from accelerate import Accelerator  # imports torch
-
+    from delora_diffusers.launching import launched_accelerator  # imports torch
     from eval.metrics.maps import Truth, count, load_map_models, read_label_map, summarize
 
     truth = Truth(options.reduce_labels, options.ignore_index, palette, read_label_map(options.label_map))
     toybox = options.protocol == "toybox"
-    accelerator = Accelerator()
+    accelerator = launched_accelerator()
     models = load_map_models(
         options.segmenter or (str(MINI_SEGMENTER) if toybox else ADE20K_SEGMENTER),
         options.frechet_features or ("dino" if toybox else "inception"),

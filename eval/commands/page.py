@@ -6,7 +6,8 @@ from pathlib import Path
 from data.photographs import find_photographs
 from delora_diffusers.atomic import atomic_write
 from delora_diffusers.errors import InputError
-from eval.commands.arguments import add_encoder_arguments, add_scorer_arguments, check_new
+from delora_diffusers.outputs import check_new
+from eval.commands.arguments import add_encoder_arguments, add_scorer_arguments
 from eval.commands.dreambooth import table
 from eval.metrics.generated import by_prompt, read_generated
 from eval.metrics.protocols import PROTOCOLS
@@ -26,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     png_file = options.output.with_suffix(".png")
-    check_new(options.output, png_file)
+    for file in (options.output, png_file):
+        check_new(file, "--output")
     before, after = read_generated(options.base_dir), read_generated(options.generated_dir)
     missing = [prompt for prompt in by_prompt(after) if prompt not in by_prompt(before)]
     if missing:

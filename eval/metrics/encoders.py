@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,8 +15,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
-from delora_diffusers.errors import InputError
+from delora_diffusers.errors import LOADING_ERRORS, InputError, printable
 from eval.metrics.protocols import Protocol
+
+logger = logging.getLogger(__name__)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -111,7 +114,7 @@ class DinoEncoder(_Encoder):
         _check_local_dir(name, "--dino", "config.json")
         try:
             self.model = timm.create_model(name, pretrained=True, num_classes=0).eval().to(device, self.dtype)
-        except Exception as error:  # the hub, timm and safetensors raise many types
+        except LOADING_ERRORS as error:
             raise InputError(_load_error("--dino", name, error)) from error
         self.transform = dino_transform(kind, self.model.pretrained_cfg["input_size"][-1])
 
@@ -155,7 +158,7 @@ class ClipEncoder(_Encoder):
                 force_quick_gelu=":" not in name and pretrained == "openai",
             )
             self.tokenizer = open_clip.get_tokenizer(name)
-        except Exception as error:  # the hub, open_clip and safetensors raise many types
+        except LOADING_ERRORS as error:
             raise InputError(_load_error("--clip", name, error)) from error
         self.transform = transform
         if crop == "floor":
@@ -174,6 +177,11 @@ class ClipEncoder(_Encoder):
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """Unit features (texts, width)."""
         tokens = self.tokenizer(list(texts)).to(self.device)
+        padding = self.tokenizer([""])[0, -1].item()
+        full = [text for text, row in zip(texts, tokens.tolist()) if row[-2] != padding]
+        if full:
+            message = f"truncated: of {full[0]!r} CLIP reads only the first {tokens.shape[1]} tokens"
+            logger.warning(printable(f"{message}; {len(full)} of {len(texts)} prompts are this long."))
         return self._unit(self.model.encode_text(tokens))
 
 

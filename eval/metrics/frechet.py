@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from delora_diffusers.errors import InputError
+from delora_diffusers.errors import LOADING_ERRORS, InputError
 
 
 class _Precomputed(nn.Module):
@@ -63,7 +63,7 @@ class Inception:
                 ["2048"],
                 feature_extractor_weights_path=None if weights is None else str(weights),
             ).to(device)
-        except Exception as error:  # the network and torch.load raise many types
+        except LOADING_ERRORS as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(
                 f"the Inception weights {weights or ''} could not be loaded ({reason}); give --inception_weights the "

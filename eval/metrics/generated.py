@@ -6,6 +6,7 @@ from typing import Any
 from data.maps import MapPair, find_pairs
 from delora_diffusers.errors import InputError
 from delora_diffusers.json_lines import GENERATED, GENERATED_FROM_MAPS, LineFormat, read_json_lines
+from delora_diffusers.maps import map_key
 from delora_diffusers.names import METADATA_NAME
 
 Generated = list[tuple[Path, str]]
@@ -35,15 +36,15 @@ def read_generated_from_maps(folder: Path, map_dir: Path) -> list[tuple[Path, Ma
     Raises:
         InputError: there is no metadata, or the images were not generated from maps of this folder.
     """
-    pairs = {Path(str(pair.map)).stem: pair for pair in find_pairs(map_dir)}
+    pairs = {map_key(Path(str(pair.map)).relative_to(map_dir).as_posix()): pair for pair in find_pairs(map_dir)}
     generated = []
     for path, record in _read(folder, GENERATED_FROM_MAPS):
-        stem = Path(record["map"]).stem
-        if stem not in pairs:
+        key = map_key(record["map"])
+        if key not in pairs:
             raise InputError(
-                f"{path} was generated from map {stem}, which is not in {map_dir}; give the folder of its maps."
+                f"{path} was generated from map {key}, which is not in {map_dir}; give the folder of its maps."
             )
-        generated.append((path, pairs[stem]))
+        generated.append((path, pairs[key]))
     return generated
 
 

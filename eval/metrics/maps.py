@@ -1,7 +1,6 @@
 """Score images generated from semantic maps: mIoU, accuracies, and the Frechet distance to real images."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from data.palettes import indices_of
 from delora_diffusers.errors import InputError
 from delora_diffusers.image_files import load_rgb
 from delora_diffusers.maps import IGNORED
+from delora_diffusers.text_files import read_json
 from eval.metrics.encoders import DinoEncoder
 from eval.metrics.frechet import Inception, frechet_distance
 from eval.metrics.segmentation import Agreement, Segmenter, agreement, confusion_matrix
@@ -39,8 +39,13 @@ def read_label_map(file: Path | None) -> dict[int, int]:
     if file is None:
         return {}
     try:
-        return {int(ours): int(theirs) for ours, theirs in json.loads(file.read_text()).items()}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+        label_map = {int(ours): int(theirs) for ours, theirs in read_json(file).items()}
+        if not all(0 <= label <= IGNORED for pair in label_map.items() for label in pair):
+            raise ValueError("a class is not between 0 and 255")
+        return label_map
+    except InputError:
+        raise
+    except (ValueError, AttributeError, TypeError, OverflowError) as error:
         raise InputError(
             f'--label_map {file} is not a JSON object like {{"0": 2, "1": 1}} ({error}); fix it.'
         ) from error

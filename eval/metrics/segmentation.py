@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from delora_diffusers.errors import InputError
+from delora_diffusers.errors import LOADING_ERRORS, InputError
 
 
 def confusion_matrix(truth: Tensor, predicted: Tensor, classes: int, ignore_index: int = 255) -> Tensor:
@@ -70,7 +70,7 @@ class Segmenter:
         try:
             self.model: Any = AutoModelForSemanticSegmentation.from_pretrained(name).float().eval().to(device)
             self.processor: Any = AutoImageProcessor.from_pretrained(name)
-        except (OSError, ValueError) as error:
+        except LOADING_ERRORS as error:
             reason = " ".join(str(error).split())[:300]
             raise InputError(
                 f"--segmenter {name} could not be loaded ({reason}); give a folder or hub id of a transformers "

@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from delora_diffusers.atomic import atomic_write
+from delora_diffusers.image_files import load_rgb
 
 COLOURS = ("#00798c", "#d1495b", "#edae49", "#66a182", "#8d6a9f", "#2e4057")
 
@@ -111,7 +112,6 @@ def plot_images(
 ) -> None:
     """A grid of images: one row per label, one column per name; missing images leave a gap."""
     import matplotlib.pyplot as plt
-    from PIL import Image
 
     size = (1.0 * len(columns) + 0.4 + 0.07 * max(map(len, rows)), 1.06 * len(rows) + 0.7)
     figure, panels = plt.subplots(len(rows), len(columns), figsize=size, layout="constrained", squeeze=False)
@@ -121,8 +121,7 @@ def plot_images(
             panel.set_yticks([])
             panel.spines[:].set_visible(False)
             if x in files:
-                with Image.open(files[x]) as image:
-                    panel.imshow(image.convert("RGB"))
+                panel.imshow(load_rgb(files[x]))
         row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
     for panel, x in zip(panels[-1], columns):
         panel.set_xlabel(x, fontsize=9)

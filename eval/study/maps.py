@@ -19,6 +19,7 @@ from delora_diffusers.atomic import write_text
 from delora_diffusers.errors import InputError
 from delora_diffusers.json_lines import GENERATED_FROM_MAPS, read_json_lines
 from delora_diffusers.names import METADATA_NAME, WEIGHTS_NAME
+from delora_diffusers.text_files import read_json
 from eval.benchmark.plan import check_base_model, flag_values
 from eval.benchmark.run import run_on_all, start_accelerator
 from eval.benchmark.tables import markdown
@@ -159,7 +160,7 @@ def record_settings(options: argparse.Namespace, data_dir: Path, map_dir: Path) 
     settings: dict[str, Any] = {"train_data_dir": str(data_dir.resolve()), "map_dir": str(map_dir.resolve())}
     settings["pretrained_model_name_or_path"] = options.pretrained_model_name_or_path
     settings |= {flag: flag_values(getattr(options, flag), f"--{flag}") for flag in ("train", "generate", "score")}
-    recorded = json.loads(file.read_text()) if file.is_file() else settings
+    recorded = read_json(file) if file.is_file() else settings
     for name, value in settings.items():
         if recorded[name] != value:
             raise InputError(
@@ -178,7 +179,7 @@ def gather(runs: Sequence[MapRun], failed: dict[str, str]) -> pd.DataFrame:
     rows = []
     for run in runs:
         if run.is_done():
-            result = json.loads(run.scores.read_text())
+            result = read_json(run.scores)
             row: dict[str, Any] = {"label": run.setting.label, "method": run.setting.method, "seed": run.seed}
             row |= result["scores"] | {f"real_{name}": value for name, value in (result["real"] or {}).items()}
             rows.append(row | {"distance": last_distance(run.folder / "adapter")})

@@ -7,7 +7,6 @@ launch`` the trainings are spread over the processes.
 import argparse
 import copy
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,9 @@ import pandas as pd
 from data.benchmark import render_subjects
 from delora_diffusers.atomic import atomic_write
 from delora_diffusers.errors import InputError
+from delora_diffusers.locking import locked_folder
 from delora_diffusers.names import CONFIG_NAME
+from delora_diffusers.text_files import read_json
 from eval.benchmark import collect
 from eval.benchmark.plan import (
     Plan,
@@ -32,7 +33,7 @@ from eval.benchmark.plan import (
     with_defaults,
     write_settings,
 )
-from eval.benchmark.run import exit_with_failures, lock, run_on_all
+from eval.benchmark.run import exit_with_failures, run_on_all
 from eval.study.settings import Setting
 
 if TYPE_CHECKING:
@@ -117,8 +118,7 @@ def exclusive(accelerator: "Accelerator", output_dir: Path) -> Iterator[None]:
     if not accelerator.is_main_process:
         yield
         return
-    (output_dir / "runs").mkdir(parents=True, exist_ok=True)
-    with lock(output_dir / "runs" / ".lock"):
+    with locked_folder(output_dir / "runs", wait=True):
         yield
 
 
@@ -174,7 +174,7 @@ def gather(trials: Sequence[Trial], failed: dict[str, str]) -> pd.DataFrame:
 def last_distance(adapter: Path) -> float | None:
     """The mean distance ``|W' - W|_F`` at the end of training; None if it was not recorded."""
     file = adapter / CONFIG_NAME
-    return json.loads(file.read_text()).get("reached", {}).get("distance") if file.is_file() else None
+    return read_json(file).get("reached", {}).get("distance") if file.is_file() else None
 
 
 def write_rows(file: Path, rows: pd.DataFrame) -> None:

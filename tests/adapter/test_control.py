@@ -157,6 +157,6 @@ def test_rejects_an_incomplete_encoder(unet, tmp_path, missing):
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
     save_file({name: t for name, t in load_file(file).items() if name != missing}, file, metadata=metadata)
-    with pytest.raises(InputError, match="contains an incomplete control encoder"):
+    with pytest.raises(InputError, match="the control encoder is incomplete"):
         load_control(unet, file)
     assert attached_control(unet) is None

@@ -114,7 +114,7 @@ def test_errors(tmp_path):
     )
     assert_rejected("1 maps do not contain indices as the others do: p2.png", folder, palette=None, need_captions=False)
     (folder / "maps" / "p2.png").write_text("not an image")
-    assert_rejected("the map of p2.png is not a readable map", folder, need_captions=False)
+    assert_rejected("p2.png is not a readable image", folder, need_captions=False)
     for name in ("p0", "p1", "p2", "p5"):
         (folder / "maps" / f"{name}.png").unlink()
     assert_rejected(

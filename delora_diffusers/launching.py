@@ -1,0 +1,42 @@
+"""Start accelerate, and say in a sentence what it is configured for that does not work here."""
+
+import os
+from typing import Any
+
+from accelerate import Accelerator
+
+from delora_diffusers.errors import InputError, reason
+
+UNSUPPORTED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_TP": "tensor parallelism",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
+    "ACCELERATE_USE_FP8": "fp8",
+}
+"""What the environment variables of ``accelerate launch`` turn on."""
+
+
+def launched_accelerator(**arguments: Any) -> Accelerator:
+    """The accelerator of this process.
+
+    Raises:
+        InputError: accelerate is configured for something that the project does not run under, or the device lacks what
+            the flags ask for.
+    """
+    for variable, name in UNSUPPORTED.items():
+        if os.environ.get(variable, "false").lower() in ("1", "true", "yes", "on"):
+            raise InputError(
+                f"accelerate is configured for {name}, which adapters neither need nor support; run `accelerate "
+                "config` again, or pass --multi_gpu to `accelerate launch` for several GPUs."
+            )
+    precision = arguments.get("mixed_precision") or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", "fp16", "bf16"):
+        raise InputError(f"accelerate is configured for {precision}; pass --mixed_precision bf16, fp16 or no.")
+    try:
+        return Accelerator(**arguments)
+    except (ValueError, ImportError) as error:
+        raise InputError(
+            f"accelerate could not start ({reason(error)}); check `accelerate env`, or pass --mixed_precision no."
+        ) from error

@@ -1,0 +1,40 @@
+"""Turn running out of memory into a sentence that says what helps."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from delora_diffusers.errors import InputError
+
+SIGNS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+"""What the errors of libraries say that have no type of their own for it."""
+
+
+@contextmanager
+def explain_out_of_memory(activity: str, remedies: Sequence[str]) -> Iterator[None]:
+    """Explain an error for lack of memory that occurs inside.
+
+    Args:
+        activity: what is being done, such as ``training on batches of 4 at 512 x 512``.
+        remedies: what to change, in the order of its effect.
+
+    Raises:
+        InputError: memory ran out. Other errors stay as they are.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise _explained(activity, remedies) from error
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in SIGNS):
+            raise
+        raise _explained(activity, remedies) from error
+
+
+def _explained(activity: str, remedies: Sequence[str]) -> InputError:
+    memory = "memory ran out"
+    if torch.cuda.is_available():
+        free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
+        memory = f"the GPU's memory ran out, with {free:.1f} of {total:.1f} GiB free"
+    return InputError(f"{memory}, while {activity}; in the order of their effect, use {', '.join(remedies)}.")

@@ -1,0 +1,47 @@
+"""Which noise schedules the project can train on and sample with."""
+
+from typing import Any
+
+from diffusers import DDPMScheduler
+
+from delora_diffusers.errors import InputError
+
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+
+def check_ddpm(scheduler: Any, name: str | None) -> None:
+    """Reject a base model whose noise schedule is not that of a DDPM (Ho et al., NeurIPS 2020).
+
+    EDM and flow matching scale the UNet's input and output in other ways; training them on a DDPM's schedule would
+    work without an error and give a wrong model.
+
+    Args:
+        scheduler: the pipeline's. name: of the base model, for the message.
+
+    Raises:
+        InputError
+    """
+    config, kind = scheduler.config, type(scheduler).__name__
+    problem = None
+    if kind not in DDPMScheduler._compatibles:
+        problem = f"has a {kind}, whose noise schedule is not that of a DDPM"
+    elif config.get("prediction_type", "epsilon") not in PREDICTION_TYPES:
+        problem = f"predicts {config.prediction_type!r} and not {' or '.join(PREDICTION_TYPES)}"
+    elif config.get("use_flow_sigmas") or config.get("timestep_type", "discrete") != "discrete":
+        problem = f"has a {kind} with flow sigmas or continuous timesteps"
+    if problem is not None:
+        raise InputError(f"the base model {name} {problem}; choose a base model with the usual schedule.")
+
+
+def training_schedule(scheduler: Any, name: str | None) -> DDPMScheduler:
+    """The schedule to train on.
+
+    Raises:
+        InputError: see ``check_ddpm``; or the schedule has settings that are not supported.
+    """
+    check_ddpm(scheduler, name)
+    try:
+        schedule: Any = DDPMScheduler.from_config(scheduler.config)
+    except (NotImplementedError, ValueError, TypeError) as error:
+        raise InputError(f"the base model {name} has a noise schedule that cannot be used ({error}).") from error
+    return schedule
