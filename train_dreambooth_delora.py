@@ -158,6 +158,7 @@ def generate_class_images(
     """The subject's class images. Missing images are generated, split across processes."""
     from tqdm.auto import tqdm
 
+    from delora_diffusers.memory import explain_out_of_memory
     from delora_diffusers.pipelines.sampling import sample_images
 
     folder = args.class_data_dir or subject.output_dir / "class_images"
@@ -171,13 +172,14 @@ def generate_class_images(
     accelerator.wait_for_everyone()  # all processes list the missing images before any process writes one
     share = batches[accelerator.process_index :: accelerator.num_processes]
     for batch in tqdm(share, desc="class images", disable=not accelerator.is_local_main_process or not share):
-        images = sample_images(
-            pipeline,
-            [subject.seed * 1_000_003 + number for number, _ in batch],
-            args.resolution,
-            prompt=[subject.class_prompt] * len(batch),
-            num_inference_steps=args.validation_inference_steps,
-        )
+        with explain_out_of_memory("generating class images", ["--sample_batch_size 1", "a smaller --resolution"]):
+            images = sample_images(
+                pipeline,
+                [subject.seed * 1_000_003 + number for number, _ in batch],
+                args.resolution,
+                prompt=[subject.class_prompt] * len(batch),
+                num_inference_steps=args.validation_inference_steps,
+            )
         for (_, path), image in zip(batch, images):
             if path.exists():
                 continue
@@ -232,6 +234,9 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
 
     photos = [photo for subject in subjects for photo in subject.photographs]
     data = data_digests((str(photo.path), [photo.path], photo.caption) for photo in photos)
+    if args.with_prior_preservation and args.class_data_dir is not None and args.class_data_dir.is_dir():
+        given = [path for path in list_images(args.class_data_dir) if not path.name.startswith(f"class-{args.seed}-")]
+        data |= data_digests((str(path), [path], None) for path in given)
     accelerator = start_accelerator(args, data)
     device = accelerator.device
     pipeline, noise_scheduler = load_frozen(accelerator, args)

@@ -64,6 +64,14 @@ def readable_extensions() -> tuple[str, ...]:
 
 
 @functools.cache
+def _formats() -> list[str]:
+    """The formats that the installed packages can decode."""
+    _register_heif()
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+@functools.cache
 def _register_heif() -> bool:
     try:
         from pillow_heif import register_heif_opener  # pyright: ignore[reportMissingImports]
@@ -118,9 +126,8 @@ def open_image(path: Path) -> Image.Image:
     if not path.is_file():
         problem = "is not a file" if path.exists() else "is missing"
         raise InputError(f"{path} {problem}; replace or remove it.")
-    _register_heif()
     try:
-        return Image.open(path, formats=[name for name in FORMATS if name != "HEIF" or _register_heif()])
+        return Image.open(path, formats=_formats())
     except UNREADABLE as error:
         raise unreadable(str(path), error) from error
 

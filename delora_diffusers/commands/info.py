@@ -12,6 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    from delora_diffusers.errors import printable
     from delora_diffusers.files.low_rank import low_rank_factors
     from delora_diffusers.files.reading import adapter_path, parse_config, read_adapter
     from delora_diffusers.methods.table import METHODS
@@ -19,14 +20,14 @@ def run(options: argparse.Namespace) -> None:
     file = adapter_path(options.adapter)
     header, tensors = read_adapter(file)
     print(f"{file}  {file.stat().st_size / 2**20:.2f} MiB, format version {header['format_version']}")
-    print(f"base model: {header['base_model'] or 'not recorded'}")
+    print(printable(f"base model: {header['base_model'] or 'not recorded'}"))
     for component, values in header["config"].items():
         config = parse_config(file, values)
         modules = {name.rpartition(".")[0] for name in tensors if name.startswith(component + ".")}
         print(f"{component}: {len(modules)} modules")
         for key, value in values.items():
             if value is not None:
-                print(f"  {key}: {', '.join(value) if isinstance(value, list) else value}")
+                print(printable(f"  {key}: {', '.join(value) if isinstance(value, list) else value}"))
         lambdas = {
             name.removeprefix(component + ".").removesuffix(".delora_lambda"): tensor.item()
             for name, tensor in tensors.items()
@@ -39,7 +40,7 @@ def run(options: argparse.Namespace) -> None:
             print("  distance |W' - W|_F:")
             _chart({name: factors.norm() for name, factors in low_rank_factors(component, config, tensors).items()})
     if header.get("training"):
-        print("training: " + ", ".join(f"{key} {value}" for key, value in header["training"].items()))
+        print(printable("training: " + ", ".join(f"{key} {value}" for key, value in header["training"].items())))
     if "control_encoder" in header:
         palette = header["control_encoder"]["palette"]
         kind = "maps in colour" if palette is None else f"index maps with a palette of {len(palette)} colours"

@@ -215,6 +215,8 @@ def check_tensors(file: Path, header: dict[str, Any], loaded: dict[str, Tensor])
             raise InputError(
                 f"{file} contains values that are not finite in {name}; resume training from a checkpoint."
             )
+        if not name.isprintable():
+            raise InputError(f"{file} contains a tensor with the name {name!r}; save or download it again.")
         module, _, last = name.rpartition(".")
         component = name.partition(".")[0]
         if name.startswith(CONTROL_PREFIX) and "control_encoder" in header:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from delora_diffusers.memory import explain_out_of_memory
 from delora_diffusers.pipelines.latents import LatentScale, latent_scale
 from delora_diffusers.training import order
 
@@ -107,14 +108,15 @@ def encode_images(
         means.append(posterior.mean.float())
         stds.append(posterior.std.float())
 
-    for views in tqdm(images, total=count, desc="encoding images", leave=False):
-        first.append(first[-1] + len(views))
-        pending += views
-        while len(pending) >= batch_size:
-            encode(pending[:batch_size])
-            pending = pending[batch_size:]
-    if pending:
-        encode(pending)
+    with explain_out_of_memory("encoding the images", ["a smaller --resolution"]):
+        for views in tqdm(images, total=count, desc="encoding images", leave=False):
+            first.append(first[-1] + len(views))
+            pending += views
+            while len(pending) >= batch_size:
+                encode(pending[:batch_size])
+                pending = pending[batch_size:]
+        if pending:
+            encode(pending)
     size_conditions = None if sizes is None else torch.tensor(sizes, device=device)
     return LatentCache(torch.cat(means), torch.cat(stds), first, latent_scale(vae), size_conditions)
 

@@ -15,6 +15,7 @@ from delora_diffusers.adapter.tensors import Adapter
 from delora_diffusers.errors import InputError
 from delora_diffusers.files.writing import save_adapter
 from delora_diffusers.launching import launched_accelerator
+from delora_diffusers.memory import explain_out_of_memory
 from delora_diffusers.names import recorded_model_name
 from delora_diffusers.pipelines.base_model import load_pipeline
 from delora_diffusers.pipelines.conditions import text_encoders
@@ -65,9 +66,10 @@ def load_frozen(accelerator: Accelerator, args: argparse.Namespace) -> tuple[Any
     scheduler = training_schedule(pipeline.scheduler, args.pretrained_model_name_or_path)
     _check_trainable(pipeline, args.pretrained_model_name_or_path)
     pipeline.vae.requires_grad_(False)
-    for model in (pipeline.unet, *text_encoders(pipeline).values()):
-        model.requires_grad_(False)
-        model.to(accelerator.device, dtype)
+    with explain_out_of_memory("loading the base model", ["--mixed_precision bf16 or fp16", "a smaller base model"]):
+        for model in (pipeline.unet, *text_encoders(pipeline).values()):
+            model.requires_grad_(False)
+            model.to(accelerator.device, dtype)
     if args.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing(run_checkpointed)
         pipeline.unet.train()

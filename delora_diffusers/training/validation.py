@@ -16,6 +16,7 @@ from delora_diffusers.adapter.control import Control
 from delora_diffusers.atomic import atomic_write
 from delora_diffusers.image_grid import labelled_grid
 from delora_diffusers.maps import paint
+from delora_diffusers.memory import explain_out_of_memory
 from delora_diffusers.pipelines.conditions import guided
 from delora_diffusers.pipelines.sampling import sample_images
 
@@ -60,7 +61,9 @@ class SubjectValidation:
         if self.accelerator.is_main_process:
             vae_device = self.pipeline.vae.device
             self.pipeline.vae.to(self.accelerator.device)
-            rows = [(prompt, self._sample(prompt)) for prompt in self.args.validation_prompt]
+            savings = ["--num_validation_images 1", "a smaller --resolution", "no --validation_prompt"]
+            with explain_out_of_memory("generating validation images", savings):
+                rows = [(prompt, self._sample(prompt)) for prompt in self.args.validation_prompt]
             self.pipeline.vae.to(vae_device)
             save_samples(self.args.output_dir / "samples", rows)
             save_grid(self.accelerator, rows, self.args.output_dir, step)
@@ -109,15 +112,17 @@ class MapValidation:
             vae_device = self.pipeline.vae.device
             self.pipeline.vae.to(self.accelerator.device)
             captions, maps, targets = (list(column) for column in zip(*self.examples))
-            images = sample_images(
-                self.pipeline,
-                [self.args.seed + number for number in range(len(self.examples))],
-                None,
-                maps=maps,
-                **guided(self.pipeline, self.conditions_of(captions), self.conditions_of([""] * len(captions))),
-                num_inference_steps=self.args.validation_inference_steps,
-                guidance_scale=self.args.guidance_scale,
-            )
+            savings = ["--num_validation_images 1", "a smaller --resolution"]
+            with explain_out_of_memory("generating validation images", savings):
+                images = sample_images(
+                    self.pipeline,
+                    [self.args.seed + number for number in range(len(self.examples))],
+                    None,
+                    maps=maps,
+                    **guided(self.pipeline, self.conditions_of(captions), self.conditions_of([""] * len(captions))),
+                    num_inference_steps=self.args.validation_inference_steps,
+                    guidance_scale=self.args.guidance_scale,
+                )
             self.pipeline.vae.to(vae_device)
             painted = [Image.fromarray(paint(values, self.control.palette)) for values in maps]
             columns = zip(captions, painted, images, targets)

@@ -194,7 +194,8 @@ def distributions(runs: Sequence[Run], protocol: str) -> Markup:
             values = [run.of(run.images, protocol)[name] for run in runs]
             bins = np.histogram_bin_edges(np.concatenate(values), 30)
             for run, scores, colour in zip(runs, values, ("#c0392b", "#2c6fa6")):
-                axis.hist(scores, bins.tolist(), histtype="stepfilled", color=colour, alpha=0.35, label=run.label)
+                label = run.label.replace("$", r"\$")  # otherwise matplotlib reads mathematics between two of them
+                axis.hist(scores, bins.tolist(), histtype="stepfilled", color=colour, alpha=0.35, label=label)
                 axis.axvline(scores.mean(), color=colour, linewidth=1.8)
             real = runs[0].summary["protocols"][protocol]["real"].get(name)
             if real:

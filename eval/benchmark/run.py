@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Protocol
 
 from tqdm.auto import tqdm
 
+from delora_diffusers.errors import printable
 from delora_diffusers.locking import locked_folder
 from eval.benchmark.tasks import ROOT, Task
 
@@ -56,7 +57,7 @@ def exit_with_failures(failed: dict[str, str]) -> None:
     """Print each failure, and exit with an error if there are any."""
     if failed:
         for folder, problem in failed.items():
-            print(f"failed: {folder}: {problem}", file=sys.stderr)
+            print(printable(f"failed: {folder}: {problem}"), file=sys.stderr)
         sys.exit(f"error: {len(failed)} failed and are excluded from all means; run the same command again to retry.")
 
 
@@ -97,7 +98,7 @@ def run_tasks(
         for task, problem in zip(tasks, progress):
             if problem is not None:
                 failed |= {str(result.folder): problem for result in task.results if not result.is_done()}
-                tqdm.write(f"{task.folder}: {problem}", file=sys.stderr)
+                tqdm.write(printable(f"{task.folder}: {problem}"), file=sys.stderr)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in list(running):

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from delora_diffusers.atomic import atomic_write
 from delora_diffusers.errors import InputError
 from delora_diffusers.image_files import load_rgb
+from delora_diffusers.memory import explain_out_of_memory
 from eval.metrics.encoders import ClipEncoder, DinoEncoder, view
 
 IMAGES_PER_CHUNK = 8
@@ -100,13 +101,14 @@ def embed(
         unsaved.clear()
 
     remaining = iter(missing)
-    for batch in _encode(list(missing.values()), encoders, batch_size, workers, label):
-        encoded = [next(remaining) for _ in range(len(next(iter(batch.values()))))]
-        for key, features in batch.items():
-            known[key].update(zip(encoded, features))
-        unsaved += encoded
-        if len(unsaved) >= IMAGES_PER_FILE:
-            save_new()
+    with explain_out_of_memory(f"encoding {batch_size} images at once", ["a smaller --batch_size", "--precision bf16"]):
+        for batch in _encode(list(missing.values()), encoders, batch_size, workers, label):
+            encoded = [next(remaining) for _ in range(len(next(iter(batch.values()))))]
+            for key, features in batch.items():
+                known[key].update(zip(encoded, features))
+            unsaved += encoded
+            if len(unsaved) >= IMAGES_PER_FILE:
+                save_new()
     save_new()
     if not paths:
         return {key: torch.empty(0, 0) for key in encoders}

@@ -122,10 +122,10 @@ def plot_images(
             panel.spines[:].set_visible(False)
             if x in files:
                 panel.imshow(load_rgb(files[x]))
-        row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+        row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9, parse_math=False)
     for panel, x in zip(panels[-1], columns):
-        panel.set_xlabel(x, fontsize=9)
-    figure.suptitle(title, fontsize=9)
+        panel.set_xlabel(x, fontsize=9, parse_math=False)
+    figure.suptitle(title, fontsize=9, parse_math=False)
     if axis is not None:
         figure.supxlabel(axis, fontsize=9)
     with atomic_write(path.with_suffix(".png")) as temporary:
