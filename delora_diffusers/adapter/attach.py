@@ -137,7 +137,7 @@ def _attach(
         for adapted in by_attention:
             adapted.adapt(adapter, handles)
         for name, module in fusible:
-            if module.fused_projections:
+            if _calls_fused(module):
                 raise _fused(name)
         if not adapter.prepared:
             adapter.refresh()
@@ -189,7 +189,7 @@ class AdaptedAttention:
             adapted: Any = AdaptedAttnProcessor(adapter, processor, self.projections, self.prefix)
             self.attention.set_processor(adapted)
             return
-        if self.attention.fused_projections:
+        if _calls_fused(self.attention):
             raise _fused(self.prefix)
         if adapter.subjects > 1:
             raise InputError(
@@ -200,6 +200,11 @@ class AdaptedAttention:
             self.by_module = True
             for projection in self.projections:
                 _adapt_modules(adapter, projection, handles)
+
+
+def _calls_fused(attention: Any) -> bool:
+    """Whether an attention calls fused projections; diffusers keeps them, unused, after it has unfused them."""
+    return attention.fused_projections and "Fused" in type(attention.processor).__name__
 
 
 def _fused(name: str) -> InputError:
