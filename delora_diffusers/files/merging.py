@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from delora_diffusers.atomic import atomic_folder
 from delora_diffusers.errors import InputError
 from delora_diffusers.files.low_rank import module_tensors
-from delora_diffusers.files.reading import adapter_path, check_shapes, parse_config, read_adapter
+from delora_diffusers.files.reading import adapter_path, check_shapes, parse_config, read_adapter, visible_weights
 from delora_diffusers.methods.config import AdapterConfig
 from delora_diffusers.methods.functions import method_functions
 
@@ -86,7 +86,7 @@ def merge_folder(folder: Path, adapters: Sequence[tuple[Path, float]], output_di
     changes = read_changes(adapters)
     for component, module_changes in changes.items():
         seen = set()
-        for file in _weights(folder, component):
+        for file in visible_weights(folder / component):
             for module, _ in _adapted_weights(file, module_changes):
                 seen.add(module)
         missing = sorted(module_changes.keys() - seen)
@@ -104,13 +104,9 @@ def merge_folder(folder: Path, adapters: Sequence[tuple[Path, float]], output_di
     with atomic_folder(output_dir) as copy:
         # Follows the symlinks in the hub's cache. Permissions are not copied: the base model may be read-only.
         shutil.copytree(folder, copy, ignore=ignore, dirs_exist_ok=True, copy_function=shutil.copyfile)
-        files = [(file, changes[component]) for component in changes for file in _weights(copy, component)]
+        files = [(file, changes[component]) for component in changes for file in visible_weights(copy / component)]
         for file, module_changes in tqdm(files, desc="merging", leave=False):
             _overwrite(file, module_changes)
-
-
-def _weights(folder: Path, component: str) -> list[Path]:
-    return sorted(path for path in (folder / component).glob("*.safetensors") if path.name[0] != ".")
 
 
 def _adapted_weights(file: Path, changes: dict[str, Change]) -> Iterator[tuple[str, str]]:

@@ -55,6 +55,20 @@ def _from_hub(repo_id: str) -> Path:
         ) from error
 
 
+def visible_weights(folder: Path) -> list[Path]:
+    """The safetensors files in a folder of a model, without hidden ones."""
+    return sorted(path for path in folder.glob("*.safetensors") if path.name[0] != ".")
+
+
+def safetensors_names(file: Path) -> list[str]:
+    """The names of a safetensors file's tensors; none if it cannot be read."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return list(opened.keys())
+    except (SafetensorError, OSError):
+        return []
+
+
 def read_header(path: str | os.PathLike) -> dict[str, Any]:
     """The metadata of an adapter file: ``format_version``, ``base_model``, ``config`` by component and so on.
 

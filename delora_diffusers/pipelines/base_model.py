@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from delora_diffusers.errors import LOADING_ERRORS, InputError, reason
+from delora_diffusers.files.reading import safetensors_names, visible_weights
 from delora_diffusers.names import MINIATURE, SD_PIPELINE, SDXL_PIPELINE, is_miniature, is_xl, may_be_hub_id
 from delora_diffusers.text_files import read_json
 
@@ -62,7 +63,7 @@ def load_pipeline(
     finally:
         for logger, verbosity in zip(loggers, verbosities):
             logger.set_verbosity(verbosity)
-    problem = _unsupported(pipeline)
+    problem = _unsupported(pipeline) or _incomplete(pipeline, Path(folder_or_id))
     if problem is not None:
         raise InputError(f"the base model {name_or_path} {problem}; choose another.")
     _limit_prompts(pipeline)
@@ -91,6 +92,31 @@ def _unsupported(pipeline: Any) -> str | None:
     if getattr(unet, "addition_embed_type", None) != ("text_time" if is_xl(kind) else None):
         return f"has a UNet with addition_embed_type {unet.addition_embed_type}, which a {kind} does not serve"
     return None
+
+
+LEGACY_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""Names in the files of older autoencoders, and those that diffusers gives them."""
+MAY_BE_MISSING = 0.05
+"""Share of the weights that may have other names in a file. The libraries initialize missing weights at random."""
+
+
+def _incomplete(pipeline: Any, folder: Path) -> str | None:
+    """What is missing in the safetensors files of a local folder; None if nothing is, or there are none."""
+    for component in COMPONENTS:
+        model, files = getattr(pipeline, component, None), visible_weights(folder / component)
+        if model is None or not files:
+            continue
+        stored = {_plain_name(name) for file in files for name in safetensors_names(file)}
+        names = [_plain_name(name) for name in model.state_dict()]
+        missing = [name for name in names if name not in stored]
+        if len(missing) > MAY_BE_MISSING * len(names):
+            return f"has no weight {missing[0]} in {folder / component}, nor {len(missing) - 1} others"
+    return None
+
+
+def _plain_name(name: str) -> str:
+    parts = [LEGACY_NAMES.get(part, part) for part in name.removeprefix("text_model.").split(".")]
+    return ".".join(parts)
 
 
 def _limit_prompts(pipeline: Any) -> None:

@@ -23,7 +23,7 @@ def check_ddpm(scheduler: Any, name: str | None) -> None:
     """
     config, kind = scheduler.config, type(scheduler).__name__
     problem = None
-    if kind not in DDPMScheduler._compatibles:
+    if kind not in DDPMScheduler._compatibles or kind.startswith("EDM"):
         problem = f"has a {kind}, whose noise schedule is not that of a DDPM"
     elif config.get("prediction_type", "epsilon") not in PREDICTION_TYPES:
         problem = f"predicts {config.prediction_type!r} and not {' or '.join(PREDICTION_TYPES)}"
