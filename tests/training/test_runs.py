@@ -1,0 +1,309 @@
+"""A run and its continuation: what must not change, damaged checkpoints, two runs at once, and the last validation."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from delora_diffusers import InputError
+from delora_diffusers.launching import UNSUPPORTED, launched_accelerator
+from delora_diffusers.memory import explain_out_of_memory
+from delora_diffusers.names import WEIGHTS_NAME
+from delora_diffusers.training import run_folder
+from delora_diffusers.training.checkpoints import SIZES_NAME, check_same_run
+from tests.helpers import ROOT, map_flags, run_in_child, train, training_flags, write_map_folders, write_photos
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_sd, tmp_path_factory):
+    """A finished run with two checkpoints, its photos, and its flags for another output folder."""
+    folder = tmp_path_factory.mktemp("finished")
+    photos = write_photos(folder / "photos", 3)
+    (photos / "00.txt").write_text("a sks toy in the snow")
+
+    def flags(out, *more):
+        validation = (
+            "--validation_prompt",
+            "a sks toy",
+            "--validation_inference_steps",
+            1,
+            "--num_validation_images",
+            1,
+        )
+        return training_flags(
+            tiny_sd, photos, out, "--max_train_steps", 2, "--checkpointing_steps", 1, *validation, *more
+        )
+
+    run_in_child(train, flags(folder / "out"))
+    return folder / "out", photos, flags
+
+
+def resumed(flags, out, *more) -> None:
+    run_in_child(train, flags(out, "--resume_from_checkpoint", "latest", *more))
+
+
+def remove(photos):
+    (photos / "02.png").unlink()
+
+
+def replace(photos):
+    Image.new("RGB", (64, 64), "red").save(photos / "02.png")
+
+
+def add(photos):
+    Image.new("RGB", (64, 64), "red").save(photos / "03.png")
+
+
+def recaption(photos):
+    (photos / "00.txt").write_text("a sks toy on the beach")
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (remove, r"02\.png is gone since"),
+        (replace, r"02\.png has changed since"),
+        (add, r"03\.png is new since"),
+        (recaption, r"00\.png has changed since"),
+    ],
+)
+def test_other_photos_are_another_run(finished, tmp_path, change, message):
+    out, photos, flags = finished
+    copy, kept = shutil.copytree(out, tmp_path / "out"), shutil.copytree(photos, tmp_path / "photos")
+    try:
+        change(photos)
+        with pytest.raises(AssertionError, match=message):
+            resumed(flags, copy, "--max_train_steps", 3)
+        elsewhere = ["--resume_from_checkpoint", copy / "checkpoint-2", "--max_train_steps", 3]
+        with pytest.raises(AssertionError, match=message):
+            run_in_child(train, flags(tmp_path / "new", *elsewhere))
+    finally:
+        shutil.rmtree(photos)
+        shutil.copytree(kept, photos)
+    assert not (tmp_path / "new").exists()
+    resumed(flags, copy, "--max_train_steps", 3)
+
+
+@pytest.mark.integration
+def test_other_pairs_are_another_run(tiny_sd, tmp_path):
+    import train_controlnet_map2img as script
+
+    pairs = write_map_folders(tmp_path / "pairs")
+    flags = map_flags(tiny_sd, pairs, tmp_path / "out", "--max_train_steps", 1)
+    run_in_child(script.main, flags)
+    (pairs / "images" / "a.txt").write_text("another scene")
+    with pytest.raises(AssertionError, match=r"a\.png has changed since"):
+        run_in_child(script.main, [*flags, "--max_train_steps", "2", "--resume_from_checkpoint", "latest"])
+
+
+@pytest.mark.integration
+def test_fewer_steps_than_are_done_are_refused(finished, tmp_path):
+    out, _, flags = finished
+    copy = shutil.copytree(out, tmp_path / "out")
+    before = (copy / WEIGHTS_NAME).read_bytes()
+    with pytest.raises(AssertionError, match=r"checkpoint-2 has finished 2 steps, more than --max_train_steps 1"):
+        resumed(flags, copy, "--max_train_steps", 1)
+    assert (copy / WEIGHTS_NAME).read_bytes() == before
+    run_in_child(train, flags(copy, "--max_train_steps", 1, "--resume_from_checkpoint", "checkpoint-1"))
+
+
+def cut(name):
+    def harm(checkpoint):
+        file = checkpoint / name
+        file.write_bytes(file.read_bytes()[:100])
+
+    return harm
+
+
+def overwrite(name):
+    """Damage of the same size, as a failing disk leaves it."""
+
+    def harm(checkpoint):
+        file = checkpoint / name
+        file.write_bytes(b"\xff" * file.stat().st_size)
+
+    return harm
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (cut("optimizer.bin"), r"optimizer\.bin has 100 of \d+ bytes"),
+        (cut("model.safetensors"), r"model\.safetensors has 100 of"),
+        (lambda checkpoint: (checkpoint / "model.safetensors").unlink(), r"model\.safetensors is missing"),
+        (lambda checkpoint: (checkpoint / "custom_checkpoint_0.pkl").unlink(), r"custom_checkpoint_0\.pkl is missing"),
+        (overwrite("optimizer.bin"), "is damaged"),
+        (overwrite("model.safetensors"), "is damaged"),
+        (overwrite("custom_checkpoint_0.pkl"), "is damaged"),
+        (overwrite(SIZES_NAME), rf"{SIZES_NAME} is not UTF-8"),
+    ],
+)
+@pytest.mark.parametrize("manifest", [True, False], ids=["", "of an earlier version"])
+def test_a_damaged_checkpoint_is_named_with_the_one_before_it(finished, tmp_path, harm, message, manifest):
+    out, _, flags = finished
+    copy = shutil.copytree(out, tmp_path / "out")
+    harm(copy / "checkpoint-2")
+    if not manifest:
+        (copy / "checkpoint-2" / SIZES_NAME).unlink()
+        if SIZES_NAME in message:
+            return
+        message = "is damaged"
+    with pytest.raises(AssertionError, match=message) as raised:
+        resumed(flags, copy, "--max_train_steps", 3)
+    if SIZES_NAME not in message:
+        assert "checkpoint-2 is damaged" in str(raised.value)
+        assert "use --resume_from_checkpoint checkpoint-1." in str(raised.value)
+    run_in_child(train, flags(copy, "--max_train_steps", 3, "--resume_from_checkpoint", "checkpoint-1"))
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"arguments": 3}', b"\xff\xff", b"[" * 50_000])
+def test_a_damaged_configuration_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"config\.json (is damaged|is not JSON|is not UTF-8)"):
+        check_same_run(tmp_path, "latest", {"max_train_steps": 3}, {})
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("steps", [2, 3])
+def test_validation_images_that_a_kill_prevented_are_made_when_the_run_goes_on(finished, tmp_path, steps):
+    out, _, flags = finished
+    copy = shutil.copytree(out, tmp_path / "out")
+    validated = ["--validation_steps", 2, "--max_train_steps", steps]
+    grid = copy / "validation" / "step-000002.png"
+    expected = grid.read_bytes()
+    grid.unlink()
+    shutil.rmtree(copy / "samples")
+    (copy / WEIGHTS_NAME).unlink()
+    resumed(flags, copy, *validated)
+    assert grid.read_bytes() == expected and (copy / WEIGHTS_NAME).is_file() and (copy / "samples" / "00.png").is_file()
+
+
+def start(flags, log):
+    command = [sys.executable, str(ROOT / "train_dreambooth_delora.py"), *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=log.open("wb"), stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
+
+
+@pytest.mark.integration
+def test_two_runs_into_one_folder_at_once(tiny_sd, photographs, tmp_path):
+    """One ends as if alone; the other is refused and touches nothing."""
+    flags = {seed: training_flags(tiny_sd, photographs, tmp_path / "out", "--seed", seed) for seed in (1, 2)}
+    processes = {seed: start(flags[seed], tmp_path / f"log-{seed}") for seed in flags}
+    codes = {seed: process.wait() for seed, process in processes.items()}
+    assert sorted(codes.values()) == [0, 1], {seed: (tmp_path / f"log-{seed}").read_text() for seed in flags}
+    winner, loser = sorted(codes, key=lambda seed: codes[seed])
+    last = (tmp_path / f"log-{loser}").read_text().strip().splitlines()[-1]
+    assert last.startswith("error: ") and ("another run is writing to" in last or "contains another run" in last)
+    alone = training_flags(tiny_sd, photographs, tmp_path / "alone", "--seed", winner)
+    assert start(alone, tmp_path / "log").wait() == 0
+    assert (tmp_path / "out" / WEIGHTS_NAME).read_bytes() == (tmp_path / "alone" / WEIGHTS_NAME).read_bytes()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["arguments"]["seed"] == winner
+
+
+def refuse_to_load(flags: list[str]) -> None:
+    import delora_diffusers.training.setup as setup
+
+    def refused(*_: object) -> None:
+        raise InputError("the model was refused")
+
+    setup.load_frozen = refused
+    import delora_diffusers.training.setup
+
+    delora_diffusers.training.setup.load_frozen = refused
+    train(flags)
+
+
+@pytest.mark.integration
+def test_a_refused_run_leaves_no_folder(tiny_sd, photographs, tmp_path):
+    with pytest.raises(AssertionError, match="the model was refused"):
+        run_in_child(refuse_to_load, training_flags(tiny_sd, photographs, tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.integration
+def test_the_current_folder_can_be_the_output_folder(tiny_sd, photographs, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run_in_child(train, training_flags(tiny_sd, photographs.resolve(), tmp_path, "--output_dir", "."))
+    assert (tmp_path / "here" / WEIGHTS_NAME).is_file()
+
+
+PROMPTS = ["a 🐶 dog", "\u202eabc", "a: b # c", "'a' \"b\"", "- dash", "```\ncode", "%s {x} \\", "null", "für ä"]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_the_model_card_is_yaml_and_markdown_whatever_the_prompt(tmp_path, prompt):
+    from train_dreambooth_delora import parse_arguments
+
+    args = parse_arguments(["--output_dir", str(tmp_path), "--validation_prompt", prompt, "--instance_prompt", prompt])
+    (tmp_path / "samples").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "samples" / "00.png")
+    run_folder.write_model_card(tmp_path, args, "3 photos", prompt)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    _, front, body = card.split("---\n", 2)
+    metadata = yaml.safe_load(front)
+    assert metadata["instance_prompt"] == prompt and metadata["widget"][0]["text"] == prompt
+    assert body.count("## Use") == 1 and len(run_folder.fenced("```").splitlines()[0]) == 4
+
+
+@pytest.mark.parametrize("variable", list(UNSUPPORTED))
+def test_what_accelerate_is_configured_for_but_does_not_work_is_said(monkeypatch, variable):
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(InputError, match=f"accelerate is configured for {UNSUPPORTED[variable]}"):
+        launched_accelerator()
+
+
+def test_an_unknown_precision_of_accelerate_is_said(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(InputError, match="accelerate is configured for fp8"):
+        launched_accelerator()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+        MemoryError(),
+    ],
+)
+def test_running_out_of_memory_is_one_sentence(error):
+    message = "ran out.*, while training; in the order of their effect, use --a, --b"
+    with pytest.raises(InputError, match=message), explain_out_of_memory("training", ["--a", "--b"]):
+        raise error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), KeyError("x"), InputError("other")])
+def test_other_errors_keep_their_type_and_traceback(error):
+    with pytest.raises(type(error)) as raised, explain_out_of_memory("training", ["--a"]):
+        raise error
+    assert raised.value is error
+
+
+def run_out_of_memory(flags: list[str]) -> None:
+    import delora_diffusers.training.objective as objective
+
+    def too_much(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    objective.denoising_losses = too_much
+    train(flags)
+
+
+@pytest.mark.integration
+def test_training_that_runs_out_of_memory_says_what_helps(tiny_sd, photographs, tmp_path):
+    with pytest.raises(AssertionError, match="while training on batches of 3 at 32 x 32 pixels; .*") as raised:
+        run_in_child(run_out_of_memory, training_flags(tiny_sd, photographs, tmp_path / "out", "--train_batch_size", 3))
+    message = str(raised.value)
+    flags = ["--gradient_checkpointing", "--mixed_precision", "--train_batch_size 1", "--resolution", "--rank"]
+    positions = [message.index(flag, message.index("use ")) for flag in flags]
+    assert positions == sorted(positions)
