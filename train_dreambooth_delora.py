@@ -10,6 +10,7 @@
 
 import argparse
 import functools
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -232,8 +233,11 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
     from delora_diffusers.training.setup import begin_run, load_frozen, save_run, start_accelerator
     from delora_diffusers.training.validation import SubjectValidation
 
-    photos = [photo for subject in subjects for photo in subject.photographs]
-    data = data_digests((str(photo.path), [photo.path], photo.caption) for photo in photos)
+    data = data_digests(
+        (str(photo.path), [photo.path], json.dumps([prompt, subject.seed, subject.class_prompt]))
+        for subject in subjects
+        for photo, prompt in zip(subject.photographs, subject.prompts)
+    )
     if args.with_prior_preservation and args.class_data_dir is not None and args.class_data_dir.is_dir():
         given = [path for path in list_images(args.class_data_dir) if not path.name.startswith(f"class-{args.seed}-")]
         data |= data_digests((str(path), [path], None) for path in given)

@@ -6,6 +6,9 @@ import zipfile
 
 from safetensors import SafetensorError
 
+LONGEST = 1200
+"""Characters of the longest error message."""
+
 
 class InputError(ValueError):
     """Invalid user input; the message is one sentence that says what is wrong and how to fix it.
@@ -14,7 +17,12 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: object):
-        super().__init__(printable(str(message)))
+        super().__init__(_shortened(printable(str(message))))
+
+
+def _shortened(text: str) -> str:
+    """The text without its middle if a value in it is longer than anybody reads."""
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
 def printable(text: str) -> str:

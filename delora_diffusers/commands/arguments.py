@@ -1,6 +1,7 @@
 """Flags that several commands share."""
 
 import argparse
+import math
 from pathlib import Path
 
 from delora_diffusers.errors import InputError
@@ -38,4 +39,7 @@ def weighted_adapters(options: argparse.Namespace) -> list[tuple[Path, float]]:
         raise InputError(
             f"--adapter_weights has {len(weights)} values for {len(options.adapter)} adapters; give one per adapter."
         )
+    wrong = next((weight for weight in weights if not math.isfinite(weight)), None)
+    if wrong is not None:
+        raise InputError(f"--adapter_weights contains {wrong}; give finite numbers.")
     return list(zip(options.adapter, weights))

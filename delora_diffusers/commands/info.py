@@ -57,7 +57,8 @@ def _chart(values: dict[str, float]) -> None:
     means = {name: sum(layers) / len(layers) for name, layers in groups.items()}
     width, highest = max(map(len, means)), max(max(means.values()), 1e-30)
     for name, mean in means.items():
-        print(f"    {name:{width}} {'█' * round(BAR * mean / highest):{BAR}} {mean:.4g}")
+        length = round(BAR * min(1.0, max(0.0, mean / highest)))  # in this order, so that it is 0 for NaN
+        print(f"    {name:{width}} {'█' * length:{BAR}} {mean:.4g}")
     all_values = list(values.values())
     overall = sum(all_values) / len(all_values)
     print(f"    mean {overall:.4g}, range {min(all_values):.4g} to {max(all_values):.4g}")

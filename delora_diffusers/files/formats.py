@@ -159,9 +159,9 @@ def sgm_name(module: str) -> str:
     """A UNet module's name in SDXL's original code, which numbers the blocks, three per level, consecutively."""
     per_level = 3
     for pattern, new_prefix in (
-        (r"down_blocks\.(\d+)\.attentions\.(\d+)\.", lambda i, j: f"input_blocks.{1 + i * per_level + j}.1."),
-        (r"up_blocks\.(\d+)\.attentions\.(\d+)\.", lambda i, j: f"output_blocks.{i * per_level + j}.1."),
-        (r"mid_block\.attentions\.(\d+)\.()", lambda i, j: "middle_block.1."),
+        (r"down_blocks\.(\d{1,3})\.attentions\.(\d{1,3})\.", lambda i, j: f"input_blocks.{1 + i * per_level + j}.1."),
+        (r"up_blocks\.(\d{1,3})\.attentions\.(\d{1,3})\.", lambda i, j: f"output_blocks.{i * per_level + j}.1."),
+        (r"mid_block\.attentions\.(\d{1,3})\.()", lambda i, j: "middle_block.1."),
     ):
         match = re.match(pattern, module)
         if match:

@@ -79,6 +79,8 @@ def summed(terms: Iterable[tuple[Mapping[str, Factors], float]]) -> dict[str, Fa
         if len(shapes) > 1:
             sizes = " and ".join(f"{out} x {in_features}" for out, in_features in sorted(shapes))
             raise InputError(f"the adapters are for different models: {module} is {sizes}; give adapters of one model.")
+        if not all(torch.isfinite(factors.b).all() and torch.isfinite(factors.a).all() for factors in members):
+            raise InputError(f"the update of {module} overflows in float32; use smaller --adapter_weights.")
     return {
         module: Factors(torch.cat([f.b for f in members], dim=1), torch.cat([f.a for f in members], dim=0))
         for module, members in scaled.items()

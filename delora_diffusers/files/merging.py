@@ -144,6 +144,8 @@ def _overwrite(file: Path, changes: dict[str, Change]) -> None:
         with safe_open(file, "pt") as opened:
             weight = opened.get_tensor(name).clone()
         merged = changes[module](weight).to(weight.dtype).contiguous()
+        if torch.isfinite(weight).all() and not torch.isfinite(merged).all():
+            raise InputError(f"the merged {name} overflows in {str(weight.dtype)[6:]}; use smaller --adapter_weights.")
         with file.open("r+b") as stream:
             stream.seek(8 + size + header[name]["data_offsets"][0])
             stream.write(merged.view(torch.uint8).numpy().tobytes())

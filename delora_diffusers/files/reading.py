@@ -25,6 +25,10 @@ CONTROL_PREFIX = "control_encoder."
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 MAX_HEADER_BYTES = 8 * 2**20
 """For comparison, the header of an adapter for SDXL's attention has 0.6 MB."""
+MAX_TENSORS = 20_000
+"""For comparison, an adapter for every linear layer of SDXL has 7,000."""
+MAX_DIMENSIONS = 8
+"""Torch has 64 at most."""
 
 
 def adapter_path(path: str | os.PathLike) -> Path:
@@ -90,8 +94,12 @@ def read_tensors(file: Path, tensors: bool = True) -> tuple[dict[str, str], dict
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
             names = list(opened.keys())
+            if len(names) > MAX_TENSORS:
+                raise InputError(f"{file} has {len(names)} tensors, far more than an adapter; give an adapter file.")
             for name in names:
                 piece = opened.get_slice(name)
+                if len(piece.get_shape()) > MAX_DIMENSIONS:
+                    raise InputError(f"{file} has {name} with {len(piece.get_shape())} dimensions; save it again.")
                 if piece.get_dtype() not in ("F32", "F16", "BF16"):
                     raise InputError(
                         f"{file} stores {name} as {piece.get_dtype()}; only F32, F16 and BF16 are supported."
@@ -175,6 +183,8 @@ def _parse_header(metadata: dict[str, str]) -> dict[str, Any] | None:
     except (KeyError, ValueError):
         return None
     if not isinstance(header, dict) or type(header.get("format_version")) is not int:
+        return None
+    if header["format_version"] < 1:
         return None
     texts = [header.get(name) for name in ("base_model", "pipeline", "revision", "variant")]
     valid = "base_model" in header and all(text is None or (isinstance(text, str) and is_text(text)) for text in texts)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from delora_diffusers.errors import LOADING_ERRORS, InputError, reason
-from delora_diffusers.files.reading import safetensors_names, visible_weights
 from delora_diffusers.names import MINIATURE, SD_PIPELINE, SDXL_PIPELINE, is_miniature, is_xl, may_be_hub_id
 from delora_diffusers.text_files import read_json
 
@@ -102,6 +101,8 @@ MAY_BE_MISSING = 0.05
 
 def _incomplete(pipeline: Any, folder: Path) -> str | None:
     """What is missing in the safetensors files of a local folder; None if nothing is, or there are none."""
+    from delora_diffusers.files.reading import safetensors_names, visible_weights  # imports torch
+
     for component in COMPONENTS:
         model, files = getattr(pipeline, component, None), visible_weights(folder / component)
         if model is None or not files:

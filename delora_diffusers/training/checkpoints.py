@@ -40,6 +40,8 @@ MAY_CHANGE = {
 }
 """Flags that may change when a run is resumed; all others must stay the same."""
 
+FULL = 2**20
+"""Bytes of free space below which a disk is called full."""
 SIZES_NAME = "sizes.json"
 """The size of every file of a checkpoint, by name; checkpoints of earlier versions do not have it."""
 
@@ -57,17 +59,20 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, total
         if accelerator.is_main_process:
             sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir()) if path.is_file()}
             (temporary / SIZES_NAME).write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
-    except LOADING_ERRORS as error:  # torch.save raises RuntimeError on a full disk
+    except LOADING_ERRORS as error:  # torch.save raises RuntimeError, and says nothing of the disk
+        problem = "the disk is full" if shutil.disk_usage(output_dir).free < FULL else reason(error)
         shutil.rmtree(temporary, ignore_errors=True)
         raise InputError(
-            f"{final} could not be written ({reason(error)}); free some space, then use "
-            "--resume_from_checkpoint latest."
+            f"{final} could not be written ({problem}); free some space, then use --resume_from_checkpoint latest."
         ) from error
     if accelerator.is_main_process:
         shutil.rmtree(final, ignore_errors=True)
         os.rename(temporary, final)
         for old in list_checkpoints(output_dir)[: -total_limit if total_limit else 0]:
-            shutil.rmtree(old)
+            # Renamed first, so that a run that is killed here leaves no half of a checkpoint under its name.
+            leftover = output_dir / f".{old.name}.part"
+            os.rename(old, leftover)
+            shutil.rmtree(leftover)
 
 
 def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Path | None:
@@ -146,7 +151,9 @@ def check_same_run(
     before = config.get("arguments") if isinstance(config, dict) else None
     if not isinstance(before, dict):
         raise InputError(f"{file} is damaged, so this run cannot be continued; restore it, or give a new --output_dir.")
-    for key in sorted(before.keys() & settings.keys() - MAY_CHANGE):
+    # A run that continues another in a folder of its own lists the same subjects in another file.
+    may_change = MAY_CHANGE if folder.resolve() == output_dir.resolve() else MAY_CHANGE | {"subjects_file"}
+    for key in sorted(before.keys() & settings.keys() - may_change):
         if before[key] != settings[key]:
             raise InputError(
                 f"{folder} was trained with --{key} {before[key]}, but --{key} is now {settings[key]}; give the "

@@ -1,10 +1,11 @@
 """The report of a benchmark run, or of two side by side: tables as text, and one HTML page that needs no network."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from delora_diffusers.atomic import write_text
+from delora_diffusers.atomic import atomic_write
 from delora_diffusers.errors import InputError
 from delora_diffusers.text_files import read_json
 from eval.benchmark import report_page, tables
@@ -36,8 +37,9 @@ def write(folders: Sequence[Path], output: Path, labels: Sequence[str] | None = 
     for file in files:
         if file.exists() and not overwrite:
             raise InputError(f"{file} already exists; remove it or give another --output.")
-    for file, text in files.items():
-        write_text(file, text)
+    with contextlib.ExitStack() as stack:  # all files or none
+        for file, text in files.items():
+            stack.enter_context(atomic_write(file)).write_text(text, encoding="utf-8")
     return output
 
 

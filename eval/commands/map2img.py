@@ -10,7 +10,7 @@ import numpy as np
 
 from data.miniature import MINI_DINO, MINI_SEGMENTER
 from data.palettes import generated_palette, read_palette
-from delora_diffusers.atomic import atomic_write, write_text
+from delora_diffusers.atomic import atomic_write
 from delora_diffusers.errors import InputError
 from delora_diffusers.image_files import load_rgb
 from delora_diffusers.maps import IGNORED
@@ -124,8 +124,8 @@ def run(options: argparse.Namespace) -> None:
     if not accelerator.is_main_process:
         return
     result = {"protocol": options.protocol, **summarize(counts, generated, models, truth)}
-    with atomic_write(sheet) as temporary:
+    with atomic_write(sheet) as temporary, atomic_write(options.output) as scores:  # both or neither
         write_sheet(temporary, counts.accuracies, generated, models.segmenter, truth)
-    write_text(options.output, json.dumps(result, indent=2) + "\n")
+        scores.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(table(result))
     print(f"wrote {options.output} and {sheet}")

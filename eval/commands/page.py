@@ -48,8 +48,8 @@ def run(options: argparse.Namespace) -> None:
         for images in (before, after)
     ]
     page = Page(photos, by_prompt(before), by_prompt(after), scores[0], scores[1], curves)
-    for file, content in ((png_file, page.png()), (options.output, page.html().encode())):
-        with atomic_write(file) as temporary:
-            temporary.write_bytes(content)
+    with atomic_write(png_file) as png, atomic_write(options.output) as html:  # both or neither
+        png.write_bytes(page.png())
+        html.write_bytes(page.html().encode())
     print(table(scores[1]))
     print(f"wrote {options.output} and {png_file}; open the first in a browser")

@@ -78,11 +78,11 @@ def test_no_odd_shape_of_any_tensor_is_merged(tiny_sd, tmp_path, method, capsys)
         for kind, reshape in SHAPES.items():
             if reshape(tensor).shape == tensor.shape:
                 continue
-            bad = reshaped(
-                file,
-                lambda n, t, name=name, reshape=reshape: reshape(t) if n == name else t,
-                tmp_path / "x.safetensors",
-            )
+
+            def change(other, t, name=name, reshape=reshape):
+                return reshape(t) if other == name else t
+
+            bad = reshaped(file, change, tmp_path / "x.safetensors")
             with pytest.raises(SystemExit) as raised:
                 main(["merge", "--adapter", str(bad), "--output_dir", str(tmp_path / "out")])
             assert str(raised.value).startswith("error: ") and "x.safetensors" in str(raised.value), (name, kind)
@@ -120,10 +120,8 @@ def test_an_adapter_merges_into_the_model_it_fits_only(tiny_sd, tmp_path):
     tensors[f"{TARGET}.weight"] = tensors[f"{TARGET}.weight"][:, :32].contiguous()
     save_file(tensors, weights, metadata={"format": "pt"})
     with pytest.raises(SystemExit, match=r"u of shape \(1, 64\), not \(1, 32\); give the adapter's base"):
-        main(
-            ["merge", "--adapter", str(file), "--pretrained_model_name_or_path", str(other)]
-            + ["--output_dir", str(tmp_path / "o")]
-        )
+        words = ["--adapter", file, "--pretrained_model_name_or_path", other, "--output_dir", tmp_path / "o"]
+        main(["merge", *map(str, words)])
 
 
 @pytest.mark.integration
@@ -134,18 +132,12 @@ def test_what_a_killed_command_left_does_not_refuse_the_retry(tiny_sd, tmp_path)
         os._exit(0)
     os.waitpid(process, 0)
     file = write_adapter(tiny_sd, tmp_path / "a")
+    base = ["--pretrained_model_name_or_path", str(tiny_sd)]
     for name, command in {
         "d": ["export", "--adapter", str(file), "--format", "diffusers", "--output"],
         "k": ["export", "--adapter", str(file), "--format", "kohya", "--output"],
         "p": ["export", "--adapter", str(file), "--format", "peft-delora", "--output"],
-        "i": [
-            "import",
-            "--peft_dir",
-            str(tmp_path / "p"),
-            "--pretrained_model_name_or_path",
-            str(tiny_sd),
-            "--output_dir",
-        ],
+        "i": ["import", "--peft_dir", str(tmp_path / "p"), *base, "--output_dir"],
         "m": ["merge", "--adapter", str(file), "--output_dir"],
     }.items():
         leftover = tmp_path / f".{name}.{process}.part"

@@ -255,8 +255,8 @@ def test_a_merged_folder_is_complete_and_generates_the_same_image(models, tmp_pa
 def test_merge_rejects_another_model(models, tmp_path):
     save_randomized(models["sd1"], tmp_path / "a", AdapterConfig(rank=4), False)
     for kind, message in (
-        ("sd2", r"is \(32, 48\) in the file and \(32, 32\) in the adapter"),
-        ("sdxl", r"is \(64, 80\) in the file and \(64, 32\) in the adapter"),
+        ("sd2", r"has A of shape \(\d+, 32\), not \(\d+, 48\)"),
+        ("sdxl", r"has A of shape \(\d+, 32\), not \(\d+, 80\)"),
     ):
         with pytest.raises(SystemExit, match=message):
             flags = ["--pretrained_model_name_or_path", str(models[kind]), "--output_dir", str(tmp_path / "m")]

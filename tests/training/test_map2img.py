@@ -156,7 +156,7 @@ def test_generate_rejects_bad_flags_and_maps(trained, pairs, tmp_path):
     Image.fromarray(np.full((8, 8), 254, np.uint8)).save(tmp_path / "bare" / "x.png")
     (tmp_path / "bare" / "y.png").write_text("not an image")
     flags = ("--adapter", trained, "--map_dir", tmp_path / "bare", "--default_caption", "x")
-    refused("y.png is not a readable map", *flags)
+    refused("y.png is not a readable image", *flags)
     with pytest.raises(SystemExit, match="a merged pipeline cannot take"):
         library(["merge", "--adapter", str(trained), "--output_dir", str(tmp_path / "merged")])
 
