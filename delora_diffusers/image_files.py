@@ -99,6 +99,9 @@ def warn_of_unread_images(folder: Path, extensions: tuple[str, ...] | None = Non
     read = readable_extensions() if extensions is None else extensions
     known = {*EXTENSIONS, *HEIF_EXTENSIONS, *UNREAD_EXTENSIONS}
     unread = [path.name for path in _visible_files(folder) if path.suffix.lower() in known - set(read)]
+    for subfolder in sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."):
+        if extensions is None and (below := list_images(subfolder)):
+            logger.warning(printable(f"not used: {len(below)} images in the subfolder {subfolder}; move them up."))
     if unread:
         names = ", ".join(unread[:5]) + (f" and {len(unread) - 5} more" if len(unread) > 5 else "")
         heif = any(name.lower().endswith(HEIF_EXTENSIONS) for name in unread) and extensions is None

@@ -189,7 +189,7 @@ def test_the_lister(tmp_path, caplog):
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "raw.NEF").write_bytes(b"x")
     (tmp_path / "drawing.svg").write_bytes(b"x")
-    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "folder.png").mkdir()  # without images
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "null.jpg").symlink_to("/dev/null")
     names = ["a.jpg", "b.PNG", "c.JFIF", "d.avif", "e.Heic"]
@@ -235,3 +235,11 @@ def test_a_strip_is_refused(tmp_path):
     Image.new("RGB", (2000, 10)).save(tmp_path / "a.png")
     with pytest.raises(InputError, match="2000 x 10 pixels, too long and narrow"):
         find_photographs(tmp_path)
+
+
+def test_images_in_subfolders_are_named(tmp_path, caplog):
+    (tmp_path / "10_sks dog").mkdir()
+    for name in ("a.png", "10_sks dog/b.png", "10_sks dog/c.png"):
+        noise().save(tmp_path / name)
+    assert len(find_photographs(tmp_path)) == 1
+    assert caplog.messages == [f"not used: 2 images in the subfolder {tmp_path / '10_sks dog'}; move them up."]

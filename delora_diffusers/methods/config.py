@@ -19,6 +19,7 @@ MAP_TARGETS = (*UNET_TARGETS, "ff.net.0.proj", "ff.net.2")
 """Training on semantic maps adapts the feed-forward layers too."""
 TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
+MAX_TARGETS = 10_000
 MAX_NUMBER = 1e30
 """The largest setting; float32 cannot store much more."""
 
@@ -65,6 +66,10 @@ class AdapterConfig:
     def __post_init__(self):
         if isinstance(self.targets, str) or not isinstance(self.targets, Sequence):
             raise InputError(f"targets is {self.targets!r}; give a list of module names, for example to_q.")
+        if len(self.targets) > MAX_TARGETS:
+            raise InputError(
+                f"targets has {len(self.targets)} names, more than {MAX_TARGETS}; give endings such as to_q."
+            )
         object.__setattr__(self, "targets", tuple(self.targets))
         unnamed = [target for target in self.targets if not isinstance(target, str) or not target]
         if unnamed:

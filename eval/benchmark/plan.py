@@ -19,6 +19,7 @@ from data.photographs import find_photographs
 from delora_diffusers.atomic import write_text
 from delora_diffusers.errors import InputError
 from delora_diffusers.names import is_miniature, may_be_hub_id
+from delora_diffusers.outputs import check_writable
 from delora_diffusers.text_files import read_json
 from eval.benchmark.tasks import ROOT, TRAINING_SCRIPT, SubjectCommands, SubjectRun, Task, in_order
 
@@ -79,6 +80,7 @@ def check(options: argparse.Namespace) -> None:
     for flag in ("seeds", "jobs", "together", "batch_size"):
         if getattr(options, flag) < 1:
             raise InputError(f"--{flag} is {getattr(options, flag)}; give at least 1.")
+    check_writable(options.output_dir, "--output_dir")
     benchmark = chosen_benchmark(options)
     toys = is_toybox(benchmark)
     if options.photographs is None and not toys:

@@ -7,8 +7,10 @@ Steps whose results are complete are skipped, so the same command continues a ru
 import argparse
 from pathlib import Path
 
+from delora_diffusers.locking import locked_folders
 from delora_diffusers.methods.table import METHODS
-from eval.benchmark.plan import check, make_plan, tasks, with_defaults, write_settings
+from delora_diffusers.outputs import is_first_process
+from eval.benchmark.plan import Plan, check, make_plan, tasks, with_defaults, write_settings
 from eval.benchmark.run import exit_with_failures, run_on_all, start_accelerator
 from eval.commands.arguments import add_run_arguments
 
@@ -26,7 +28,12 @@ def run(options: argparse.Namespace) -> None:
     check(options)
     options = with_defaults(options)
     plan = make_plan(options)
+    with locked_folders([plan.folder] if is_first_process() else []):
+        run_plan(plan, options)
 
+
+def run_plan(plan: Plan, options: argparse.Namespace) -> None:
+    """Train, generate, score and report."""
     from eval.benchmark import collect, report  # imports torch
 
     accelerator = start_accelerator()

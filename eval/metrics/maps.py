@@ -1,6 +1,7 @@
 """Score images generated from semantic maps: mIoU, accuracies, and the Frechet distance to real images."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -224,6 +225,7 @@ def summarize(counts: Counts, generated: GeneratedFromMaps, models: MapModels, t
         for kind, values in agreements.items()
     }
     labels = models.segmenter.labels
+    folder = os.path.commonpath([path.parent for path, _ in generated])
     return {
         "scores": overall["generated"] | {"frechet": counts.frechet()},
         "real": overall.get("real"),
@@ -248,7 +250,7 @@ def summarize(counts: Counts, generated: GeneratedFromMaps, models: MapModels, t
         ],
         "pictures": [
             {
-                "file_name": generated[number][0].name,
+                "file_name": generated[number][0].relative_to(folder).as_posix(),
                 "map": generated[number][1].name,
                 "pixel_accuracy": round(accuracy, 6),
             }
