@@ -2,24 +2,28 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
-from torch import Tensor, nn
+from diffusers.models.attention_processor import Attention
+from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
-from delora_diffusers.adapter.modules import keep_own_keys, named_modules, unwrap
-from delora_diffusers.adapter.processors import AdaptedAttnProcessor, copied
-from delora_diffusers.adapter.projections import Projection, low_rank_product
+from delora_diffusers.adapter.modules import named_modules, unwrap
+from delora_diffusers.adapter.projections import Projection
+from delora_diffusers.adapter.sites import (
+    STOCK_PROCESSORS,
+    AdaptedAttention,
+    AdaptedWeight,
+    adapt_modules,
+    calls_fused_projections,
+    fused_error,
+)
 from delora_diffusers.adapter.tensors import Adapter
 from delora_diffusers.errors import InputError
 from delora_diffusers.methods.config import EVERYTHING, AdapterConfig
 
 FUSED = ("to_q", "to_k", "to_v")
-STOCK_PROCESSORS = (AttnProcessor2_0, FusedAttnProcessor2_0)
-"""The processors that ``AdaptedAttnProcessor`` replaces; with any other, the modules that it calls are adapted."""
 _ATTACHMENT = "_delora_attachment"
 
 
@@ -105,7 +109,7 @@ def _already_parametrized(name: str) -> InputError:
 def _attach(
     model: nn.Module,
     config: AdapterConfig,
-    by_attention: "list[AdaptedAttention]",
+    by_attention: list[AdaptedAttention],
     standalone: list[Projection],
     generator: torch.Generator | Sequence[torch.Generator] | None,
 ) -> Adapter:
@@ -124,7 +128,7 @@ def _attach(
     for adapted in by_attention:
         adapted.adapt(adapter, handles)
     for projection in standalone:
-        _adapt_modules(adapter, projection, handles)
+        adapt_modules(adapter, projection, handles)
     standalone_modules = {module for projection in standalone for module in projection.linears}
     fusible = [
         (name, module)
@@ -137,8 +141,8 @@ def _attach(
         for adapted in by_attention:
             adapted.adapt(adapter, handles)
         for name, module in fusible:
-            if _calls_fused(module):
-                raise _fused(name)
+            if calls_fused_projections(module):
+                raise fused_error(name)
         if not adapter.prepared:
             adapter.refresh()
         adapter.prepared = False
@@ -148,70 +152,6 @@ def _attach(
     # parameters.
     model.__dict__[_ATTACHMENT] = Attachment(adapter, handles, trainable)
     return adapter
-
-
-def _adapt_modules(adapter: Adapter, projection: Projection, handles: list[RemovableHandle]) -> None:
-    """Adapt each module of a projection by itself, whoever calls it; adds hooks to ``handles``."""
-    for index, module in enumerate(projection.linears):
-        if adapter.config.path == "split":
-            handles.append(module.register_forward_hook(_LowRankHook(adapter, projection, index)))
-        else:
-            adapted = _AdaptedWeight(adapter, projection, index)
-            parametrize.register_parametrization(module, projection.parameter, adapted)
-            handles += keep_own_keys(module, projection.parameter)
-
-
-@dataclasses.dataclass
-class AdaptedAttention:
-    """An attention module whose projections are adapted, whatever processor it is given.
-
-    Attributes:
-        prefix: its name. by_module: whether its linear modules are adapted one by one, for a processor that calls them.
-    """
-
-    prefix: str
-    attention: Attention
-    projections: list[Projection]
-    by_module: bool = False
-
-    def adapt(self, adapter: Adapter, handles: list[RemovableHandle]) -> None:
-        """Adapt the attention, unless it is; called again before every forward, since its processor may be replaced.
-
-        Diffusers replaces processors for attention slicing, xformers, fused projections, IP-Adapters and so on.
-
-        Raises:
-            InputError: the processor that it was given does not call the adapted modules.
-        """
-        processor: Any = self.attention.processor
-        if isinstance(processor, AdaptedAttnProcessor):
-            return
-        if type(processor) in STOCK_PROCESSORS:
-            adapted: Any = AdaptedAttnProcessor(adapter, processor, self.projections, self.prefix)
-            self.attention.set_processor(adapted)
-            return
-        if _calls_fused(self.attention):
-            raise _fused(self.prefix)
-        if adapter.subjects > 1:
-            raise InputError(
-                f"{self.prefix} has a {type(processor).__name__}, but several subjects can be trained together only "
-                "with diffusers' default attention processors; set those again."
-            )
-        if not self.by_module:
-            self.by_module = True
-            for projection in self.projections:
-                _adapt_modules(adapter, projection, handles)
-
-
-def _calls_fused(attention: Any) -> bool:
-    """Whether an attention calls fused projections; diffusers keeps them, unused, after it has unfused them."""
-    return attention.fused_projections and "Fused" in type(attention.processor).__name__
-
-
-def _fused(name: str) -> InputError:
-    return InputError(
-        f"the projections of {name} were fused, which copies their weights without the adapter; call "
-        "unfuse_qkv_projections(), or detach the adapter, fuse, and attach it again."
-    )
 
 
 def attachment(model: nn.Module) -> Attachment:
@@ -281,7 +221,7 @@ def parametrized_by_adapter(module: nn.Module) -> list[str]:
     if not parametrize.is_parametrized(module):
         return []
     chains = module.get_submodule("parametrizations").named_children()
-    return [name for name, chain in chains if isinstance(chain.get_submodule("0"), _AdaptedWeight)]
+    return [name for name, chain in chains if isinstance(chain.get_submodule("0"), AdaptedWeight)]
 
 
 def _same_input(attention: Attention, members: dict[str, nn.Linear]) -> list[list[str]]:
@@ -295,46 +235,3 @@ def _same_input(attention: Attention, members: dict[str, nn.Linear]) -> list[lis
                 continue
         groups.append([name])
     return groups
-
-
-class _AdaptedWeight(nn.Module):
-    """Parametrization of one module's weight: W', or W while the adapter's strength is 0.
-
-    Args:
-        index: of the module among those of the projection.
-    """
-
-    def __init__(self, adapter: Adapter, projection: Projection, index: int):
-        super().__init__()
-        self.unregistered = (adapter, projection)  # in a tuple, so that neither becomes a submodule of the model
-        self.index = index
-
-    def __deepcopy__(self, _: dict[int, Any]) -> Any:
-        raise copied()
-
-    def forward(self, weight: Tensor) -> Tensor:
-        adapter, projection = self.unregistered
-        if projection.weight is None or adapter.strength == 0:
-            return weight
-        if len(projection.linears) == 1:
-            return projection.weight
-        return projection.weight[self.index * len(weight) : (self.index + 1) * len(weight)]
-
-
-class _LowRankHook:
-    """Forward hook of a linear module that adds the low-rank product to its output."""
-
-    def __init__(self, adapter: Adapter, projection: Projection, index: int):
-        self.adapter = adapter
-        self.projection = projection
-        self.member = slice(index, index + 1)
-
-    def __deepcopy__(self, _: dict[int, Any]) -> Any:
-        raise copied()
-
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if self.adapter.strength == 0:
-            return output
-        assert self.projection.a is not None and self.projection.b is not None
-        a, b = self.projection.a[self.member], self.projection.b[self.member]
-        return output + low_rank_product(inputs[0], a, b)[0].to(output.dtype)

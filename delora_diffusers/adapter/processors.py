@@ -39,7 +39,7 @@ class AdaptedAttnProcessor:
         }
 
     def __deepcopy__(self, _: dict[int, Any]) -> Any:
-        raise copied()
+        raise copy_error()
 
     def _project(self, attn: Attention, x: Tensor, *names: str) -> Sequence[Tensor]:
         """The outputs of the named linear modules of ``attn`` for one input x (batch, tokens, in)."""
@@ -104,6 +104,8 @@ class AdaptedAttnProcessor:
         return hidden_states if attn.rescale_output_factor == 1 else hidden_states / attn.rescale_output_factor
 
 
-def copied() -> InputError:
+def copy_error() -> InputError:
     """The error for copying an adapted model: the copy would share the adapter's weights with the original."""
-    return InputError("a model with an adapter attached cannot be copied; detach it, copy, and load the adapter again.")
+    return InputError(
+        "a model with an adapter attached cannot be copy_error; detach it, copy, and load the adapter again."
+    )
