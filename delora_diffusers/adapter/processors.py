@@ -106,6 +106,4 @@ class AdaptedAttnProcessor:
 
 def copy_error() -> InputError:
     """The error for copying an adapted model: the copy would share the adapter's weights with the original."""
-    return InputError(
-        "a model with an adapter attached cannot be copy_error; detach it, copy, and load the adapter again."
-    )
+    return InputError("a model with an adapter attached cannot be copied; detach it, copy, and load the adapter again.")
