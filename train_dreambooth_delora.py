@@ -134,6 +134,21 @@ def find_subjects(args: argparse.Namespace) -> list[Subject]:
     return subjects
 
 
+def digest_data(args: argparse.Namespace, subjects: Sequence[Subject]) -> dict[str, str]:
+    """A digest of each photo and its prompt, and of the class images that were given; a continued run has the same."""
+    from delora_diffusers.training.run_folder import data_digests
+
+    photos = data_digests(
+        (str(photo.path), [photo.path], json.dumps([prompt, subject.seed, subject.class_prompt]))
+        for subject in subjects
+        for photo, prompt in zip(subject.photographs, subject.prompts)
+    )
+    if not args.with_prior_preservation or args.class_data_dir is None or not args.class_data_dir.is_dir():
+        return photos
+    given = [path for path in list_images(args.class_data_dir) if not path.name.startswith(f"class-{args.seed}-")]
+    return photos | data_digests((str(path), [path], None) for path in given)
+
+
 def attach_adapters(pipeline: Any, subjects: Sequence[Subject], args: argparse.Namespace) -> dict[str, "Adapter"]:
     """Attach adapters to the UNet and, if they are trained, to the text encoders; returns them by component."""
     import torch
@@ -229,18 +244,10 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
     from delora_diffusers.training.encoding import PromptTable
     from delora_diffusers.training.loop import train
     from delora_diffusers.training.objective import Losses, NoiseSettings
-    from delora_diffusers.training.run_folder import data_digests
     from delora_diffusers.training.setup import begin_run, load_frozen, save_run, start_accelerator
     from delora_diffusers.training.validation import SubjectValidation
 
-    data = data_digests(
-        (str(photo.path), [photo.path], json.dumps([prompt, subject.seed, subject.class_prompt]))
-        for subject in subjects
-        for photo, prompt in zip(subject.photographs, subject.prompts)
-    )
-    if args.with_prior_preservation and args.class_data_dir is not None and args.class_data_dir.is_dir():
-        given = [path for path in list_images(args.class_data_dir) if not path.name.startswith(f"class-{args.seed}-")]
-        data |= data_digests((str(path), [path], None) for path in given)
+    data = digest_data(args, subjects)
     accelerator = start_accelerator(args, data)
     device = accelerator.device
     pipeline, noise_scheduler = load_frozen(accelerator, args)
