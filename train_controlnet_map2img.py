@@ -9,7 +9,6 @@
 import argparse
 import dataclasses
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from PIL import Image
 from data.maps import MapPair, check_pairs, find_hub_pairs, find_pairs, pair_views
 from data.palettes import read_palette
 from data.photographs import crop_boxes
+from delora_diffusers.dispatch import exit_on_bad_input
 from delora_diffusers.errors import InputError
 from delora_diffusers.image_files import upright_size
 from delora_diffusers.methods.config import MAP_TARGETS
@@ -139,6 +139,8 @@ def find_data(args: argparse.Namespace) -> tuple[list[MapPair], list[MapPair], n
         pairs = find_hub_pairs(args.dataset_name, args.dataset_config_name, args.dataset_split, columns)
     else:
         pairs = find_pairs(args.train_data_dir)
+    if not pairs:
+        raise InputError(f"{args.dataset_name or args.train_data_dir} contains no pairs; add images with their maps.")
     pairs = pairs[: args.max_train_samples]
     examples = find_pairs(args.validation_data_dir) if args.validation_data_dir else pairs
     examples = examples[: args.num_validation_images]
@@ -303,7 +305,5 @@ def train_on_maps(
 
 
 if __name__ == "__main__":
-    try:
+    with exit_on_bad_input():
         main()
-    except InputError as error:
-        sys.exit(f"error: {error}")

@@ -12,7 +12,6 @@ import argparse
 import functools
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 from data.photographs import Photo, find_photographs, variants, view_sizes
 from data.subjects import Subject, read_subjects
 from delora_diffusers.atomic import atomic_write
+from delora_diffusers.dispatch import exit_on_bad_input
 from delora_diffusers.errors import InputError
-from delora_diffusers.image_files import list_images
+from delora_diffusers.image_files import list_images, load_rgb
 from delora_diffusers.methods.config import TEXT_ENCODER_TARGETS
 from delora_diffusers.names import is_miniature, is_xl
-from delora_diffusers.outputs import check_run_folder, held_folders
+from delora_diffusers.outputs import check_run_folder, check_writable, held_folders
 from delora_diffusers.pipelines.base_model import check_model_folder
 from delora_diffusers.training import arguments
 
@@ -81,6 +81,12 @@ def check_arguments(args: argparse.Namespace) -> None:
     """
     arguments.check_training_arguments(args)
     check_model_folder(args.pretrained_model_name_or_path, args.variant)
+    if args.with_prior_preservation and args.class_data_dir is not None:
+        check_writable(args.class_data_dir, "--class_data_dir")
+        if os.path.isfile(args.class_data_dir):
+            raise InputError(f"--class_data_dir {args.class_data_dir} is a file; give a folder.")
+        if args.instance_data_dir is not None and args.class_data_dir.resolve() == args.instance_data_dir.resolve():
+            raise InputError("--class_data_dir and --instance_data_dir are the same folder; give each its own.")
     if args.subjects_file is None:
         if args.instance_data_dir is None and not is_miniature(args.pretrained_model_name_or_path):
             raise InputError("no photos were given; specify their folder with --instance_data_dir.")
@@ -125,12 +131,15 @@ def find_subjects(args: argparse.Namespace) -> list[Subject]:
             check_run_folder(subject.output_dir, args.resume_from_checkpoint)
     for subject in subjects:
         uncaptioned = [photo.path for photo in subject.photographs if photo.caption is None]
-        if uncaptioned and not subject.instance_prompt:
+        if uncaptioned and not (subject.instance_prompt or "").strip():
             raise InputError(
                 f"{uncaptioned[0]} has no caption; give --instance_prompt, for example 'a photo of sks dog'."
             )
-        if args.with_prior_preservation and not subject.class_prompt:
+        if args.with_prior_preservation and not (subject.class_prompt or "").strip():
             raise InputError("--with_prior_preservation needs --class_prompt, for example 'a photo of a dog'.")
+        if args.with_prior_preservation and args.class_data_dir is not None and args.class_data_dir.is_dir():
+            for path in list_images(args.class_data_dir):
+                load_rgb(path)
     return subjects
 
 
@@ -139,14 +148,14 @@ def digest_data(args: argparse.Namespace, subjects: Sequence[Subject]) -> dict[s
     from delora_diffusers.training.run_folder import data_digests
 
     photos = data_digests(
-        (str(photo.path), [photo.path], json.dumps([prompt, subject.seed, subject.class_prompt]))
+        (str(photo.path.resolve()), [photo.path], json.dumps([prompt, subject.seed, subject.class_prompt]))
         for subject in subjects
         for photo, prompt in zip(subject.photographs, subject.prompts)
     )
     if not args.with_prior_preservation or args.class_data_dir is None or not args.class_data_dir.is_dir():
         return photos
     given = [path for path in list_images(args.class_data_dir) if not path.name.startswith(f"class-{args.seed}-")]
-    return photos | data_digests((str(path), [path], None) for path in given)
+    return photos | data_digests((str(path.resolve()), [path], None) for path in given)
 
 
 def attach_adapters(pipeline: Any, subjects: Sequence[Subject], args: argparse.Namespace) -> dict[str, "Adapter"]:
@@ -310,7 +319,5 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
 
 
 if __name__ == "__main__":
-    try:
+    with exit_on_bad_input():
         main()
-    except InputError as error:
-        sys.exit(f"error: {error}")

@@ -109,8 +109,9 @@ def load_benchmark(name_or_file: str | Path) -> Benchmark:
             f"the subject {name!r} cannot name a folder (give a visible name without slashes)",
         )
         entry = entry if isinstance(entry, dict) else {}
+        class_name = entry.get("class")
         require(
-            isinstance(entry.get("class"), str) and not set(entry) - {"class", "kind", "toybox"},
+            isinstance(class_name, str) and bool(class_name.strip()) and not set(entry) - {"class", "kind", "toybox"},
             f"the subject {name!r} needs a class and a kind (the only other key is toybox)",
         )
         require(
@@ -127,7 +128,7 @@ def load_benchmark(name_or_file: str | Path) -> Benchmark:
     images = as_int(given) or 0
     require(images > 0, f"images_per_prompt is {given}, not a whole number of at least 1")
     identifier: Any = content.get("identifier", "sks")
-    require(isinstance(identifier, str) and bool(identifier), f"the identifier is {identifier!r}, not a word")
+    require(isinstance(identifier, str) and bool(identifier.strip()), f"the identifier is {identifier!r}, not a word")
     drift_prompts: Any = content.get("drift_prompts", [])
     require(isinstance(drift_prompts, list), "drift_prompts is not a list")
     for template in drift_prompts:
@@ -150,7 +151,10 @@ def _fields(template: Any) -> set[str] | None:
     if not isinstance(template, str):
         return None
     try:
-        fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+        parsed = [part for part in string.Formatter().parse(template) if part[1] is not None]
+        if any(form or conversion for _, _, form, conversion in parsed):
+            return None
+        fields = [field for _, field, _, _ in parsed if field is not None]
     except ValueError:
         return None
     return set(fields) if len(fields) == len(set(fields)) else None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -23,6 +24,7 @@ from delora_diffusers.image_files import (
     warn_of_unread_images,
 )
 from delora_diffusers.json_lines import IMAGES_WITH_MAPS, OFT_PROMPTS, read_json_lines
+from delora_diffusers.maps import EXTENSIONS as MAP_EXTENSIONS
 from delora_diffusers.maps import IGNORED, read_map, refuse_repeated_keys
 from delora_diffusers.names import METADATA_NAME
 
@@ -103,14 +105,20 @@ def _listed_pairs(folder: Path, records: list[dict[str, Any]]) -> list[MapPair]:
     missing = [r[key] for r in records for key in ("file_name", "map") if not (folder / r[key]).is_file()]
     _refuse(missing, f"files listed in {folder / METADATA_NAME} are missing", "fix the list or the folder")
     refuse_repeated_keys((record["map"] for record in records), folder)
+    lossy = [record["map"] for record in records if Path(record["map"]).suffix.lower() not in MAP_EXTENSIONS]
+    _refuse(
+        lossy, f"maps listed in {folder / METADATA_NAME} are in a format that may change classes", "save them as PNG"
+    )
+    _refuse_repeated([record["file_name"] for record in records], folder / METADATA_NAME)
     return [MapPair(r["file_name"], folder / r["map"], folder / r["file_name"], r.get("text")) for r in records]
 
 
 def _named_pairs(images: Path, maps: Path, captions: dict[str, str | None]) -> list[MapPair]:
-    for folder in (images, maps):
-        refuse_repeated_keys((path.name for path in list_images(folder)), folder)
-        warn_of_unread_images(folder)
-    image_files, map_files = ({path.stem: path for path in list_images(folder)} for folder in (images, maps))
+    readable = {images: None, maps: MAP_EXTENSIONS}
+    for folder, extensions in readable.items():
+        refuse_repeated_keys((path.name for path in list_images(folder, extensions)), folder)
+        warn_of_unread_images(folder, extensions)
+    image_files, map_files = ({p.stem: p for p in list_images(folder, e)} for folder, e in readable.items())
     _refuse(
         sorted(str(image_files[stem].name) for stem in image_files.keys() - map_files.keys()),
         f"images in {images} have no map of the same name in {maps}",
@@ -123,6 +131,11 @@ def _named_pairs(images: Path, maps: Path, captions: dict[str, str | None]) -> l
     )
     if not image_files:
         raise InputError(f"{images} contains no image ({', '.join(readable_extensions())}); put the images there.")
+    listed = {name.removeprefix("images/") for name in captions}
+    unknown = sorted(listed - {path.name for path in image_files.values()})
+    _refuse(
+        unknown, f"files listed in {images.parent / METADATA_NAME} are not in {images}", "fix the list or the folder"
+    )
     pairs = []
     for stem, path in sorted(image_files.items()):
         caption = captions.get(path.name, captions.get(f"images/{path.name}"))
@@ -135,6 +148,7 @@ def _oft_pairs(folder: Path, prompts: Path) -> list[MapPair]:
     for _, record in read_json_lines(prompts, OFT_PROMPTS):
         name = PurePosixPath(record["source"]).name
         pairs.append(MapPair(name, folder / "segm" / name, folder / "color" / name, record["prompt"]))
+    _refuse_repeated([pair.name for pair in pairs], prompts)
     missing = [str(p.relative_to(folder)) for q in pairs for p in (q.map, q.image) if not Path(str(p)).is_file()]
     _refuse(missing, f"files listed in {prompts} are missing", "fix the list or the folder")
     return sorted(pairs, key=lambda pair: pair.name)
@@ -166,6 +180,11 @@ def find_hub_pairs(name: str, config: str | None, split: str, columns: tuple[str
         MapPair(f"{i:0{digits}}", row[semantic], row[image], row[caption] if caption else None)
         for i, row in enumerate(dataset)
     ]
+
+
+def _refuse_repeated(names: Sequence[str], file: Path) -> None:
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    _refuse(repeated, f"files are listed more than once in {file}", "list each once")
 
 
 def _refuse(names: Sequence[str], problem: str, remedy: str) -> None:

@@ -67,6 +67,9 @@ def read_palette(text: str) -> np.ndarray:
     content = read_text(file)
     try:
         rows = parse_json(content) if content.lstrip().startswith("[") else _rows(content)
+        numbers = [number for row in rows if isinstance(row, list) for number in row]
+        if not all(type(number) is int for number in numbers):
+            raise ValueError("it contains something other than whole numbers")
         colours = np.array(rows, dtype=int)
         if colours.ndim != 2 or colours.shape[1] != 3 or not 0 < len(colours) <= 256:
             raise ValueError(f"{colours.shape} numbers")
@@ -82,7 +85,7 @@ def _rows(content: str) -> list[list[int]]:
     for line in filter(None, (line.strip() for line in content.split("\n"))):
         if match := re.match(r"#?([0-9a-fA-F]{6})\b", line):
             rows.append(from_hex(match[1])[0].tolist())
-        elif match := re.match(r"(\d+)[\s,;]+(\d+)[\s,;]+(\d+)", line):
+        elif match := re.match(r"(\d+)[\s,;]+(\d+)[\s,;]+(\d+)(?![\s,;]*\d)", line):
             rows.append([int(number) for number in match.groups()])
         else:
             raise ValueError(f"the line {line[:40]!r}")

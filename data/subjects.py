@@ -56,7 +56,7 @@ def read_subjects(file: Path, seed: int, class_prompt: str | None) -> list[Subje
     subjects: list[Subject] = []
     for number, record in read_json_lines(file, SUBJECTS):
         record = {"seed": seed, "class_prompt": class_prompt} | record
-        if not record["instance_prompt"] or record["seed"] < 0:
+        if not record["instance_prompt"].strip() or not 0 <= record["seed"] < 2**32:
             raise InputError(f"{file} line {number} needs an instance_prompt, and a seed of at least 0; fix it.")
         folder, output_dir = Path(record["instance_data_dir"]), Path(record["output_dir"])
         subjects.append(

@@ -4,6 +4,7 @@ Both are written under a temporary name, ``.NAME.PID.part``, and renamed. What a
 name is removed by the next one that writes the same file or folder.
 """
 
+import errno
 import os
 import re
 import shutil
@@ -79,7 +80,9 @@ def remove_parts(folder: Path) -> None:
 
 
 def _not_written(path: Path, error: Exception) -> InputError:
-    return InputError(f"{path} could not be written ({error}); free some space or choose another folder.")
+    full = isinstance(error, SafetensorError) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    remedy = "free some space or choose another folder" if full else "choose another folder"
+    return InputError(f"{path} could not be written ({error}); {remedy}.")
 
 
 def _temporary(path: Path) -> Path:

@@ -1,11 +1,16 @@
 """Run one of several commands from the command line. Imports no torch."""
 
 import argparse
+import errno
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import ModuleType
 
-from delora_diffusers.errors import InputError
+from delora_diffusers.errors import InputError, printable
+
+INACCESSIBLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS, errno.ENOSPC)
+"""Errors of the file system that the user can correct, wherever they occur."""
 
 
 def run_command(
@@ -25,7 +30,18 @@ def run_command(
         module.add_arguments(subparser)
         subparser.set_defaults(run=module.run)
     options = parser.parse_args(arguments)
-    try:
+    with exit_on_bad_input():
         options.run(options)
+
+
+@contextmanager
+def exit_on_bad_input() -> Iterator[None]:
+    """Exit with code 1 and one sentence for bad input; any other error keeps its traceback."""
+    try:
+        yield
     except InputError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno not in INACCESSIBLE or error.filename is None:
+            raise
+        sys.exit(printable(f"error: {error.filename} cannot be accessed ({error.strerror}); check the path."))

@@ -1,8 +1,10 @@
 """The exception for input that the user can correct, and how text from files is shown."""
 
 import pickle
+import struct
 import unicodedata
 import zipfile
+import zlib
 
 from safetensors import SafetensorError
 
@@ -44,7 +46,7 @@ def _escaped(character: str) -> str:
 
 LOADING_ERRORS = (
     *(OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError, EOFError),
-    *(SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile),
+    *(SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, struct.error, zlib.error),
 )
 """What the libraries that load models and datasets raise for files that are missing, damaged or of another kind."""
 

@@ -155,7 +155,7 @@ def load_rgb(path: Path) -> Image.Image:
             image.load()
             upright = image.transpose(TRANSPOSE[turn]) if (turn := _orientation(image)) in TRANSPOSE else image
             if upright.mode in ("I", "F") or upright.mode.startswith("I;16"):
-                upright = _from_16_bits(upright, path)
+                upright = _from_16_bits(upright, path, image.format)  # older versions of Pillow read 16-bit PNG as "I"
             if upright.has_transparency_data:
                 upright = upright.convert("RGBA")
                 white = Image.new("RGBA", upright.size, "white")
@@ -167,10 +167,11 @@ def load_rgb(path: Path) -> Image.Image:
         raise unreadable(str(path), error) from error
 
 
-def _from_16_bits(image: Image.Image, path: Path) -> Image.Image:
+def _from_16_bits(image: Image.Image, path: Path, image_format: str | None) -> Image.Image:
     """An 8-bit image; 65535 becomes 255."""
     values = np.asarray(image)
-    if image.mode == "F" or values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+    is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image_format == "PNG")
+    if not is_16_bit or values.min(initial=0) < 0 or values.max(initial=0) > 65535:
         kind = "floating-point" if image.mode == "F" else "32-bit"
         raise InputError(f"{path} is a {kind} image, in which no value stands for white; convert it to 8 or 16 bits.")
     return Image.fromarray(np.round(values / 257).astype(np.uint8))

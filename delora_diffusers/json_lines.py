@@ -28,6 +28,8 @@ TYPES: dict[str, tuple[type, ...]] = {
 """The types that each key's value may have."""
 INSIDE = ("file_name", "map")
 """Keys whose values are paths in the folder of the file."""
+NOT_EMPTY = ("output_dir", "instance_data_dir", "adapter", "prompts")
+"""Keys whose texts must contain something, where they are given."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +70,8 @@ class LineFormat:
         if not isinstance(value, TYPES[key]) or isinstance(value, bool):
             return False
         texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+        if key in NOT_EMPTY and not all(text.strip() for text in texts):
+            return False
         return all(map(is_text, texts)) and (key not in INSIDE or all(map(stays_inside, texts)))
 
 

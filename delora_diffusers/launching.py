@@ -31,6 +31,12 @@ def launched_accelerator(**arguments: Any) -> Accelerator:
                 f"accelerate is configured for {name}, which adapters neither need nor support; run `accelerate "
                 "config` again, or pass --multi_gpu to `accelerate launch` for several GPUs."
             )
+    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if steps not in ("1", str(arguments.get("gradient_accumulation_steps", steps))):
+        raise InputError(
+            f"accelerate is configured for {steps} gradient accumulation steps, which override the flag; pass "
+            f"--gradient_accumulation_steps {steps}, or unset ACCELERATE_GRADIENT_ACCUMULATION_STEPS."
+        )
     precision = arguments.get("mixed_precision") or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", "fp16", "bf16"):
         raise InputError(f"accelerate is configured for {precision}; pass --mixed_precision bf16, fp16 or no.")

@@ -38,10 +38,16 @@ def read_map(source: Path | Image.Image, name: str) -> np.ndarray:
     """
     try:
         image = source if isinstance(source, Image.Image) else open_image(source)
+        stored_as = str(image.tile[0][3]) if getattr(image, "tile", None) else ""
         image.load()
-        if image.mode == "1":
-            image = image.convert("L")
-        values = np.asarray(image if image.mode in ("P", "L") or image.mode.startswith("I") else image.convert("RGB"))
+        if image.mode == "F" or "RGB;16" in stored_as or "RGBA;16" in stored_as:
+            raise InputError(f"{name} has floating-point or 16-bit colours, which are no classes; save it as 8 bits.")
+        if image.mode in ("LA", "La"):
+            image = image.getchannel("L")
+        as_they_are = image.mode in ("P", "L", "1") or image.mode.startswith("I")
+        values = np.asarray(image if as_they_are else image.convert("RGB"))
+        # Pillow spreads 2 and 4 bits over 0 to 255.
+        values = values // {"L;2": 85, "L;4": 17}.get(stored_as.strip("()',"), 1)
     except InputError:
         raise
     except UNREADABLE as error:

@@ -58,7 +58,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder has the name of a complete checkpoint."""
-    return folder.name.startswith(CHECKPOINT_PREFIX) and folder.name.removeprefix(CHECKPOINT_PREFIX).isdigit()
+    return re.fullmatch(f"{CHECKPOINT_PREFIX}[0-9]+", folder.name) is not None
 
 
 def checkpoint_step(checkpoint: Path) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from delora_diffusers.atomic import remove_parts
 from delora_diffusers.errors import InputError
 from delora_diffusers.locking import locked_folders
+from delora_diffusers.names import CONFIG_NAME
 
 MIN_FREE_BYTES = 256 * 2**20
 """What a training run may need for its checkpoints, at least."""
@@ -61,8 +62,9 @@ def check_run_folder(folder: Path, resume_from_checkpoint: str | None) -> None:
 
 
 def _contents(folder: Path) -> list[str]:
-    """The names in a folder, without what a killed process left under a temporary name."""
-    return [entry.name for entry in os.scandir(folder) if not (entry.name[0] == "." and entry.name.endswith(".part"))]
+    """The names in a folder, without what a run that ended before its first checkpoint leaves."""
+    names = [entry.name for entry in os.scandir(folder) if not (entry.name[0] == "." and entry.name.endswith(".part"))]
+    return [] if set(names) <= {CONFIG_NAME, "logs"} else names
 
 
 @contextmanager

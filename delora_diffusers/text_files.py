@@ -5,6 +5,7 @@ and its lines may end as on any system. Line separators inside a line, such as U
 """
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,12 @@ def decode(content: bytes, name: str) -> str:
 
 
 def is_text(text: str) -> bool:
-    """Whether a string can be written as UTF-8; JSON and command lines may contain halves of surrogate pairs."""
+    """Whether a string can be written as UTF-8; JSON and command lines may contain NUL and half surrogate pairs."""
     try:
         text.encode()
     except UnicodeEncodeError:
         return False
-    return True
+    return "\0" not in text
 
 
 def read_lines(file: Path) -> list[tuple[int, str]]:
@@ -71,12 +72,20 @@ def parse_json(text: str) -> Any:
     """Parse JSON.
 
     Raises:
-        ValueError: it is not JSON, or is nested too deeply to be one of the project's files.
+        ValueError: it is not JSON, is nested too deeply to be one of the project's files, or gives a key twice.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        repeated = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"{repeated!r} is given twice")
+    return entries
 
 
 def read_json(file: Path) -> Any:
@@ -108,7 +117,8 @@ def read_yaml(file: Path) -> Any:
         raise InputError(f"{file} is not valid YAML ({' '.join(str(error).split())}); fix it.") from error
     except InputError:
         raise
-    except (RecursionError, ValueError, TypeError) as error:  # the last two: values of an explicit tag, such as !!int x
+    # All but the first: values of an explicit tag, such as !!int x.
+    except (RecursionError, ValueError, TypeError, LookupError, AttributeError) as error:
         problem = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
         raise InputError(f"{file} is not valid YAML ({problem}); fix it.") from error
 

@@ -189,6 +189,11 @@ def find_targets(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Lin
         parts = name.split(".")
         for target in wanted.intersection(".".join(parts[i:]) for i in range(len(parts))):
             if not isinstance(module, nn.Linear):
+                if hasattr(module, "base_layer"):
+                    raise InputError(
+                        f"{name} already has an adapter of another library; unload or fuse that first, or load it "
+                        "after this one."
+                    )
                 raise InputError(
                     f"target {target} matches {name} of type {type(module).__name__}; give linear modules only."
                 )

@@ -109,6 +109,8 @@ def pretrained_encoder(name_or_path: str, unet: nn.Module, factor: int) -> nn.Mo
             f"--controlnet_model_name_or_path {name_or_path} could not be loaded ({' '.join(str(error).split())}); "
             "give a ControlNet folder or hub id."
         ) from error
+    if any(parameter.is_meta for parameter in encoder.parameters()):
+        raise InputError(f"--controlnet_model_name_or_path {name_or_path} is not a ControlNet; give one.")
     expected = (3, _width(unet), factor)
     actual = (encoder.conv_in.in_channels, encoder.conv_out.out_channels, 2 ** (len(encoder.blocks) // 2))
     if actual != expected:

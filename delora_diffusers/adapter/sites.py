@@ -51,9 +51,13 @@ class AdaptedAttention:
             InputError: the processor that it was given does not call the adapted modules.
         """
         processor: Any = self.attention.processor
+        wrapped = self._has_wrapped_modules()
+        if wrapped and isinstance(processor, AdaptedAttnProcessor):
+            processor = processor.stock
+            self.attention.set_processor(processor)
         if isinstance(processor, AdaptedAttnProcessor):
             return
-        if type(processor) in STOCK_PROCESSORS:
+        if type(processor) in STOCK_PROCESSORS and not wrapped:
             adapted: Any = AdaptedAttnProcessor(adapter, processor, self.projections, self.prefix)
             self.attention.set_processor(adapted)
             return
@@ -68,6 +72,25 @@ class AdaptedAttention:
             self.by_module = True
             for projection in self.projections:
                 adapt_modules(adapter, projection, handles)
+
+    def _has_wrapped_modules(self) -> bool:
+        """Whether another library, such as PEFT, has put its own module around one that is adapted.
+
+        Raises:
+            InputError: an adapted module was replaced, or its weight parametrized, by something else.
+        """
+        wrapped = False
+        for projection in self.projections:
+            for name, linear in zip(projection.names, projection.linears):
+                current = self.attention.get_submodule(name.removeprefix(self.prefix + "."))
+                if linear not in current.modules() or (
+                    parametrize.is_parametrized(linear, "weight") and not self.by_module
+                ):
+                    raise InputError(
+                        f"{name} was changed after the adapter was attached; detach it, and attach it again."
+                    )
+                wrapped = wrapped or current is not linear
+        return wrapped
 
 
 def calls_fused_projections(attention: Any) -> bool:

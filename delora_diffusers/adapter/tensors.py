@@ -135,6 +135,10 @@ class Adapter(nn.Module):
         """
         if self._strength != 0:
             bases = [stack.base_weight() for stack in self.stacks]
+            if any(base.is_meta for base in bases):
+                raise InputError(
+                    "the model's weights are offloaded, so they cannot be adapted; merge before offloading."
+                )
             computed_from = None
             if not (torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())):
                 computed_from = tuple((id(base), *stack.versions()) for base, stack in zip(bases, self.stacks))

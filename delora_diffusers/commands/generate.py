@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,7 +11,7 @@ from delora_diffusers.commands.arguments import (
     add_base_model_arguments,
     weighted_adapters,
 )
-from delora_diffusers.errors import InputError
+from delora_diffusers.errors import InputError, reason
 from delora_diffusers.names import MINIATURE, is_miniature
 from delora_diffusers.outputs import check_writable, held_outputs
 from delora_diffusers.text_files import is_text, read_lines
@@ -185,6 +186,12 @@ def _check_numbers(options: argparse.Namespace) -> None:
     for flag in ("num_images", "batch_size", "num_inference_steps", "max_maps"):
         if getattr(options, flag) is not None and getattr(options, flag) < 1:
             raise InputError(f"--{flag} is {getattr(options, flag)}; give at least 1.")
+    for flag, values in (("strength", options.strength), ("guidance_scale", [options.guidance_scale or 0.0])):
+        wrong = next((value for value in values if not math.isfinite(value)), None)
+        if wrong is not None:
+            raise InputError(f"--{flag} is {wrong}; give finite numbers.")
+    if not -(2**62) < options.seed < 2**62:
+        raise InputError(f"--seed {options.seed} is too large; choose a smaller one.")
     if options.resolution is not None and (options.resolution < 8 or options.resolution % 8):
         raise InputError(f"--resolution {options.resolution} is not a multiple of 8; use a multiple of 8.")
 
@@ -271,7 +278,19 @@ def _generate(
     adapted = AdaptedPipeline(pipeline, adapters, accelerator.device, dtype)
     if options.scheduler is not None:
         check_ddpm(pipeline.scheduler, base_model.name)
-        pipeline.scheduler = getattr(diffusers, SCHEDULERS[options.scheduler]).from_config(pipeline.scheduler.config)
+        kind = getattr(diffusers, SCHEDULERS[options.scheduler])
+        try:
+            pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
+        except ImportError as error:
+            raise InputError(
+                f"--scheduler {options.scheduler} needs a package that is missing: {reason(error)}"
+            ) from error
+    try:
+        pipeline.scheduler.set_timesteps(options.num_inference_steps)
+    except (ValueError, IndexError, ZeroDivisionError) as error:
+        raise InputError(
+            f"--num_inference_steps {options.num_inference_steps} does not work ({reason(error)})."
+        ) from error
     side = options.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     in_use = None
     savings = ["--batch_size 1", "--mixed_precision bf16 or fp16", "a smaller --resolution"]

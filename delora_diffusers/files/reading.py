@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from delora_diffusers.errors import InputError
+from delora_diffusers.errors import LOADING_ERRORS, InputError
 from delora_diffusers.methods.config import AdapterConfig
 from delora_diffusers.methods.functions import method_functions
 from delora_diffusers.methods.table import METHODS
@@ -64,13 +64,21 @@ def visible_weights(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.safetensors") if path.name[0] != ".")
 
 
-def safetensors_names(file: Path) -> list[str]:
-    """The names of a safetensors file's tensors; none if it cannot be read."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return list(opened.keys())
-    except (SafetensorError, OSError):
-        return []
+def weight_names(folder: Path) -> set[str]:
+    """The names of the weights in a model's folder; empty if no file gives them without being loaded."""
+    names: set[str] = set()
+    for file in visible_weights(folder):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                names.update(opened.keys())
+        except (SafetensorError, OSError):
+            return set()
+    for file in sorted(folder.glob("[!.]*.bin")) if not names else ():
+        try:
+            names.update(torch.load(file, map_location="meta", mmap=True, weights_only=True))
+        except LOADING_ERRORS:
+            return set()
+    return names
 
 
 def read_header(path: str | os.PathLike) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 from delora_diffusers.atomic import atomic_write
 from delora_diffusers.errors import InputError
 from delora_diffusers.files.reading import adapter_path
-from delora_diffusers.image_files import UNREADABLE, open_image
+from delora_diffusers.image_files import UNREADABLE, list_images, open_image
 from delora_diffusers.json_lines import GENERATED, REQUESTS, read_json_lines, write_json_lines
 from delora_diffusers.maps import find_maps
 from delora_diffusers.names import METADATA_NAME
@@ -119,9 +119,12 @@ def check_same_images(folder: Path, records: Sequence[dict[str, Any]]) -> None:
         InputError
     """
     file = folder / METADATA_NAME
-    if not file.is_file():
-        return
     planned = {record["file_name"] for record in records}
+    if not file.is_file():
+        foreign = [path.name for path in list_images(folder) if path.name not in planned] if folder.is_dir() else []
+        if foreign:
+            raise InputError(f"{folder} contains other images, such as {foreign[0]}; pass a new --output_dir.")
+        return
     other = [r["file_name"] for _, r in read_json_lines(file, GENERATED) if r["file_name"] not in planned]
     if other:
         raise InputError(f"{folder} contains other images, such as {other[0]}; pass a new --output_dir or remove them.")

@@ -13,7 +13,7 @@ from delora_diffusers.text_files import read_json
 PIPELINES = (SD_PIPELINE, SDXL_PIPELINE)
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 WEIGHTS = re.compile(
-    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
+    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>[\w-]+?))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
 )
 """Names of weight files, with their variant."""
 
@@ -65,7 +65,7 @@ def load_pipeline(
     problem = _unsupported(pipeline) or _incomplete(pipeline, Path(folder_or_id))
     if problem is not None:
         raise InputError(f"the base model {name_or_path} {problem}; choose another.")
-    _limit_prompts(pipeline)
+    _limit_prompts(pipeline, name_or_path)
     return pipeline.to(dtype=torch.float32)  # transformers loads weights in the file's dtype
 
 
@@ -80,11 +80,15 @@ def _unsupported(pipeline: Any) -> str | None:
             return f"has a quantized {name}, whose weights cannot be adapted"
     if unet.in_channels != vae.latent_channels:
         return f"has a UNet with {unet.in_channels} input channels for {vae.latent_channels} latent channels"
+    if not isinstance(getattr(vae, "scaling_factor", None), int | float):
+        return f"has an autoencoder with scaling_factor {getattr(vae, 'scaling_factor', None)}, which is no number"
     if getattr(vae, "shift_factor", None):
         return f"has an autoencoder with shift_factor {vae.shift_factor}, which a {kind} ignores"
     scales = [getattr(vae, name, None) is not None for name in ("latents_mean", "latents_std")]
     if any(scales) and not (all(scales) and is_xl(kind)):
         return f"has an autoencoder with latents_mean or latents_std, which a {kind} ignores"
+    if all(scales) and not len(vae.latents_mean) == len(vae.latents_std) == vae.latent_channels:
+        return f"has an autoencoder with latents_mean or latents_std of other than {vae.latent_channels} values"
     for name in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type"):
         if getattr(unet, name, None) is not None:
             return f"has a UNet with {name} {getattr(unet, name)}, which needs other inputs than a prompt"
@@ -95,22 +99,23 @@ def _unsupported(pipeline: Any) -> str | None:
 
 LEGACY_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Names in the files of older autoencoders, and those that diffusers gives them."""
-MAY_BE_MISSING = 0.05
-"""Share of the weights that may have other names in a file. The libraries initialize missing weights at random."""
+NOT_STORED = ("position_ids",)
+"""Last parts of names that files may lack. The libraries initialize all other missing weights at random."""
 
 
 def _incomplete(pipeline: Any, folder: Path) -> str | None:
-    """What is missing in the safetensors files of a local folder; None if nothing is, or there are none."""
-    from delora_diffusers.files.reading import safetensors_names, visible_weights  # imports torch
+    """What is missing in the weight files of a local folder; None if nothing is, or there are none."""
+    from delora_diffusers.files.reading import weight_names  # imports torch
 
     for component in COMPONENTS:
-        model, files = getattr(pipeline, component, None), visible_weights(folder / component)
-        if model is None or not files:
+        model = getattr(pipeline, component, None)
+        if model is None:
             continue
-        stored = {_plain_name(name) for file in files for name in safetensors_names(file)}
+        stored = {_plain_name(name) for name in weight_names(folder / component)}
         names = [_plain_name(name) for name in model.state_dict()]
-        missing = [name for name in names if name not in stored]
-        if len(missing) > MAY_BE_MISSING * len(names):
+        missing = [name for name in names if name not in stored and not name.endswith(NOT_STORED)] if stored else []
+        missing += [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+        if missing:
             return f"has no weight {missing[0]} in {folder / component}, nor {len(missing) - 1} others"
     return None
 
@@ -120,13 +125,19 @@ def _plain_name(name: str) -> str:
     return ".".join(parts)
 
 
-def _limit_prompts(pipeline: Any) -> None:
-    """Give every tokenizer the length that its text encoder reads: some files name none, or a longer one."""
+def _limit_prompts(pipeline: Any, name: str | None) -> None:
+    """Give every tokenizer the length that its text encoder reads: some files name none, or a longer one.
+
+    Raises:
+        InputError: a tokenizer does not distinguish words, because its vocabulary is missing.
+    """
     for suffix in ("", "_2"):
         tokenizer, encoder = (getattr(pipeline, name + suffix, None) for name in ("tokenizer", "text_encoder"))
         if tokenizer is not None and encoder is not None:
-            longest = getattr(encoder.config, "max_position_embeddings", tokenizer.model_max_length)
-            tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
+            own, longest = tokenizer.model_max_length, encoder.config.max_position_embeddings
+            tokenizer.model_max_length = min(own, longest) if isinstance(own, int) and own > 2 else longest
+            if tokenizer("dog").input_ids == tokenizer("cat").input_ids:
+                raise InputError(f"the base model {name} has a tokenizer without vocabulary; download it again.")
 
 
 def pipeline_folder(name_or_path: str | None, *, revision: str | None = None, variant: str | None = None) -> Path:

@@ -50,9 +50,10 @@ def sample_images(
     if control is not None:
         control.see(None)
     if not torch.isfinite(latents).all():
+        dtype = str(pipeline.unet.dtype)[6:]
+        remedy = "use --mixed_precision bf16 or no, or a smaller" if dtype == "float16" else "use a smaller"
         raise InputError(
-            f"the UNet gave values that are not finite in {str(pipeline.unet.dtype)[6:]}; use --mixed_precision bf16 "
-            "or no, or a smaller --strength."
+            f"the UNet gave values that are not finite in {dtype}; {remedy} --strength or --guidance_scale."
         )
     return pipeline.image_processor.postprocess(_decode(pipeline.vae, latents), output_type="pil")
 

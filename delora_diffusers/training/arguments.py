@@ -13,7 +13,7 @@ from delora_diffusers.methods.config import EVERYTHING, PATHS, STARTS, UNET_TARG
 from delora_diffusers.methods.table import LAMBDA_LEARNING_RATE, METHODS
 from delora_diffusers.names import MINIATURE, is_miniature
 from delora_diffusers.outputs import check_run_folder
-from delora_diffusers.text_files import as_bool, read_yaml
+from delora_diffusers.text_files import as_bool, is_text, read_yaml
 
 MINIATURE_SUBJECT_RATES = {"delora": 1e-2}
 """On the included miniature, DeLoRA has better prompt fidelity at half the paper's rate; see docs/miniature.md."""
@@ -171,6 +171,9 @@ def parse_with_config(
         InputError: the file is missing, is not a mapping, or has a key that is not a flag.
     """
     argv = sys.argv[1:] if argv is None else argv
+    broken = next((word for word in argv if not is_text(word)), None)
+    if broken is not None:
+        raise InputError(f"the argument {broken!r} is not UTF-8; set the terminal's encoding, or use --config.")
     file = parser.parse_known_args(argv)[0].config
     argv = ([] if file is None else _read_config(parser, file)) + argv
     if is_miniature(parser.parse_known_args(argv)[0].pretrained_model_name_or_path):
@@ -214,7 +217,18 @@ def _as_arguments(file: Path, action: argparse.Action, value: Any) -> list[str]:
             raise InputError(f"{file} sets {action.dest} to {value!r}; give {'values' if several else 'one value'}.")
     if not several:
         return [f"{flag}={value}"]
+    dashed = next((item for item in items if str(item).startswith("-") and not _is_number(str(item))), None)
+    if dashed is not None:
+        raise InputError(f"{file} sets {action.dest} to {dashed!r}, which would be read as a flag; start it otherwise.")
     return [flag, *map(str, items)] if items else []
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def adapter_config(args: argparse.Namespace, **changes: Any) -> AdapterConfig:
@@ -247,6 +261,32 @@ def with_defaults(args: argparse.Namespace, learning_rates: Mapping[str, float] 
     return args
 
 
+RANGES: dict[str, tuple[float, float]] = {
+    "learning_rate": (0, 1e4),
+    "lambda_learning_rate": (0, 1e4),
+    "adam_beta1": (0, 0.999999),
+    "adam_beta2": (0, 0.9999999),
+    "adam_epsilon": (0, 1),
+    "adam_weight_decay": (0, 1e4),
+    "max_grad_norm": (0, 1e12),
+    "snr_gamma": (1e-6, 1e6),
+    "noise_offset": (-10, 10),
+    "prior_loss_weight": (0, 1e6),
+    "lr_warmup_steps": (0, 1e9),
+    "lr_power": (0, 1e3),
+    "guidance_scale": (-1e3, 1e3),
+    "validation_inference_steps": (1, 1000),
+}
+"""The smallest and the largest value of flags with which a run can end well."""
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    for name, (smallest, largest) in RANGES.items():
+        value = getattr(args, name, None)
+        if value is not None and not smallest <= value <= largest:
+            raise InputError(f"--{name} {value} is not between {smallest:g} and {largest:g}; choose another value.")
+
+
 def check_training_arguments(args: argparse.Namespace) -> None:
     """Reject bad values before anything is loaded.
 
@@ -256,8 +296,9 @@ def check_training_arguments(args: argparse.Namespace) -> None:
     if args.resolution % 8 or args.resolution < 8:
         nearest = max(8, round(args.resolution / 8) * 8)
         raise InputError(f"--resolution {args.resolution} is not a multiple of 8; use {nearest}.")
-    if args.seed < 0:
-        raise InputError(f"--seed {args.seed} is negative; use 0 or more.")
+    if not 0 <= args.seed < 2**32:
+        raise InputError(f"--seed {args.seed} is not between 0 and {2**32 - 1}; choose another.")
+    _check_numbers(args)
     if args.lr_scheduler == "piecewise_constant" and not re.fullmatch(STEP_RULES, args.lr_step_rules or ""):
         raise InputError(
             f"--lr_scheduler piecewise_constant needs --lr_step_rules such as 1:500,0.1, not {args.lr_step_rules!r}."

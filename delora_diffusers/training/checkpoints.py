@@ -40,6 +40,8 @@ MAY_CHANGE = {
 }
 """Flags that may change when a run is resumed; all others must stay the same."""
 
+WITHOUT_END = ("constant", "constant_with_warmup", "piecewise_constant")
+"""Schedules of the learning rate that do not depend on the number of steps, so that a run can be made longer."""
 FULL = 2**20
 """Bytes of free space below which a disk is called full."""
 SIZES_NAME = "sizes.json"
@@ -126,6 +128,12 @@ def _damaged(checkpoint: Path, problem: str) -> InputError:
     return InputError(f"the checkpoint {checkpoint} is damaged ({problem}); use {remedy}.")
 
 
+def _same_path(before: Any, now: Any) -> bool:
+    """Whether two flags name the same existing file or folder, one perhaps relative."""
+    both = isinstance(before, str) and isinstance(now, str) and os.path.exists(before) and os.path.exists(now)
+    return both and os.path.samefile(before, now)
+
+
 def check_same_run(
     output_dir: Path, resume_from_checkpoint: str | None, settings: dict[str, Any], data: dict[str, str]
 ) -> None:
@@ -154,12 +162,20 @@ def check_same_run(
     # A run that continues another in a folder of its own lists the same subjects in another file.
     may_change = MAY_CHANGE if folder.resolve() == output_dir.resolve() else MAY_CHANGE | {"subjects_file"}
     for key in sorted(before.keys() & settings.keys() - may_change):
-        if before[key] != settings[key]:
+        if before[key] != settings[key] and not _same_path(before[key], settings[key]):
             raise InputError(
                 f"{folder} was trained with --{key} {before[key]}, but --{key} is now {settings[key]}; give the "
                 "same value, or a new --output_dir."
             )
     recorded = config.get("data", data)
+    if not isinstance(recorded, dict):
+        raise InputError(f"{file} is damaged, so this run cannot be continued; restore it, or give a new --output_dir.")
+    steps, scheduler = settings["max_train_steps"], settings.get("lr_scheduler", "constant")
+    if before.get("max_train_steps", steps) != steps and scheduler not in WITHOUT_END:
+        raise InputError(
+            f"--lr_scheduler {scheduler} depends on --max_train_steps, which was {before['max_train_steps']} and is "
+            f"now {steps}; give the same value, or a new --output_dir."
+        )
     for name in sorted({*recorded, *data}):
         if recorded.get(name) != data.get(name):
             change = "is new" if name not in recorded else "is gone" if name not in data else "has changed"

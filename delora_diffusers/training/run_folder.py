@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from delora_diffusers.atomic import write_text
+from delora_diffusers.errors import InputError, reason
 from delora_diffusers.methods.table import METHODS
 from delora_diffusers.names import CONFIG_NAME, WEIGHTS_NAME, is_miniature
 
@@ -139,13 +140,21 @@ def push_to_hub(output_dir: Path, args: argparse.Namespace) -> str:
     """Upload the run without its checkpoints, logs and class images; returns the repository's id."""
 
     from huggingface_hub import create_repo, upload_folder
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    repo_id = create_repo(args.hub_model_id or output_dir.resolve().name, exist_ok=True, token=args.hub_token).repo_id
-    upload_folder(
-        repo_id=repo_id,
-        folder_path=output_dir,
-        commit_message="Train",
-        ignore_patterns=["checkpoint-*", ".*", "*/.*", "logs/*", "class_images/*", "cache/*"],
-        token=args.hub_token,
-    )
+    name = args.hub_model_id or output_dir.resolve().name
+    try:
+        repo_id = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
+        upload_folder(
+            repo_id=repo_id,
+            folder_path=output_dir,
+            commit_message="Train",
+            ignore_patterns=["checkpoint-*", ".*", "*/.*", "logs/*", "class_images/*", "cache/*"],
+            token=args.hub_token,
+        )
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        raise InputError(
+            f"the adapter is saved in {output_dir}, but could not be uploaded as {name} ({reason(error)}); upload it "
+            "with `hf upload`."
+        ) from error
     return repo_id

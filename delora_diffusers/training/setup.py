@@ -133,6 +133,11 @@ def save_run(
     """
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        if not all(torch.isfinite(tensor).all() for a in adapters.values() for _, tensor in a.named_tensors(subject)):
+            raise InputError(
+                f"the last step made {args.output_dir}'s adapter not finite; lower --learning_rate, or resume from an "
+                "earlier checkpoint."
+            )
         unet = adapters["unet"]
         reached = {"distance": unet.all_distances()[subject].mean().item()}
         lambdas = unet.all_lambdas()

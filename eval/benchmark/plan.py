@@ -80,6 +80,8 @@ def check(options: argparse.Namespace) -> None:
     for flag in ("seeds", "jobs", "together", "batch_size"):
         if getattr(options, flag) < 1:
             raise InputError(f"--{flag} is {getattr(options, flag)}; give at least 1.")
+    if options.workers is not None and options.workers < 0:
+        raise InputError(f"--workers is {options.workers}; give at least 0.")
     check_writable(options.output_dir, "--output_dir")
     benchmark = chosen_benchmark(options)
     toys = is_toybox(benchmark)

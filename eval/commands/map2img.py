@@ -100,6 +100,8 @@ def table(result: dict[str, Any]) -> str:
 
 def run(options: argparse.Namespace) -> None:
     sheet = options.output.with_suffix(".png")
+    if sheet == options.output:
+        raise InputError(f"--output {options.output} is the name of the sheet; give a .json file.")
     for file in (options.output, sheet):
         check_new(file, "--output")
     if options.batch_size < 1:

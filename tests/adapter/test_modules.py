@@ -239,3 +239,47 @@ def test_a_text_encoder_is_saved_under_its_own_keys_with_an_adapter(tiny_sd, tmp
     encoder.save_pretrained(tmp_path)
     again = CLIPTextModel.from_pretrained(tmp_path).state_dict()
     assert again.keys() == before.keys() and all(torch.equal(tensor, before[name]) for name, tensor in again.items())
+
+
+def test_a_lora_of_peft_on_top_adds_to_the_adapter(unet, unet_inputs):
+    import peft
+
+    with torch.no_grad():
+        adapter = attach(unet, AdapterConfig(rank=4), torch.Generator().manual_seed(0))
+        randomize(adapter, 0.5)
+        adapted = unet(*unet_inputs).sample
+        lora = peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+        peft.inject_adapter_in_model(lora, unet)
+        both = unet(*unet_inputs).sample
+        adapter.strength = 0
+        alone = unet(*unet_inputs).sample
+        adapter.strength = 1
+        merge(unet)
+        torch.testing.assert_close(unet(*unet_inputs).sample, both, atol=2e-5, rtol=1e-4)
+    assert (both - adapted).abs().max() > 1e-3 and (both - alone).abs().max() > 1e-2
+
+
+def test_an_adapter_after_a_lora_of_peft_is_refused_with_the_remedy(unet):
+    import peft
+
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["to_q"]), unet)
+    with pytest.raises(InputError, match="already has an adapter of another library; unload or fuse that first"):
+        attach(unet, AdapterConfig(rank=2))
+
+
+def test_a_module_that_was_replaced_after_attaching_is_refused(unet, unet_inputs):
+    attach(unet, AdapterConfig(rank=2))
+    attention = unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    original = attention.to_q
+    attention.to_q = nn.Linear(64, 64, bias=False)
+    with pytest.raises(InputError, match=r"attn1\.to_q was changed after the adapter was attached"):
+        unet(*unet_inputs)
+    attention.to_q = original
+    unet(*unet_inputs)
+
+
+def test_offloaded_weights_are_refused(unet, unet_inputs):
+    attach(unet, AdapterConfig(rank=2))
+    unet.to("meta")
+    with pytest.raises(InputError, match="the model's weights are offloaded"):
+        unet(*(tensor.to("meta") for tensor in unet_inputs))

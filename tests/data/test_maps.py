@@ -163,3 +163,55 @@ def test_palettes(tmp_path):
             read_palette(str(tmp_path / "p"))
     with pytest.raises(InputError, match="is not a file; give a palette file, ade20k or generated"):
         read_palette("rainbow")
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_grey_maps_of_few_bits_hold_their_classes(tmp_path, bits):
+    """Pillow spreads them over 0 to 255."""
+    import struct
+    import zlib
+
+    from delora_diffusers.maps import read_map
+
+    values = np.arange(8, dtype=np.uint8) % 2**bits
+    packed = np.packbits(np.unpackbits(values[:, None], axis=1)[:, -bits:])
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 8, 1, bits, 0, 0, 0, 0))]
+    chunks += [(b"IDAT", zlib.compress(b"\0" + packed.tobytes())), (b"IEND", b"")]
+    png = b"".join(struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks)
+    (tmp_path / "map.png").write_bytes(b"\x89PNG\r\n\x1a\n" + png)
+    assert read_map(tmp_path / "map.png", "x").tolist() == [values.tolist()]
+
+
+def test_maps_that_cannot_hold_classes_are_refused(tmp_path):
+    from delora_diffusers.maps import read_map
+
+    Image.fromarray(np.full((8, 8), 3, np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(InputError, match="has floating-point or 16-bit colours"):
+        read_map(tmp_path / "float.tif", "x")
+    grey = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
+    Image.merge("LA", [grey, Image.new("L", (8, 8), 255)]).save(tmp_path / "la.png")
+    assert np.array_equal(read_map(tmp_path / "la.png", "x"), np.asarray(grey))
+
+
+def test_lossy_maps_and_repeated_lines_are_refused(tmp_path):
+    import json
+
+    write_map_folders(tmp_path / "named")
+    (tmp_path / "named" / "maps" / "a.png").unlink()
+    Image.new("L", (40, 30)).save(tmp_path / "named" / "maps" / "a.jpg")
+    with pytest.raises(InputError, match=r"images in .* have no map of the same name in .*: a\.png"):
+        find_pairs(tmp_path / "named")
+    write_map_folders(tmp_path / "listed")
+    line = {"file_name": "images/a.png", "map": "maps/a.png", "text": "x"}
+    (tmp_path / "listed" / "metadata.jsonl").write_text(f"{json.dumps(line)}\n{json.dumps(line)}\n")
+    with pytest.raises(InputError, match=r"listed more than once in .*metadata\.jsonl: images/a\.png"):
+        find_pairs(tmp_path / "listed")
+
+
+@pytest.mark.parametrize("text", ["[[1.5, 2, 3]]", "[[true, 1, 2]]", '[["1", "2", "3"]]', "0 255 0 0\n", "[[1, 2]]"])
+def test_palettes_of_other_numbers_are_refused(tmp_path, text):
+    from data.palettes import read_palette
+
+    (tmp_path / "palette").write_text(text)
+    with pytest.raises(InputError, match="is not a palette"):
+        read_palette(str(tmp_path / "palette"))

@@ -271,3 +271,51 @@ def test_a_local_base_model_is_recorded_so_that_it_is_found_from_anywhere(tiny_s
     with pytest.raises(InputError, match="which is not here; give it with --pretrained_model_name_or_path"):
         base_model_of([tmp_path / "a"], None)
     assert read_header(tmp_path / "a")["base_model"] == name
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("text_encoder/model.safetensors", "embeddings.token_embedding.weight"),
+        ("unet/diffusion_pytorch_model.safetensors", "conv_out.bias"),
+        ("vae/diffusion_pytorch_model.safetensors", "decoder.conv_out.weight"),
+    ],
+)
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_single_missing_weight_is_refused(tiny_sd, tmp_path, file, name, pickled):
+    """The libraries would fill it at random."""
+    folder = shutil.copytree(tiny_sd, tmp_path / "incomplete")
+    weights = load_file(folder / file)
+    kept = {key: tensor for key, tensor in weights.items() if not key.endswith(name)}
+    assert len(kept) == len(weights) - 1
+    if pickled:
+        (folder / file).unlink()
+        stem = "pytorch_model" if file.startswith("text") else "diffusion_pytorch_model"
+        torch.save(kept, (folder / file).with_name(f"{stem}.bin"))
+    else:
+        save_file(kept, folder / file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match="(has no weight|could not be loaded)"):
+        load_pipeline(str(folder))
+
+
+def test_weights_in_bin_files_load(tiny_sd, tmp_path):
+    folder = shutil.copytree(tiny_sd, tmp_path / "bin")
+    for part, stem in (
+        ("unet", "diffusion_pytorch_model"),
+        ("vae", "diffusion_pytorch_model"),
+        ("text_encoder", "model"),
+    ):
+        file = folder / part / f"{stem}.safetensors"
+        torch.save(
+            load_file(file),
+            folder / part / f"{stem.replace('model', 'pytorch_model') if stem == 'model' else stem}.bin",
+        )
+        file.unlink()
+    load_pipeline(str(folder))
+
+
+def test_a_tokenizer_without_vocabulary_is_refused(tiny_sd, tmp_path):
+    folder = shutil.copytree(tiny_sd, tmp_path / "wordless")
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match="(has a tokenizer without vocabulary|could not be loaded)"):
+        load_pipeline(str(folder))

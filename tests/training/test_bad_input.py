@@ -58,7 +58,7 @@ CASES = {
     "no prompt": (flags("--instance_prompt", ""), r"00\.png has no caption; give --instance_prompt"),
     "no class prompt": (flags("--with_prior_preservation"), "needs --class_prompt"),
     "resolution": (flags("--resolution", 100), "--resolution 100 is not a multiple of 8; use 96"),
-    "seed": (flags("--seed", -1), "--seed -1 is negative"),
+    "seed": (flags("--seed", -1), "--seed -1 is not between 0 and 4294967295"),
     "another run": (another_run, "other contains another run; give a new folder"),
     "rank": (flags("--rank", 500), "rank is 500, but .* is 32 x 32; choose a rank of at most 32"),
     "target": (flags("--targets", "to_q", "to_z"), "target to_z matches no module of UNet2DConditionModel"),

@@ -307,3 +307,67 @@ def test_training_that_runs_out_of_memory_says_what_helps(tiny_sd, photographs, 
     flags = ["--gradient_checkpointing", "--mixed_precision", "--train_batch_size 1", "--resolution", "--rank"]
     positions = [message.index(flag, message.index("use ")) for flag in flags]
     assert positions == sorted(positions)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("learning_rate", "nan"),
+        ("learning_rate", "-1"),
+        ("snr_gamma", "0"),
+        ("max_grad_norm", "-1"),
+        ("adam_beta1", "2"),
+    ]
+    + [("adam_epsilon", "-1"), ("lr_warmup_steps", "-5"), ("noise_offset", "inf"), ("seed", str(2**32))],
+)
+def test_numbers_with_which_no_run_ends_well_are_refused(tmp_path, flag, value):
+    import train_dreambooth_delora as script
+
+    args = script.parse_arguments(["--output_dir", str(tmp_path / "out"), f"--{flag}={value}"])
+    with pytest.raises(InputError, match=f"--{flag} .* is not between"):
+        script.check_arguments(args)
+
+
+def test_a_schedule_that_has_an_end_cannot_be_made_longer(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"arguments": {"max_train_steps": 3, "lr_scheduler": "cosine"}}))
+    for scheduler, steps in (("cosine", 3), ("constant", 9)):
+        settings = {"max_train_steps": steps, "lr_scheduler": scheduler}
+        (tmp_path / "config.json").write_text(
+            json.dumps({"arguments": {"max_train_steps": 3, "lr_scheduler": scheduler}})
+        )
+        check_same_run(tmp_path, "latest", settings, {})
+    (tmp_path / "config.json").write_text(json.dumps({"arguments": {"max_train_steps": 3, "lr_scheduler": "cosine"}}))
+    with pytest.raises(
+        InputError, match="--lr_scheduler cosine depends on --max_train_steps, which was 3 and is now 9"
+    ):
+        check_same_run(tmp_path, "latest", {"max_train_steps": 9, "lr_scheduler": "cosine"}, {})
+
+
+def test_the_same_folder_may_be_given_in_another_way(tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps({"arguments": {"instance_data_dir": "photos"}}))
+    monkeypatch.chdir(tmp_path)
+    check_same_run(tmp_path, "latest", {"max_train_steps": 1, "instance_data_dir": str(tmp_path / "photos")}, {})
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_can_be_repeated(tmp_path):
+    from delora_diffusers.outputs import check_run_folder
+
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    check_run_folder(tmp_path, None)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="contains another run"):
+        check_run_folder(tmp_path, None)
+
+
+def test_a_file_that_may_not_be_read_is_one_sentence():
+    from delora_diffusers.dispatch import exit_on_bad_input
+
+    with (
+        pytest.raises(SystemExit, match=r"error: x\.txt cannot be accessed \(Permission denied\)"),
+        exit_on_bad_input(),
+    ):
+        raise PermissionError(13, "Permission denied", "x.txt")
+    with pytest.raises(OSError, match="bad"), exit_on_bad_input():
+        raise OSError(5, "bad")
