@@ -317,8 +317,11 @@ def test_training_that_runs_out_of_memory_says_what_helps(tiny_sd, photographs, 
         ("snr_gamma", "0"),
         ("max_grad_norm", "-1"),
         ("adam_beta1", "2"),
-    ]
-    + [("adam_epsilon", "-1"), ("lr_warmup_steps", "-5"), ("noise_offset", "inf"), ("seed", str(2**32))],
+        ("adam_epsilon", "-1"),
+        ("lr_warmup_steps", "-5"),
+        ("noise_offset", "inf"),
+        ("seed", str(2**32)),
+    ],
 )
 def test_numbers_with_which_no_run_ends_well_are_refused(tmp_path, flag, value):
     import train_dreambooth_delora as script
@@ -329,18 +332,15 @@ def test_numbers_with_which_no_run_ends_well_are_refused(tmp_path, flag, value):
 
 
 def test_a_schedule_that_has_an_end_cannot_be_made_longer(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"arguments": {"max_train_steps": 3, "lr_scheduler": "cosine"}}))
-    for scheduler, steps in (("cosine", 3), ("constant", 9)):
-        settings = {"max_train_steps": steps, "lr_scheduler": scheduler}
-        (tmp_path / "config.json").write_text(
-            json.dumps({"arguments": {"max_train_steps": 3, "lr_scheduler": scheduler}})
-        )
-        check_same_run(tmp_path, "latest", settings, {})
-    (tmp_path / "config.json").write_text(json.dumps({"arguments": {"max_train_steps": 3, "lr_scheduler": "cosine"}}))
-    with pytest.raises(
-        InputError, match="--lr_scheduler cosine depends on --max_train_steps, which was 3 and is now 9"
-    ):
-        check_same_run(tmp_path, "latest", {"max_train_steps": 9, "lr_scheduler": "cosine"}, {})
+    def check(scheduler: str, steps: int) -> None:
+        before = {"max_train_steps": 3, "lr_scheduler": scheduler}
+        (tmp_path / "config.json").write_text(json.dumps({"arguments": before}))
+        check_same_run(tmp_path, "latest", {"max_train_steps": steps, "lr_scheduler": scheduler}, {})
+
+    check("cosine", 3)
+    check("constant", 9)
+    with pytest.raises(InputError, match="cosine depends on --max_train_steps, which was 3 and is now 9"):
+        check("cosine", 9)
 
 
 def test_the_same_folder_may_be_given_in_another_way(tmp_path, monkeypatch):
