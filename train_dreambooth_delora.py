@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from data.photographs import Photo, find_photographs, variants, view_sizes
 from data.subjects import Subject, read_subjects
-from delora_diffusers.atomic import atomic_write
 from delora_diffusers.dispatch import exit_on_bad_input
 from delora_diffusers.errors import InputError
 from delora_diffusers.image_files import list_images, load_rgb
 from delora_diffusers.methods.config import TEXT_ENCODER_TARGETS
-from delora_diffusers.names import is_miniature, is_xl
+from delora_diffusers.names import is_miniature, is_xl, recorded_model_name
 from delora_diffusers.outputs import check_run_folder, check_writable, held_folders
 from delora_diffusers.pipelines.base_model import check_model_folder
 from delora_diffusers.training import arguments
@@ -180,9 +179,14 @@ def attach_adapters(pipeline: Any, subjects: Sequence[Subject], args: argparse.N
 def generate_class_images(
     accelerator: "Accelerator", pipeline: Any, subject: Subject, args: argparse.Namespace
 ) -> list[Photo]:
-    """The subject's class images. Missing images are generated, split across processes."""
+    """The subject's class images. Missing images are generated, split across processes.
+
+    Raises:
+        InputError: the folder contains images that were generated for another prompt, base model or resolution.
+    """
     from tqdm.auto import tqdm
 
+    from delora_diffusers.files.records import recorded_in, save_with_record
     from delora_diffusers.memory import explain_out_of_memory
     from delora_diffusers.pipelines.sampling import sample_images
 
@@ -191,6 +195,13 @@ def generate_class_images(
     paths = [folder / f"class-{subject.seed}-{number:05}.png" for number in range(args.num_class_images)]
     given = [path for path in list_images(folder) if path not in paths]
     wanted = list(enumerate(paths))[: max(0, args.num_class_images - len(given))]
+    base_model = recorded_model_name(args.pretrained_model_name_or_path)
+    record = {"prompt": subject.class_prompt, "base_model": base_model, "resolution": args.resolution}
+    other = next((p for _, p in wanted if p.exists() and recorded_in(p) not in (None, record)), None)
+    if other is not None:
+        raise InputError(
+            f"{other} was generated for another class prompt, base model or resolution; give a new folder."
+        )
     # Batches do not depend on where an earlier run stopped, because the last bits of an image depend on its batch.
     batches = [wanted[i : i + args.sample_batch_size] for i in range(0, len(wanted), args.sample_batch_size)]
     batches = [batch for batch in batches if not all(path.exists() for _, path in batch)]
@@ -206,10 +217,8 @@ def generate_class_images(
                 num_inference_steps=args.validation_inference_steps,
             )
         for (_, path), image in zip(batch, images):
-            if path.exists():
-                continue
-            with atomic_write(path) as temporary:
-                image.save(temporary, format="PNG")
+            if not path.exists():
+                save_with_record(image, path, record)
     accelerator.wait_for_everyone()
     return find_photographs(folder)[: args.num_class_images]
 

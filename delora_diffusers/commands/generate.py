@@ -1,7 +1,6 @@
 """Generate images with adapters: N images per prompt or per map, each with its own seed."""
 
 import argparse
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -261,11 +260,10 @@ def _generate(
     import diffusers
     import torch
     from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
     from tqdm.auto import tqdm
 
     from delora_diffusers.atomic import atomic_write
-    from delora_diffusers.files.records import RECORD_KEY
+    from delora_diffusers.files.records import save_with_record
     from delora_diffusers.maps import crop_square, read_map
     from delora_diffusers.memory import explain_out_of_memory
     from delora_diffusers.pipelines.adapted_pipeline import AdaptedPipeline
@@ -317,10 +315,7 @@ def _generate(
         for record, image in zip(records, images):
             if record not in missing:
                 continue
-            metadata = PngInfo()
-            metadata.add_text(RECORD_KEY, json.dumps(record))
-            with atomic_write(request.output_dir / record["file_name"]) as temporary:
-                image.save(temporary, format="PNG", pnginfo=metadata)
+            save_with_record(image, request.output_dir / record["file_name"], record)
         for record, semantic in zip(records, maps or []):
             with atomic_write(request.output_dir / record["map"]) as temporary:
                 Image.fromarray(semantic).save(temporary, format="PNG")

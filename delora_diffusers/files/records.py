@@ -3,11 +3,15 @@
 import argparse
 import dataclasses
 import hashlib
+import json
 import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from delora_diffusers.atomic import atomic_write
 from delora_diffusers.errors import InputError
@@ -152,6 +156,27 @@ def is_done(folder: Path, record: dict[str, Any]) -> bool:
     return True
 
 
+def save_with_record(image: Image.Image, path: Path, record: dict[str, Any]) -> None:
+    """Write a PNG that contains the record of how it was generated."""
+    metadata = PngInfo()
+    metadata.add_text(RECORD_KEY, json.dumps(record))
+    with atomic_write(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=metadata)
+
+
+def recorded_in(path: Path) -> Any:
+    """The record in an image; None if it has none.
+
+    Raises:
+        InputError: the image cannot be read.
+    """
+    with open_image(path) as image:
+        try:
+            return parse_json(str(image.info.get(RECORD_KEY, "null")))
+        except ValueError:
+            return None
+
+
 def write_metadata(folder: Path, records: list[dict[str, Any]]) -> None:
     """Write ``metadata.jsonl``, one record per line (the imagefolder convention)."""
     write_json_lines(folder / METADATA_NAME, records)
@@ -162,8 +187,6 @@ def write_contact_sheet(folder: Path, records: list[dict[str, Any]], most: int =
 
     With several strengths there is one row per image and one column per strength instead.
     """
-    from PIL import Image
-
     from delora_diffusers.image_grid import labelled_grid
 
     def load_image(name: str) -> Image.Image:

@@ -371,3 +371,14 @@ def test_a_file_that_may_not_be_read_is_one_sentence():
         raise PermissionError(13, "Permission denied", "x.txt")
     with pytest.raises(OSError, match="bad"), exit_on_bad_input():
         raise OSError(5, "bad")
+
+
+@pytest.mark.integration
+def test_class_images_of_another_prompt_are_not_reused(tiny_sd, photographs, tmp_path):
+    prior = ["--with_prior_preservation", "--num_class_images", 1, "--class_data_dir", tmp_path / "class"]
+    prior += ["--validation_inference_steps", 1, "--max_train_steps", 1]
+    run_in_child(train, training_flags(tiny_sd, photographs, tmp_path / "a", *prior, "--class_prompt", "a dog"))
+    run_in_child(train, training_flags(tiny_sd, photographs, tmp_path / "b", *prior, "--class_prompt", "a dog"))
+    other = training_flags(tiny_sd, photographs, tmp_path / "c", *prior, "--class_prompt", "a cat")
+    with pytest.raises(AssertionError, match=r"class-0-00000\.png was generated for another class prompt"):
+        run_in_child(train, other)
