@@ -262,8 +262,8 @@ def with_defaults(args: argparse.Namespace, learning_rates: Mapping[str, float] 
 
 
 RANGES: dict[str, tuple[float, float]] = {
-    "learning_rate": (0, 1e4),
-    "lambda_learning_rate": (0, 1e4),
+    "learning_rate": (0, 1e38),
+    "lambda_learning_rate": (0, 1e38),
     "adam_beta1": (0, 0.999999),
     "adam_beta2": (0, 0.9999999),
     "adam_epsilon": (0, 1),
