@@ -85,7 +85,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         if os.path.isfile(args.class_data_dir):
             raise InputError(f"--class_data_dir {args.class_data_dir} is a file; give a folder.")
         if args.instance_data_dir is not None and args.class_data_dir.resolve() == args.instance_data_dir.resolve():
-            raise InputError("--class_data_dir and --instance_data_dir are the same folder; give each its own.")
+            raise InputError("--class_data_dir and --instance_data_dir are the same folder; give two folders.")
     if args.subjects_file is None:
         if args.instance_data_dir is None and not is_miniature(args.pretrained_model_name_or_path):
             raise InputError("no photos were given; specify their folder with --instance_data_dir.")

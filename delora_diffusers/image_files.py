@@ -24,7 +24,7 @@ UNREAD_EXTENSIONS = (
     *(".jxl", ".jp2", ".j2k", ".jpx", ".psd", ".xcf", ".tga", ".ico", ".icns", ".svg", ".eps", ".pdf", ".exr", ".hdr"),
     *(".ppm", ".pgm", ".pbm", ".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw"),
 )
-"""Images that are not read; a folder's files of these kinds are named, so that nobody believes that they were used."""
+"""Images that are not read; a warning names such files, since they look as if they were used."""
 CAPTION_EXTENSIONS = (".txt", ".caption")
 
 UNREADABLE = (

@@ -74,7 +74,7 @@ class AdaptedAttention:
                 adapt_modules(adapter, projection, handles)
 
     def _has_wrapped_modules(self) -> bool:
-        """Whether another library, such as PEFT, has put its own module around one that is adapted.
+        """Whether another library, such as PEFT, has wrapped one of the adapted modules.
 
         Raises:
             InputError: an adapted module was replaced, or its weight parametrized, by something else.

@@ -1,9 +1,7 @@
 """Read adapter files without trusting them: anything that is not an adapter is rejected with a one-sentence error."""
 
 import dataclasses
-import json
 import os
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from delora_diffusers.errors import LOADING_ERRORS, InputError
+from delora_diffusers.errors import LOADING_ERRORS, InputError, reason
 from delora_diffusers.methods.config import AdapterConfig
 from delora_diffusers.methods.functions import method_functions
 from delora_diffusers.methods.table import METHODS
@@ -141,19 +139,10 @@ def _check_header(file: Path) -> None:
             raise InputError(message % f"it announces a header of {size} bytes but has {available}")
         header = stream.read(size)
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        entries = dict(pairs)
-        if len(entries) < len(pairs):
-            repeated = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-            raise InputError(f"{file} has {repeated} twice; save it again.")
-        return entries
-
     try:
-        json.loads(header, object_pairs_hook=unique)
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise InputError(message % f"its header is not JSON: {str(error)[:100]}") from error
+        parse_json(header.decode())
+    except ValueError as error:
+        raise InputError(message % f"its header is not valid: {reason(error, 200)}") from error
 
 
 def read_adapter(file: Path, tensors: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:

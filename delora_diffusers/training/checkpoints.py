@@ -159,7 +159,7 @@ def check_same_run(
     before = config.get("arguments") if isinstance(config, dict) else None
     if not isinstance(before, dict):
         raise InputError(f"{file} is damaged, so this run cannot be continued; restore it, or give a new --output_dir.")
-    # A run that continues another in a folder of its own lists the same subjects in another file.
+    # A run that continues another run in a new folder lists the same subjects in another file.
     may_change = MAY_CHANGE if folder.resolve() == output_dir.resolve() else MAY_CHANGE | {"subjects_file"}
     for key in sorted(before.keys() & settings.keys() - may_change):
         if before[key] != settings[key] and not _same_path(before[key], settings[key]):

@@ -56,7 +56,7 @@ PEFT_BASES = {"peft, zero start": {"start": "zero"}, "peft, frozen start": {}}
 
 LIMIT = 2.0
 """Seconds of processor time that everything done with one mutated file may take together."""
-INJECTED = "INJECTED: a line of its own"
+INJECTED = "INJECTED: a separate line"
 LONG_NAME = "down_blocks." + "1" * 5000 + ".attentions.0.transformer_blocks.0.attn1.to_q"
 ODD_STRINGS = (
     *("", " ", ".", "..", "*", "\0", "é", "../../x", "/etc", "x" * 3000, "1" * 5000, LONG_NAME),
@@ -139,7 +139,7 @@ def exchange_tensors(random: Random, tensors: dict[str, Tensor]) -> None:
 
 
 def rename_tensor(random: Random, tensors: dict[str, Tensor]) -> None:
-    """Give a tensor another name, or part of another name, with or without keeping it under its own."""
+    """Give a tensor another name, or part of another name, with or without keeping the original."""
     name = random.choice(sorted(tensors))
     parts = name.split(".")
     parts[random.randrange(len(parts))] = random.choice(ODD_STRINGS + KNOWN_STRINGS)

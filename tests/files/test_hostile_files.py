@@ -99,7 +99,7 @@ CASES = {
     "integers": (lambda g: with_dtype(g, "I32", 1), "as I32; only F32, F16 and BF16 are supported"),
     "doubles": (lambda g: with_dtype(g, "F64", 2), "as F64; only F32, F16 and BF16 are supported"),
     "an empty tensor": (with_empty_tensor, r"an empty tensor unet.x.delora_A of shape \(0, 4\)"),
-    "a name twice": (with_duplicate_name, "delora_A twice; save it again"),
+    "a name twice": (with_duplicate_name, "delora_A' is given twice.*; save or download it again"),
     "another name": (lambda g: with_renamed(g, "delora_A0", "delora_Z0"), "delora_Z0, which is not a tensor of"),
     "another component": (lambda g: with_renamed(g, '"unet.mid', '"vae.mid'), "which is not a tensor of this adapter"),
     "another rank": (lambda g: with_header(g, rank=3), r"has A of shape \(2, 64\), not \(3, 64\)"),
