@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 MINIATURE = {"max_train_steps": 1000, "validation_steps": 500, "proportion_empty_prompts": 0.5}
 MINIATURE_PAIRS = 512
 MAX_CONTROL_RATE = 1e-4
-"""The paper's maximum: the control encoder must not learn faster than the adapters."""
+"""Of the control encoder; its default too (ETHER, appendix C.2)."""
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -85,7 +85,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     arguments.add_adapter_arguments(parser)
     arguments.add_training_arguments(parser)
     parser.set_defaults(targets=list(MAP_TARGETS))
-    return arguments.with_defaults(arguments.parse_with_config(parser, argv, MINIATURE))
+    return arguments.with_defaults(arguments.parse_with_config(parser, argv, MINIATURE), maps=True)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -103,7 +103,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     if not 0 <= args.control_learning_rate <= MAX_CONTROL_RATE:
         raise InputError(
             f"--control_learning_rate {args.control_learning_rate} is not between 0 and {MAX_CONTROL_RATE}; use at "
-            "most 1e-4, the paper's maximum, or 0 to freeze the encoder."
+            "most 1e-4, the rate of ETHER's appendix C.2, or 0 to freeze the encoder."
         )
     if args.control_learning_rate == 0 and args.controlnet_model_name_or_path is None:
         raise InputError(

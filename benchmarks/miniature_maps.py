@@ -1,26 +1,27 @@
-"""DeLoRA against LoRA on semantic maps of toybox, with the same rank and steps and several seeds; the paper's table 2.
+"""DeLoRA against LoRA on semantic maps of toybox, with captions and without, on the adapters of a finished study.
 
-``python -m benchmarks.miniature_maps OUT_DIR`` renders training and held-out pairs, trains mini-sd with each method and
-seed, generates an image for each held-out map with its caption and without, and scores the images. The base model
-without the control signal is scored too. Finished runs are kept, so the same command continues after an interruption.
+``python -m eval study ablation-maps --output_dir STUDIES`` trains mini-sd and scores images that follow maps with their
+captions. ``python -m benchmarks.miniature_maps STUDIES`` adds what that study does not measure: images from the same
+maps without captions, and the base model, which does not see the maps. Existing images and scores are kept.
 """
 
 import argparse
 import json
-import multiprocessing
-import os
-import shutil
 import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.miniature_subjects import flags, run_or_report
+from accelerate.state import AcceleratorState
+
+from benchmarks.miniature_subjects import flags
 from benchmarks.reporting import print_and_save
-from delora_diffusers.atomic import write_text
+from delora_diffusers.__main__ import main as library
 from delora_diffusers.methods.table import METHODS as METHOD_TABLE
+from delora_diffusers.text_files import read_json
+from eval.__main__ import main as evaluate
+from eval.study.settings import ablation
 
 METHODS = ("delora", "lora")
-GENERATION: dict[str, Any] = {"num_inference_steps": 25, "batch_size": 32}
 CAPTIONS = ("captions", "no captions")
 
 
@@ -38,100 +39,61 @@ def without_captions(folder: Path) -> Path:
     return copy
 
 
-def run_one(task: tuple[Path, Path, Path, str | None, int, dict[str, Any]]) -> dict[str, Any]:
-    """Train (unless the method is None), generate and score; an existing result is read instead."""
-    folder, pairs, test, method, seed, training = task
-    result_file = folder / "result.json"
-    if result_file.exists():
-        return json.loads(result_file.read_text())
-    outputs = {kind: folder / kind.replace(" ", "-") for kind in CAPTIONS}
-    for output in (folder / "run", *outputs.values()):  # an interrupted run starts from scratch
-        shutil.rmtree(output, ignore_errors=True)
-        for suffix in (".json", ".png"):
-            output.with_suffix(suffix).unlink(missing_ok=True)
-    from accelerate.state import AcceleratorState
-
-    import train_controlnet_map2img
-    from delora_diffusers.__main__ import main as library
-    from eval.__main__ import main as evaluate
-
-    generation: dict[str, Any] = GENERATION | {"seed": seed}
-    if method is not None:
-        run = {"train_data_dir": pairs, "cache_dir": pairs.with_name("cache"), "method": method, "seed": seed}
-        train_controlnet_map2img.main(flags(training | run | {"output_dir": folder / "run", "report_to": "none"}))
+def score(folder: Path, maps: Path, generation: dict[str, Any]) -> dict[str, Any]:
+    """Generate images from these maps to ``folder`` and score them; existing scores are read instead."""
+    file = folder.with_suffix(".json")
+    if not file.is_file():
+        library(["generate", *flags(generation | {"map_dir": maps, "output_dir": folder})])
         AcceleratorState._reset_state(True)
-        generation["adapter"] = folder / "run"
-    scores = {}
-    for kind, maps in zip(CAPTIONS, (test, without_captions(test))):
-        generated, scores_file = outputs[kind], outputs[kind].with_suffix(".json")
-        library(["generate", *flags(generation | {"map_dir": maps, "output_dir": generated})])
-        AcceleratorState._reset_state(True)
-        scoring = {"protocol": "toybox", "generated_dir": generated, "map_dir": maps, "output": scores_file}
+        scoring = {"protocol": "toybox", "generated_dir": folder, "map_dir": maps, "output": file}
         evaluate(["map2img", *flags(scoring)])
         AcceleratorState._reset_state(True)
-        scored = json.loads(scores_file.read_text())
-        scores[kind] = {"generated": scored["scores"], "real": scored["real"]}
-    result = {"method": method, "seed": seed, "scores": scores}
-    write_text(result_file, json.dumps(result, indent=1) + "\n")
-    return result
+    return read_json(file)
 
 
-def table(results: list[dict[str, Any]]) -> str:
+def score_study(studies: Path) -> list[dict[str, Any]]:
+    """A row per method (None for the base model), seed and kind of captions."""
+    runs, tests = studies / "runs", studies / "test-maps"
+    generation: dict[str, Any] = read_json(runs / "maps-settings.json")["generate"]
+    maps = dict(zip(CAPTIONS, (tests, without_captions(tests))))
+    rows = []
+    for kind in CAPTIONS:
+        folder = runs / "maps-base" / kind.replace(" ", "-")
+        rows.append({"method": None, "kind": kind} | score(folder, maps[kind], generation | {"seed": 0}))
+    default = {method: ablation([method], (), maps=True)[-1] for method in METHODS}
+    for method, setting in default.items():
+        for folder in sorted((runs / f"maps-{setting.slug}").glob("seed-*")):
+            seed = {"adapter": folder / "adapter", "seed": int(folder.name.removeprefix("seed-"))}
+            bare = score(folder / "no-captions", maps["no captions"], generation | seed)
+            rows.append({"method": method, "kind": "captions"} | read_json(folder / "scores.json"))
+            rows.append({"method": method, "kind": "no captions"} | bare)
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
     """Mean and standard deviation over seeds."""
     lines = ["| | | mIoU | mAcc | aAcc | Frechet distance on mini-dino |", "| --- | --- | ---: | ---: | ---: | ---: |"]
     names = ("miou", "mean_accuracy", "pixel_accuracy", "frechet")
     for kind in CAPTIONS:
         for method in (None, *METHODS):
-            rows = [r["scores"][kind]["generated"] for r in results if r["method"] == method]
+            scores = [row["scores"] for row in rows if row["method"] == method and row["kind"] == kind]
             cells = []
             for name in names:
-                values = [row[name] for row in rows]
+                values = [row[name] for row in scores]
                 deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
                 cells.append(f"{statistics.mean(values):.3f}{deviation}" if values else "")
             title = "base model, no control" if method is None else METHOD_TABLE[method].title
-            lines.append(f"| {kind} | {title} ({len(rows)}) | {' | '.join(cells)} |")
-    real = results[0]["scores"][CAPTIONS[0]]["real"]
-    lines.append(f"| | real images | {' | '.join(f'{real[name]:.3f}' for name in names[:3])} | |")
+            lines.append(f"| {kind} | {title} ({len(scores)}) | {' | '.join(cells)} |")
+    real = [f"{rows[0]['real'][name]:.3f}" for name in names[:3]]
+    lines.append(f"| | real images | {' | '.join(real)} | |")
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.miniature_maps", description=__doc__)
-    parser.add_argument("out_dir", type=Path)
-    parser.add_argument("--pairs", type=int, default=4000, help="training pairs")
-    parser.add_argument("--test_maps", type=int, default=200, help="held-out maps to generate from")
-    parser.add_argument("--max_train_steps", type=int, default=3000)
-    parser.add_argument("--train_batch_size", type=int, default=16)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--workers", type=int, default=min(6, os.cpu_count() or 1), help="runs at the same time")
+    parser.add_argument("studies", type=Path, help="the output folder of the study ablation-maps")
     options = parser.parse_args(argv)
-    from data.toybox.__main__ import main as toybox
-
-    out: Path = options.out_dir
-    pairs, test = out / "pairs", out / "test"
-    for folder, count, seed, more in ((pairs, options.pairs, 5, []), (test, options.test_maps, 6, ["--unseen"])):
-        if not folder.exists():
-            toybox(["maps", str(folder), "--count", str(count), "--seed", str(seed), *more])
-    training = {
-        "max_train_steps": options.max_train_steps,
-        "train_batch_size": options.train_batch_size,
-        "proportion_empty_prompts": 0.5,
-        "validation_steps": options.max_train_steps,
-        "checkpointing_steps": options.max_train_steps,
-    }
-    tasks: list[tuple] = [(out / "base", pairs, test, None, 0, training)]
-    for method in METHODS:
-        tasks += [(out / f"{method}-{seed}", pairs, test, method, seed, training) for seed in options.seeds]
-    with multiprocessing.get_context("spawn").Pool(options.workers, maxtasksperchild=1) as pool:
-        results = [r for r in pool.imap_unordered(_run, tasks, chunksize=1) if r is not None]
-    if not results:
-        raise SystemExit("error: all runs failed; see the messages above.")
-    results.sort(key=lambda r: (str(r["method"]), r["seed"]))
-    print_and_save(table(results), out / "maps.md")
-
-
-def _run(task: tuple) -> dict[str, Any] | None:
-    return run_or_report(task, run_one)
+    print_and_save(table(score_study(options.studies)), options.studies / "maps.md")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from delora_diffusers.image_files import (
 )
 from delora_diffusers.json_lines import IMAGES_WITH_MAPS, OFT_PROMPTS, read_json_lines
 from delora_diffusers.maps import EXTENSIONS as MAP_EXTENSIONS
-from delora_diffusers.maps import IGNORED, read_map, refuse_repeated_keys
+from delora_diffusers.maps import IGNORED, oft_prompts_file, read_map, refuse_repeated_keys
 from delora_diffusers.names import METADATA_NAME
 
 LISTED = 3
@@ -73,7 +73,7 @@ def find_pairs(folder: str | Path) -> list[MapPair]:
 
     Three layouts are supported: a ``metadata.jsonl`` with ``file_name``, ``map`` and ``text`` on each line; ``images/``
     and ``maps/`` with files of the same names (captions, if any, in ``metadata.jsonl`` or ``images/NAME.txt``); a split
-    of ADE20K as prepared by OFT's release, with ``color/``, ``segm/`` and ``prompt_*_blip.json``.
+    of ADE20K as prepared by OFT's release; see ``oft_prompts_file``.
 
     Returns:
         The pairs, in the order of ``metadata.jsonl`` or sorted by name.
@@ -84,9 +84,9 @@ def find_pairs(folder: str | Path) -> list[MapPair]:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give the folder that contains images and maps.")
-    prompts = sorted(folder.glob("prompt_*_blip*.json"))
-    if (folder / "segm").is_dir() and (folder / "color").is_dir() and prompts:
-        return _oft_pairs(folder, prompts[0])
+    prompts = oft_prompts_file(folder)
+    if prompts is not None:
+        return _oft_pairs(folder, prompts)
     file = folder / METADATA_NAME
     records = [record for _, record in read_json_lines(file, IMAGES_WITH_MAPS)] if file.is_file() else []
     if records and any("map" in record for record in records):

@@ -16,7 +16,7 @@ from delora_diffusers.image_files import (
     unreadable,
     warn_of_unread_images,
 )
-from delora_diffusers.json_lines import IMAGES_WITH_MAPS, read_json_lines
+from delora_diffusers.json_lines import IMAGES_WITH_MAPS, OFT_PROMPTS, read_json_lines
 from delora_diffusers.names import METADATA_NAME
 
 IGNORED = 255
@@ -93,11 +93,24 @@ class CaptionedMap:
     caption: str
 
 
+def oft_prompts_file(folder: Path) -> Path | None:
+    """The list of a split of ADE20K as prepared by OFT's release; None if the folder is not such a split.
+
+    The split has ``color/``, ``segm/`` and ``prompt_*_blip.json``. A ``prompt_*_blip_full.json`` is the complete list;
+    the other list of the validation split is an excerpt for OFT's logs.
+    """
+    if not ((folder / "segm").is_dir() and (folder / "color").is_dir()):
+        return None
+    files = sorted(folder.glob("prompt_*_blip_full.json")) or sorted(folder.glob("prompt_*_blip*.json"))
+    return files[0] if files else None
+
+
 def find_maps(folder: Path, default_caption: str | None) -> list[CaptionedMap]:
     """The maps of a folder, sorted by name or in the order of a ``metadata.jsonl`` that lists them.
 
-    The folder has the layout of training data (``metadata.jsonl`` with ``map`` and ``text``, or ``maps/`` next to
-    ``images/``) or contains the maps directly. Captions are in its ``metadata.jsonl`` or in ``NAME.txt`` files.
+    The folder has the layout of training data (``metadata.jsonl`` with ``map`` and ``text``, ``maps/`` next to
+    ``images/``, or a split of ADE20K as prepared by OFT's release) or contains the maps directly. Captions are in its
+    ``metadata.jsonl`` or in ``NAME.txt`` files.
 
     Raises:
         InputError: the folder does not exist or contains no map, a map has no caption, or two maps have one name.
@@ -107,7 +120,14 @@ def find_maps(folder: Path, default_caption: str | None) -> list[CaptionedMap]:
     file, captions = folder / METADATA_NAME, {}
     map_folder = next((folder / name for name in FOLDERS if (folder / name).is_dir()), folder)
     names = [path.relative_to(folder).as_posix() for path in list_images(map_folder, EXTENSIONS)]
-    if file.is_file():
+    prompts = oft_prompts_file(folder)
+    if prompts is not None:
+        captions = {
+            map_key(f"segm/{PurePosixPath(record['source']).name}"): record["prompt"]
+            for _, record in read_json_lines(prompts, OFT_PROMPTS)
+        }
+        names = [name for name in names if map_key(name) in captions]
+    elif file.is_file():
         records = [record for _, record in read_json_lines(file, IMAGES_WITH_MAPS)]
         captions = {map_key(record["file_name"]): record.get("text") for record in records}
         if any("map" in record for record in records):

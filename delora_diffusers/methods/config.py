@@ -15,8 +15,8 @@ PATHS = ("fast", "split")
 EVERYTHING = "*"
 """The target that selects every parameter of the model."""
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-MAP_TARGETS = (*UNET_TARGETS, "ff.net.0.proj", "ff.net.2")
-"""Training on semantic maps adapts the feed-forward layers too."""
+MAP_TARGETS = (*UNET_TARGETS, "ff.net.0.proj")
+"""Training on semantic maps also adapts the input projection of the feed-forward blocks, as OFT's control code does."""
 TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 MAX_TARGETS = 10_000

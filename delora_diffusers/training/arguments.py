@@ -81,8 +81,8 @@ def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--targets",
         nargs="+",
-        help="suffixes of the names of the UNet modules to adapt; default: q, k, v and out, for maps also the "
-        "feed-forward layers, everything for DreamBooth with --method full",
+        help="suffixes of the names of the UNet modules to adapt; default: q, k, v and out, for maps also "
+        "ff.net.0.proj, everything for DreamBooth with --method full",
     )
     group.add_argument(
         "--path", choices=PATHS, default=defaults.path, help="how adapted layers are computed: docs/performance.md"
@@ -247,15 +247,18 @@ def adapter_config(args: argparse.Namespace, **changes: Any) -> AdapterConfig:
     return AdapterConfig(**(values | changes))
 
 
-def with_defaults(args: argparse.Namespace, learning_rates: Mapping[str, float] | None = None) -> argparse.Namespace:
+def with_defaults(
+    args: argparse.Namespace, learning_rates: Mapping[str, float] | None = None, maps: bool = False
+) -> argparse.Namespace:
     """Fill in the method's default learning rate and targets where they were not given; returns new arguments.
 
     Args:
         learning_rates: default rates by method that override those of the table of methods.
+        maps: whether the defaults are those for semantic maps.
     """
     args = argparse.Namespace(**vars(args))
     if args.learning_rate is None:
-        args.learning_rate = (learning_rates or {}).get(args.method, METHODS[args.method].learning_rate)
+        args.learning_rate = (learning_rates or {}).get(args.method, METHODS[args.method].default_rate(maps))
     if args.targets is None:
         args.targets = [EVERYTHING] if args.method == "full" else list(UNET_TARGETS)
     return args

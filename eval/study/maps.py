@@ -104,7 +104,7 @@ class MapCommands:
 
 def run(options: argparse.Namespace) -> None:
     """Run every row and seed; write the rows, the figure, the table and a sheet of images."""
-    settings = ablation(options.methods, ())
+    settings = ablation(options.methods, (), maps=True)
     check_not_varied(options, settings)
     if options.seeds < 1 or options.jobs < 1:
         raise InputError(f"--seeds is {options.seeds} and --jobs {options.jobs}; give at least 1 for each.")

@@ -103,8 +103,12 @@ def prolonged(methods: Sequence[str] | None, multipliers: Sequence[float]) -> li
     ]
 
 
-def ablation(methods: Sequence[str] | None, multipliers: Sequence[float]) -> list[Setting]:
-    """From LoRA to DeLoRA and from ETHER+ to DeLoRA, one change per row (the paper's tables 1 and 2)."""
+def ablation(methods: Sequence[str] | None, multipliers: Sequence[float], maps: bool = False) -> list[Setting]:
+    """From LoRA to DeLoRA and from ETHER+ to DeLoRA, one change per row (the paper's tables 1 and 2).
+
+    Args:
+        maps: whether the learning rates are those for semantic maps.
+    """
     rows = (
         ("LoRA", "lora", {}),
         ("normalized, boundary, no weight scaling", "delora", {"weight_norm": "none"}),
@@ -115,7 +119,7 @@ def ablation(methods: Sequence[str] | None, multipliers: Sequence[float]) -> lis
         ("DeLoRA", "delora", {}),
     )
     return [
-        Setting(label, None, method, {"learning_rate": METHODS[method].learning_rate} | train)
+        Setting(label, None, method, {"learning_rate": METHODS[method].default_rate(maps)} | train)
         for label, method, train in rows
         if methods is None or method in methods
     ]
