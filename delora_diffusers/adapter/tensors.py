@@ -16,7 +16,7 @@ from delora_diffusers.adapter.projections import Projection, base_parameter
 from delora_diffusers.errors import InputError
 from delora_diffusers.methods import update
 from delora_diffusers.methods.config import AdapterConfig
-from delora_diffusers.methods.functions import low_rank_functions, method_functions
+from delora_diffusers.methods.functions import ConstrainedFunctions, low_rank_functions, method_functions
 from delora_diffusers.methods.table import METHODS
 
 
@@ -140,7 +140,9 @@ class Adapter(nn.Module):
                     "the model's weights are offloaded, so they cannot be adapted; merge before offloading."
                 )
             computed_from = None
-            if not (torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())):
+            if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+                self.constrain()
+            else:
                 computed_from = tuple((id(base), *stack.versions()) for base, stack in zip(bases, self.stacks))
             if computed_from is None or computed_from != self._computed_from:
                 for base, stack in zip(bases, self.stacks):
@@ -148,6 +150,14 @@ class Adapter(nn.Module):
                         self._refresh(base, stack)
                 self._computed_from = computed_from
         self.prepared = True
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        """Apply the method's constraint, if it has one. Each forward with gradients does so first; a training loop also
+        does after its last step."""
+        if isinstance(self._functions, ConstrainedFunctions):
+            for stack in self.stacks:
+                self._functions.constrain(stack.tensors(), self.config)
 
     def _refresh(self, base: Tensor, stack: Stack) -> None:
         # split's backward is a single concatenation; indexing would add n zero-padded gradients.

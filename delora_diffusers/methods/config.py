@@ -43,6 +43,8 @@ class AdapterConfig:
             ``"frobenius"`` (c = |W|_F, equation 8) or ``"none"``.
         alpha: LoRA's and DoRA's alpha; None means 2 * rank, the paper's setting for its LoRA baseline.
         blocks: number of diagonal blocks in ETHER, ETHER+ and OFT; None means the papers' 1, 1 and 4.
+        coft_eps: OFT's constraint (COFT) on each of the n blocks Q of size s: ``|Q|_F <= coft_eps s^2 / sqrt(n)``.
+            OFT's scripts use 6e-5. None for no constraint.
         targets: suffixes of the names of the ``nn.Linear`` modules to adapt, as in ``model.named_modules()``; with full
             fine-tuning, ``("*",)`` selects every parameter of the model.
         path: ``"fast"`` computes one product per projection with the adapted weight W'; ``"split"`` computes
@@ -60,6 +62,7 @@ class AdapterConfig:
     weight_norm: str = "column"
     alpha: float | None = None
     blocks: int | None = None
+    coft_eps: float | None = None
     targets: tuple[str, ...] = UNET_TARGETS
     path: str = "fast"
 
@@ -89,10 +92,12 @@ class AdapterConfig:
             raise InputError(f"path is 'split', which {method.title} does not support; use 'fast'.")
         if self.blocks is not None and (not isinstance(self.blocks, int) or self.blocks is True or self.blocks < 1):
             raise InputError(f"blocks is {self.blocks!r}; give a positive integer.")
-        for name in ("delora_lambda", "alpha"):
+        for name in ("delora_lambda", "alpha", "coft_eps"):
             value = getattr(self, name)
             if value is not None and not _is_positive(value):
                 raise InputError(f"{name} is {value!r}; give a positive number.")
+        if self.coft_eps is not None and self.method != "oft":
+            raise InputError(f"coft_eps is {self.coft_eps}, but {method.title} has no such constraint; leave it out.")
         if EVERYTHING in self.targets and self.method != "full":
             raise InputError(f"targets is *, but {method.title} adapts linear modules only; list them.")
         if not self.targets:

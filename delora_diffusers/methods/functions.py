@@ -41,6 +41,15 @@ class LowRankFunctions(MethodFunctions, Protocol):
         ...
 
 
+@runtime_checkable
+class ConstrainedFunctions(MethodFunctions, Protocol):
+    """A method whose tensors may have to stay in a set."""
+
+    def constrain(self, tensors: Tensors, config: AdapterConfig) -> None:
+        """Project the tensors onto that set, in place; called after every optimizer step."""
+        ...
+
+
 @functools.cache
 def method_functions(name: str) -> MethodFunctions:
     """The functions of a method in the table."""

@@ -1,8 +1,11 @@
 """OFT: ``W' = W R^T`` with R orthogonal and block-diagonal (Qiu et al., NeurIPS 2023), by the Cayley parametrization.
 
 Each block is ``R = (I - Q) (I + Q)^-1`` with Q skew-symmetric and stored as its upper triangle; R rotates the inputs,
- ``y = W (x R)``, as in PEFT.
+ ``y = W (x R)``, as in PEFT. The constrained variant, COFT (section 3.2), keeps Q in a ball around 0, and so R near the
+identity.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -38,6 +41,18 @@ def adapted_weight(weight: Tensor, tensors: dict[str, Tensor], config: AdapterCo
     blocks = weight.to(rotation.dtype).unflatten(-1, rotation.shape[-3:-1]).transpose(-3, -2)
     rotated = blocks @ rotation.mT
     return rotated.transpose(-3, -2).flatten(-2).to(weight.dtype)
+
+
+def constrain(tensors: dict[str, Tensor], config: AdapterConfig) -> None:
+    """COFT: scale each block Q with ``|Q|_F > coft_eps s^2 / sqrt(n)`` to that norm, in place; s is its size, n their
+    number. OFT's code does the same before every forward."""
+    if config.coft_eps is None:
+        return
+    blocks, entries = tensors["Q"].shape[-2:]
+    size = (1 + math.isqrt(1 + 8 * entries)) // 2
+    largest = config.coft_eps * size**2 / math.sqrt(blocks)
+    norms = math.sqrt(2) * torch.linalg.vector_norm(tensors["Q"], dim=-1, keepdim=True)  # of both triangles
+    tensors["Q"].copy_(torch.where(norms > largest, tensors["Q"] * (largest / norms), tensors["Q"]))
 
 
 def cayley(upper: Tensor, size: int) -> Tensor:

@@ -79,6 +79,9 @@ def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
         "--blocks", type=positive_int, help="diagonal blocks; default: 1 for ETHER and ETHER+, 4 for OFT"
     )
     group.add_argument(
+        "--coft_eps", type=float, help="constrain OFT's rotations (COFT), in OFT's scripts by 6e-5; default: off"
+    )
+    group.add_argument(
         "--targets",
         nargs="+",
         help="suffixes of the names of the UNet modules to adapt; default: q, k, v and out, for maps also "
@@ -241,6 +244,7 @@ def adapter_config(args: argparse.Namespace, **changes: Any) -> AdapterConfig:
         weight_norm=args.weight_norm,
         alpha=args.alpha,
         blocks=args.blocks,
+        coft_eps=args.coft_eps,
         targets=tuple(args.targets),
         path=args.path,
     )

@@ -83,6 +83,8 @@ def train(
                             gradients.clip_gradients(accelerator, parameters, args.max_grad_norm, subjects)
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=not capture)
+            for adapter in adapters.values():
+                adapter.constrain()
             if not accelerator.optimizer_step_was_skipped:
                 schedule.step()
             finished = step + 1

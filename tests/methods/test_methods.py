@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from benchmarks.train_step import SHAPES
 from delora_diffusers import AdapterConfig, InputError, attach, detach, load_adapter, merge, save_adapter
+from delora_diffusers.methods.config import MAP_TARGETS
 from delora_diffusers.methods.functions import method_functions
 from delora_diffusers.methods.table import METHODS
 from tests.helpers import fixed_loss, randomize, run_in_child, train, training_flags
@@ -175,6 +176,54 @@ def test_oft_matches_peft():
     torch.testing.assert_close(torch.nn.functional.linear(x, adapted, layer.base_layer.bias), layer(x))
 
 
+def coft_by_official_definition(weight: torch.Tensor, batches, target, eps: float | None, rate: float) -> torch.Tensor:
+    """W' after training as OFT's layer defines it: a full matrix per block, projected before every forward."""
+    width = weight.shape[1]
+    size = width // BLOCKS
+    full = torch.zeros(BLOCKS, size, size, dtype=weight.dtype, requires_grad=True)
+    optimizer = torch.optim.AdamW([full], lr=rate)
+
+    def adapted() -> torch.Tensor:
+        pieces = []
+        for block in range(BLOCKS):
+            with torch.no_grad():
+                norm = full[block].norm()
+                if eps is not None and norm > eps * size * size / math.sqrt(BLOCKS):
+                    full[block] *= eps * size * size / math.sqrt(BLOCKS) / norm
+            skew = (full[block] - full[block].T) / 2
+            rotation = (torch.eye(size) - skew) @ torch.linalg.inv(torch.eye(size) + skew)
+            pieces.append((rotation @ weight.T[block * size : (block + 1) * size]).T)
+        return torch.cat(pieces, dim=1)
+
+    for x in batches:
+        (x @ adapted().T - x @ target.T).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return adapted().detach()
+
+
+@pytest.mark.parametrize("eps", [None, 3e-3])
+def test_oft_trains_as_the_official_layer_with_and_without_the_constraint(eps):
+    generator = torch.Generator().manual_seed(0)
+    model = torch.nn.ModuleDict({"to_q": torch.nn.Linear(IN, OUT, bias=False)})
+    model["to_q"].weight.data = torch.randn(OUT, IN, generator=generator) / math.sqrt(IN)
+    weight, target = model["to_q"].weight.detach().clone(), torch.randn(OUT, IN, generator=generator) / math.sqrt(IN)
+    batches = [torch.randn(8, IN, generator=generator) for _ in range(80)]
+    config = AdapterConfig(method="oft", blocks=BLOCKS, coft_eps=eps, targets=("to_q",))
+    adapter = attach(model, config, torch.Generator().manual_seed(0))
+    optimizer = torch.optim.AdamW(list(adapter.parameters()), lr=1e-2)
+    for x in batches:
+        adapter.refresh()
+        (model["to_q"](x) - x @ target.T).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    adapter.constrain()
+    expected = coft_by_official_definition(weight, batches, target, eps, 1e-2)
+    torch.testing.assert_close(adapter.weight("to_q"), expected, atol=1e-5, rtol=1e-5)
+    free = coft_by_official_definition(weight, batches, target, None, 1e-2)
+    assert (eps is None) == torch.allclose(expected, free, atol=1e-2), "the constraint has no effect"
+
+
 @pytest.mark.parametrize(
     ("method", "rank"),
     [
@@ -231,19 +280,27 @@ def test_bounds_hold_for_all_parameters(method, scale, bound, seed):
         assert (change.norm(dim=(1, 2)) <= 2 * bound * (1 + 1e-9)).all()
 
 
-PAPERS_COUNTS = {
+PAPERS_COUNTS = {  # "maps" with the targets of maps; OFT counts the triangles of its skew-symmetric blocks
     "etherplus": (AdapterConfig(method="etherplus"), 0.4),
     "lora r=4": (AdapterConfig(method="lora", rank=4), 0.8),
     "lora r=16": (AdapterConfig(method="lora", rank=16), 3.2),
     "oft n=4": (AdapterConfig(method="oft"), 11.6),
     "delora r=16": (AdapterConfig(rank=16), 3.2),
+    # With its magnitudes DoRA has 3.3 million; the paper's number leaves them out.
+    "dora r=16": (AdapterConfig(method="dora_fixed_magnitude", rank=16), 3.2),
     "full": (AdapterConfig(method="full", targets=("*",)), 859.5),
+    "oft n=4, constrained": (AdapterConfig(method="oft", coft_eps=6e-5), 11.6),
+    "maps, oft n=4": (AdapterConfig(method="oft", targets=MAP_TARGETS), 13.1),
+    "maps, oft n=4, both feed-forward projections": (
+        AdapterConfig(method="oft", targets=(*MAP_TARGETS, "ff.net.2")),
+        37.9,
+    ),
 }
 
 
 @pytest.mark.parametrize("name", PAPERS_COUNTS)
 def test_parameter_counts_match_the_paper(name):
-    """Table 3: millions of parameters for Stable Diffusion 1.5."""
+    """Table 3, and OFT's control code for maps: millions of parameters for Stable Diffusion 1.5."""
     config, millions = PAPERS_COUNTS[name]
     with torch.device("meta"):
         unet = UNet2DConditionModel(**SHAPES["sd15"])
@@ -311,6 +368,8 @@ def test_each_method_learns(tiny_sd, photographs, tmp_path, method):
 def test_invalid_arguments(unet):
     with pytest.raises(InputError, match="blocks is 7, which does not divide a projection of width 32"):
         attach(unet, AdapterConfig(method="oft", blocks=7))
+    with pytest.raises(InputError, match=r"coft_eps is 6e-05, but LoRA has no such constraint; leave it out"):
+        AdapterConfig(method="lora", coft_eps=6e-5)
     with pytest.raises(InputError, match="path is 'split', which DoRA does not support; use 'fast'"):
         AdapterConfig(method="dora", path="split")
     with pytest.raises(InputError, match=r"targets is \*, but DeLoRA adapts linear modules"):
