@@ -294,7 +294,7 @@ def read_peft_delora(folder: Path, base_weights: Mapping[str, Tensor], base_mode
     header = {
         "format_version": FORMAT_VERSION,
         "base_model": base_model,
-        "config": {"unet": dataclasses.asdict(adapter)},
+        "config": {"unet": adapter.as_recorded()},
     }
     check_tensors(files[1], header, tensors)
     with atomic_output(output, WEIGHTS_NAME) as file:

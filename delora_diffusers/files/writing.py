@@ -4,7 +4,6 @@ The names are ``unet.NAME.delora_A`` and so on (``text_encoder.NAME...`` if it w
 entry, ``delora_diffusers``, contains the format version, the base model and the configurations as JSON.
 """
 
-import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -55,7 +54,7 @@ def save_adapter(
     header: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "base_model": base_model,
-        "config": {name: dataclasses.asdict(part.config) for name, part in components.items()},
+        "config": {name: part.config.as_recorded() for name, part in components.items()},
     }
     optional = {"revision": revision, "variant": variant, "pipeline": pipeline, "training": training}
     header |= {name: value for name, value in optional.items() if value is not None}

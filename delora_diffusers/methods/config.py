@@ -103,6 +103,11 @@ class AdapterConfig:
         if not self.targets:
             raise InputError("targets is empty; give at least one module name, for example to_q.")
 
+    def as_recorded(self) -> dict[str, Any]:
+        """The settings as an adapter file contains them. An unset ``coft_eps`` is left out, as before it existed."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if name != "coft_eps" or value is not None}
+
     @property
     def number_of_blocks(self) -> int:
         """The number of diagonal blocks in ETHER, ETHER+ and OFT."""

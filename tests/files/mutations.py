@@ -25,7 +25,7 @@ BASES: dict[str, dict[str, Any]] = {
     "delora, Frobenius, split": {"weight_norm": "frobenius", "path": "split"},
     "delora, text encoder": {"weight_norm": "none"},
     "lora, split": {"method": "lora", "path": "split", "alpha": 3},
-    "oft, two blocks": {"method": "oft", "blocks": 2},
+    "oft, two blocks": {"method": "oft", "blocks": 2, "coft_eps": 6e-5},
     "control encoder": {"method": "lora"},
     "control encoder, palette": {},
 }
