@@ -237,6 +237,7 @@ def train_on_maps(
     from delora_diffusers.adapter.control import new_encoder, pretrained_encoder
     from delora_diffusers.pipelines.conditions import encode_prompts
     from delora_diffusers.pipelines.latents import latent_scale
+    from delora_diffusers.training.adapter_files import AdapterFiles
     from delora_diffusers.training.batches import MapBatches
     from delora_diffusers.training.encoding import PromptTable
     from delora_diffusers.training.loop import train
@@ -297,10 +298,11 @@ def train_on_maps(
         device,
     )
     validate = MapValidation(accelerator, pipeline, table.lookup, control, examples, args)
-    train(accelerator, adapters, batches, Losses(unet, control=control), args, validate, None if frozen else encoder)
-    trained_on = f"{len(pairs)} images and their maps"
     caption = (args.default_caption if pairs[0].caption is None else pairs[0].caption) or ""
-    save_run(accelerator, args, adapters, trained_on, caption, data, control=control, pipeline=kind)
+    files = AdapterFiles(adapters, [args], [caption], {"control": control, "pipeline": kind})
+    trained_encoder, losses = None if frozen else encoder, Losses(unet, control=control)
+    train(accelerator, adapters, batches, losses, args, validate, trained_encoder, files)
+    save_run(accelerator, files, 0, f"{len(pairs)} images and their maps", data)
     accelerator.end_training()
 
 

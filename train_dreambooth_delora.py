@@ -258,6 +258,7 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
     import torch
 
     from delora_diffusers.pipelines.conditions import encode_prompts, text_encoders, tokenize, warn_of_truncation
+    from delora_diffusers.training.adapter_files import AdapterFiles
     from delora_diffusers.training.batches import SubjectBatches, SubjectData
     from delora_diffusers.training.encoding import PromptTable
     from delora_diffusers.training.loop import train
@@ -313,14 +314,12 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
         noise_scheduler, noise, encoded, table, args.train_batch_size, args.prior_loss_weight, device
     )
     losses = Losses(pipeline.unet, len(subjects), pipeline if args.train_text_encoder else None)
-    failed = train(accelerator, adapters, batches, losses, args, validate)
+    settings = [argparse.Namespace(**vars(args) | subject.flag_overrides()) for subject in subjects]
+    files = AdapterFiles(adapters, settings, [s.prompts[0] for s in subjects], {"pipeline": type(pipeline).__name__})
+    failed = train(accelerator, adapters, batches, losses, args, validate, files=files)
     for number, subject in enumerate(subjects):
         if number not in failed:
-            settings = argparse.Namespace(**vars(args) | subject.flag_overrides())
-            trained_on, kind = f"{len(subject.photographs)} photos", type(pipeline).__name__
-            save_run(
-                accelerator, settings, adapters, trained_on, subject.prompts[0], data, subject=number, pipeline=kind
-            )
+            save_run(accelerator, files, number, f"{len(subject.photographs)} photos", data)
     accelerator.end_training()
     if failed:
         steps = ", ".join(f"{subjects[number].output_dir} at step {step}" for number, step in failed.items())

@@ -50,8 +50,19 @@ def is_folder_name(name: str) -> bool:
     return len(parts) == 1 and stays_inside(name) and name.isprintable() and name[0] != "." and len(name) <= 100
 
 
+CHECKPOINT_SIZES, CHECKPOINT_STATE = "sizes.json", "random_states_0.pkl"
+"""Files of a checkpoint from which training can continue: the size of every file (earlier versions do not write it),
+and the state of the first process's random numbers."""
+
+
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """The complete checkpoints of a training run, oldest first."""
+    """The complete checkpoints from which a training run can continue, oldest first."""
+    names = (CHECKPOINT_SIZES, CHECKPOINT_STATE)
+    return [path for path in checkpoint_folders(output_dir) if any((path / name).is_file() for name in names)]
+
+
+def checkpoint_folders(output_dir: Path) -> list[Path]:
+    """The folders of complete checkpoints, also of those that contain only the adapter, oldest first."""
     folders = [path for path in output_dir.glob(CHECKPOINT_PREFIX + "*") if path.is_dir() and is_checkpoint(path)]
     return sorted(folders, key=checkpoint_step)
 

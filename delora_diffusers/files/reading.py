@@ -30,7 +30,7 @@ MAX_DIMENSIONS = 8
 
 
 def adapter_path(path: str | os.PathLike) -> Path:
-    """The adapter file for a path or hub id: the file itself, the file in an output folder or the file on the hub.
+    """The adapter file for a path or hub id: the file itself, that of an output folder or checkpoint, or on the hub.
 
     Raises:
         InputError: there is no adapter file.

@@ -140,6 +140,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("checkpoints, validation and logs")
     group.add_argument("--checkpointing_steps", type=positive_int, default=500, help="save a checkpoint every N steps")
     group.add_argument("--checkpoints_total_limit", type=positive_int, help="keep only the newest N checkpoints")
+    group.add_argument(
+        "--keep_checkpoint_adapters", action="store_true", help="keep the adapter file of checkpoints beyond that limit"
+    )
     group.add_argument("--resume_from_checkpoint", help="'latest' or a checkpoint folder")
     group.add_argument(
         "--validation_steps", type=positive_int, default=200, help="generate validation images every N steps"

@@ -11,18 +11,24 @@ from accelerate import Accelerator
 from delora_diffusers.errors import LOADING_ERRORS, InputError, reason
 from delora_diffusers.names import (
     CHECKPOINT_PREFIX,
+    CHECKPOINT_SIZES,
+    CHECKPOINT_STATE,
     CONFIG_NAME,
+    WEIGHTS_NAME,
+    checkpoint_folders,
     checkpoint_step,
     is_checkpoint,
     list_checkpoints,
 )
 from delora_diffusers.text_files import read_json
+from delora_diffusers.training.adapter_files import AdapterFiles
 
 MAY_CHANGE = {
     "output_dir",
     "max_train_steps",
     "checkpointing_steps",
     "checkpoints_total_limit",
+    "keep_checkpoint_adapters",
     "resume_from_checkpoint",
     "validation_prompt",
     "validation_steps",
@@ -44,12 +50,22 @@ WITHOUT_END = ("constant", "constant_with_warmup", "piecewise_constant")
 """Schedules of the learning rate that do not depend on the number of steps, so that a run can be made longer."""
 FULL = 2**20
 """Bytes of free space below which a disk is called full."""
-SIZES_NAME = "sizes.json"
-"""The size of every file of a checkpoint, by name; checkpoints of earlier versions do not have it."""
 
 
-def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, total_limit: int | None) -> None:
-    """Save a run under a temporary name, rename it, and delete the oldest checkpoints beyond ``total_limit``."""
+def save_checkpoint(
+    accelerator: Accelerator,
+    output_dir: Path,
+    step: int,
+    files: AdapterFiles | None,
+    total_limit: int | None,
+    keep_adapters: bool = False,
+) -> None:
+    """Save a run under a temporary name, rename it, and delete the oldest checkpoints beyond ``total_limit``.
+
+    Args:
+        files: writes the adapter of each subject.
+        keep_adapters: whether the adapters of checkpoints beyond the limit are kept.
+    """
     final = output_dir / f"{CHECKPOINT_PREFIX}{step}"
     temporary = output_dir / f".{final.name}.part"
     if accelerator.is_main_process:
@@ -59,8 +75,10 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, total
         accelerator.save_state(str(temporary))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
+            if files is not None:
+                files.write_checkpoint(step, final, temporary)
             sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir()) if path.is_file()}
-            (temporary / SIZES_NAME).write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
+            (temporary / CHECKPOINT_SIZES).write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
     except LOADING_ERRORS as error:  # torch.save raises RuntimeError, and says nothing of the disk
         problem = "the disk is full" if shutil.disk_usage(output_dir).free < FULL else reason(error)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -70,11 +88,24 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, total
     if accelerator.is_main_process:
         shutil.rmtree(final, ignore_errors=True)
         os.rename(temporary, final)
-        for old in list_checkpoints(output_dir)[: -total_limit if total_limit else 0]:
-            # Renamed first, so that a run that is killed here leaves no half of a checkpoint under its name.
-            leftover = output_dir / f".{old.name}.part"
-            os.rename(old, leftover)
-            shutil.rmtree(leftover)
+        if total_limit is not None:
+            others = [] if files is None else [args.output_dir for args in files.subjects]
+            for folder in {output_dir.resolve(), *(other.resolve() for other in others)}:
+                for old in checkpoint_folders(folder)[:-total_limit]:
+                    remove_checkpoint(old, keep_adapters)
+
+
+def remove_checkpoint(checkpoint: Path, keep_adapter: bool) -> None:
+    """Remove a checkpoint, or only its training state; a run that is killed here leaves nothing that looks complete."""
+    if not keep_adapter:
+        leftover = checkpoint.with_name(f".{checkpoint.name}.part")
+        os.rename(checkpoint, leftover)
+        shutil.rmtree(leftover)
+        return
+    # The files that mark a checkpoint from which training can continue come first.
+    for name in (CHECKPOINT_SIZES, CHECKPOINT_STATE, *(path.name for path in sorted(checkpoint.iterdir()))):
+        if name != WEIGHTS_NAME:
+            (checkpoint / name).unlink(missing_ok=True)
 
 
 def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Path | None:
@@ -94,13 +125,19 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Pat
             available = ", ".join(p.name for p in list_checkpoints(output_dir)) or "no checkpoint"
             raise InputError(f"--resume_from_checkpoint {path} does not exist; {output_dir} has {available}.")
         checkpoint = candidates[0]
-    if checkpoint is not None and (checkpoint / SIZES_NAME).is_file():
+        if checkpoint not in list_checkpoints(checkpoint.parent):
+            available = ", ".join(p.name for p in list_checkpoints(checkpoint.parent)) or "no other checkpoint"
+            raise InputError(
+                f"{checkpoint} contains the adapter but no training state, so training cannot continue from it; use "
+                f"another checkpoint ({available})."
+            )
+    if checkpoint is not None and (checkpoint / CHECKPOINT_SIZES).is_file():
         _check_sizes(checkpoint)
     return checkpoint
 
 
 def _check_sizes(checkpoint: Path) -> None:
-    sizes = read_json(checkpoint / SIZES_NAME)
+    sizes = read_json(checkpoint / CHECKPOINT_SIZES)
     for name, size in sizes.items() if isinstance(sizes, dict) else ():
         file = checkpoint / name
         if not file.is_file():

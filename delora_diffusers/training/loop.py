@@ -13,6 +13,7 @@ from delora_diffusers.adapter.tensors import Adapter
 from delora_diffusers.memory import explain_out_of_memory
 from delora_diffusers.names import checkpoint_step
 from delora_diffusers.training import checkpoints, gradients
+from delora_diffusers.training.adapter_files import AdapterFiles
 from delora_diffusers.training.cuda_graph import Batch, MicroBatches, can_capture
 from delora_diffusers.training.loss_monitor import LossMonitor
 from delora_diffusers.training.optimizers import build_lr_scheduler, build_optimizer
@@ -29,6 +30,7 @@ def train(
     args: argparse.Namespace,
     validate: Validation | None = None,
     control: torch.nn.Module | None = None,
+    files: AdapterFiles | None = None,
 ) -> dict[int, int]:
     """Train until ``args.max_train_steps``, from the start or from a checkpoint.
 
@@ -40,6 +42,7 @@ def train(
         args: the flags of ``add_training_arguments``.
         validate: called on every process every ``args.validation_steps`` steps with the number of finished steps.
         control: a control encoder to train as well, at ``args.control_learning_rate``.
+        files: writes the adapter files of each checkpoint.
 
     Returns:
         The subjects whose loss was not finite, each with the first such step. Subjects trained beside them are not
@@ -96,7 +99,8 @@ def train(
                 progress.set_postfix(loss=f"{values['loss']:.4f}", distance=f"{values['distance/mean']:.3g}")
             if finished % args.checkpointing_steps == 0 or last:
                 monitor.check(accelerator, args.output_dir)
-                checkpoints.save_checkpoint(accelerator, args.output_dir, finished, args.checkpoints_total_limit)
+                limits = (args.checkpoints_total_limit, args.keep_checkpoint_adapters)
+                checkpoints.save_checkpoint(accelerator, args.output_dir, finished, files, *limits)
             if validate is not None and _is_validated(finished, args):
                 validate(finished)
     return monitor.check(accelerator, args.output_dir)

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,19 +10,15 @@ from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers import AutoencoderKL, DDPMScheduler
 from torch.utils.checkpoint import checkpoint
 
-from delora_diffusers.adapter.tensors import Adapter
 from delora_diffusers.errors import InputError
-from delora_diffusers.files.writing import save_adapter
 from delora_diffusers.launching import launched_accelerator
 from delora_diffusers.memory import explain_out_of_memory
-from delora_diffusers.names import recorded_model_name
+from delora_diffusers.names import is_xl
 from delora_diffusers.pipelines.base_model import load_pipeline
 from delora_diffusers.pipelines.conditions import text_encoders
 from delora_diffusers.pipelines.noise_schedule import training_schedule
 from delora_diffusers.training import checkpoints, run_folder
-
-RECORDED_FLAGS = ("max_train_steps", "train_batch_size", "learning_rate", "resolution", "seed")
-"""Flags that are recorded in the adapter file."""
+from delora_diffusers.training.adapter_files import AdapterFiles
 
 
 def start_accelerator(args: argparse.Namespace, data: dict[str, str]) -> Accelerator:
@@ -112,59 +107,39 @@ def begin_run(accelerator: Accelerator, args: argparse.Namespace, data: dict[str
 
 
 def save_run(
-    accelerator: Accelerator,
-    args: argparse.Namespace,
-    adapters: Mapping[str, Adapter],
-    trained_on: str,
-    prompt: str,
-    data: dict[str, str],
-    *,
-    subject: int = 0,
-    **parts: Any,
+    accelerator: Accelerator, files: AdapterFiles, subject: int, trained_on: str, data: dict[str, str]
 ) -> None:
-    """Save the adapter, the configuration and the model card, and upload them with ``--push_to_hub``.
+    """Save a subject's adapter, its configuration and model card, and upload them with ``--push_to_hub``.
 
     Args:
-        adapters: the trained adapters by component.
-        trained_on: the data, for the model card, for example ``5 photos``.
-        prompt: an example prompt for the model card. data: as for ``start_accelerator``.
-        subject: the subject to save, if several were trained at once.
-        parts: further arguments of ``save_adapter``.
+        trained_on: the data, for the model card, for example ``5 photos``. data: as for ``start_accelerator``.
     """
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        if not all(torch.isfinite(tensor).all() for a in adapters.values() for _, tensor in a.named_tensors(subject)):
-            raise InputError(
-                f"the last step made {args.output_dir}'s adapter not finite; lower --learning_rate, or resume from an "
-                "earlier checkpoint."
-            )
-        unet = adapters["unet"]
-        reached = {"distance": unet.all_distances()[subject].mean().item()}
-        lambdas = unet.all_lambdas()
-        if lambdas is not None:
-            reached["lambda"] = lambdas[subject].mean().item()
-        run_folder.write_config(args.output_dir, args, data, reached)
-        run_folder.write_model_card(
-            args.output_dir,
-            args,
-            trained_on,
-            prompt,
-            follows_maps="control" in parts,
-            components=list(adapters),
-            xl="XL" in (parts.get("pipeline") or ""),
+    if not accelerator.is_main_process:
+        return
+    args, adapters = files.subjects[subject], files.adapters
+    if not files.is_finite(subject):
+        raise InputError(
+            f"the last step made {args.output_dir}'s adapter not finite; lower --learning_rate, or resume from an "
+            "earlier checkpoint."
         )
-        # The adapter is written last: its file marks the run as finished.
-        file = save_adapter(
-            adapters["unet"],
-            args.output_dir,
-            text_encoders={name: adapter for name, adapter in adapters.items() if name != "unet"},
-            base_model=recorded_model_name(args.pretrained_model_name_or_path),
-            revision=args.revision,
-            variant=args.variant,
-            training={name: getattr(args, name) for name in RECORDED_FLAGS} | {"prompt": prompt},
-            subject=subject,
-            **parts,
-        )
-        print(f"saved {file} ({file.stat().st_size / 2**20:.1f} MiB)")
-        if args.push_to_hub:
-            print(f"pushed to {run_folder.push_to_hub(args.output_dir, args)}")
+    unet = adapters["unet"]
+    reached = {"distance": unet.all_distances()[subject].mean().item()}
+    lambdas = unet.all_lambdas()
+    if lambdas is not None:
+        reached["lambda"] = lambdas[subject].mean().item()
+    run_folder.write_config(args.output_dir, args, data, reached)
+    run_folder.write_model_card(
+        args.output_dir,
+        args,
+        trained_on,
+        files.prompts[subject],
+        follows_maps="control" in files.parts,
+        components=list(adapters),
+        xl=is_xl(files.parts.get("pipeline")),
+    )
+    # The adapter is written last: its file marks the run as finished.
+    file = files.write(subject, args.output_dir)
+    print(f"saved {file} ({file.stat().st_size / 2**20:.1f} MiB)")
+    if args.push_to_hub:
+        print(f"pushed to {run_folder.push_to_hub(args.output_dir, args)}")

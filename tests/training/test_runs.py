@@ -14,9 +14,9 @@ from PIL import Image
 from delora_diffusers import InputError
 from delora_diffusers.launching import UNSUPPORTED, launched_accelerator
 from delora_diffusers.memory import explain_out_of_memory
-from delora_diffusers.names import WEIGHTS_NAME
+from delora_diffusers.names import CHECKPOINT_SIZES, WEIGHTS_NAME
 from delora_diffusers.training import run_folder
-from delora_diffusers.training.checkpoints import SIZES_NAME, check_same_run
+from delora_diffusers.training.checkpoints import check_same_run
 from tests.helpers import ROOT, map_flags, run_in_child, train, training_flags, write_map_folders, write_photos
 
 
@@ -143,7 +143,7 @@ def overwrite(name):
         (overwrite("optimizer.bin"), "is damaged"),
         (overwrite("model.safetensors"), "is damaged"),
         (overwrite("custom_checkpoint_0.pkl"), "is damaged"),
-        (overwrite(SIZES_NAME), rf"{SIZES_NAME} is not UTF-8"),
+        (overwrite(CHECKPOINT_SIZES), rf"{CHECKPOINT_SIZES} is not UTF-8"),
     ],
 )
 @pytest.mark.parametrize("manifest", [True, False], ids=["", "of an earlier version"])
@@ -152,13 +152,13 @@ def test_a_damaged_checkpoint_is_named_with_the_one_before_it(finished, tmp_path
     copy = shutil.copytree(out, tmp_path / "out")
     harm(copy / "checkpoint-2")
     if not manifest:
-        (copy / "checkpoint-2" / SIZES_NAME).unlink()
-        if SIZES_NAME in message:
+        (copy / "checkpoint-2" / CHECKPOINT_SIZES).unlink()
+        if CHECKPOINT_SIZES in message:
             return
         message = "is damaged"
     with pytest.raises(AssertionError, match=message) as raised:
         resumed(flags, copy, "--max_train_steps", 3)
-    if SIZES_NAME not in message:
+    if CHECKPOINT_SIZES not in message:
         assert "checkpoint-2 is damaged" in str(raised.value)
         assert "use --resume_from_checkpoint checkpoint-1." in str(raised.value)
     run_in_child(train, flags(copy, "--max_train_steps", 3, "--resume_from_checkpoint", "checkpoint-1"))
