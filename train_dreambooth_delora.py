@@ -80,12 +80,6 @@ def check_arguments(args: argparse.Namespace) -> None:
     """
     arguments.check_training_arguments(args)
     check_model_folder(args.pretrained_model_name_or_path, args.variant)
-    if args.with_prior_preservation and args.class_data_dir is not None:
-        check_writable(args.class_data_dir, "--class_data_dir")
-        if os.path.isfile(args.class_data_dir):
-            raise InputError(f"--class_data_dir {args.class_data_dir} is a file; give a folder.")
-        if args.instance_data_dir is not None and args.class_data_dir.resolve() == args.instance_data_dir.resolve():
-            raise InputError("--class_data_dir and --instance_data_dir are the same folder; give two folders.")
     if args.subjects_file is None:
         if args.instance_data_dir is None and not is_miniature(args.pretrained_model_name_or_path):
             raise InputError("no photos were given; specify their folder with --instance_data_dir.")
@@ -118,7 +112,9 @@ def find_subjects(args: argparse.Namespace) -> list[Subject]:
     """
     if args.subjects_file is None:
         fields = (args.instance_data_dir, args.instance_prompt, args.output_dir, args.seed, args.class_prompt)
-        subjects = [Subject(find_photographs(args.instance_data_dir), *fields)]
+        if args.with_prior_preservation:
+            check_class_folder(args.class_data_dir, args.instance_data_dir)
+        subjects = [Subject(find_photographs(args.instance_data_dir), *fields, args.class_data_dir)]
     else:
         subjects = read_subjects(args.subjects_file, args.seed, args.class_prompt)
         for subject in subjects:
@@ -128,6 +124,8 @@ def find_subjects(args: argparse.Namespace) -> list[Subject]:
                     "checkpoints."
                 )
             check_run_folder(subject.output_dir, args.resume_from_checkpoint)
+            if args.with_prior_preservation:
+                check_class_folder(subject.class_data_dir, subject.instance_data_dir)
     for subject in subjects:
         uncaptioned = [photo.path for photo in subject.photographs if photo.caption is None]
         if uncaptioned and not (subject.instance_prompt or "").strip():
@@ -136,10 +134,25 @@ def find_subjects(args: argparse.Namespace) -> list[Subject]:
             )
         if args.with_prior_preservation and not (subject.class_prompt or "").strip():
             raise InputError("--with_prior_preservation needs --class_prompt, for example 'a photo of a dog'.")
-        if args.with_prior_preservation and args.class_data_dir is not None and args.class_data_dir.is_dir():
-            for path in list_images(args.class_data_dir):
-                load_rgb(path)
+    if args.with_prior_preservation:
+        for path in {path for subject in subjects for path in subject.class_images()}:
+            load_rgb(path)
     return subjects
+
+
+def check_class_folder(class_data_dir: Path | None, instance_data_dir: Path) -> None:
+    """Reject a folder of class images that cannot be used.
+
+    Raises:
+        InputError
+    """
+    if class_data_dir is None:
+        return
+    check_writable(class_data_dir, "--class_data_dir")
+    if os.path.isfile(class_data_dir):
+        raise InputError(f"--class_data_dir {class_data_dir} is a file; give a folder.")
+    if class_data_dir.resolve() == instance_data_dir.resolve():
+        raise InputError("--class_data_dir and --instance_data_dir are the same folder; give two folders.")
 
 
 def digest_data(args: argparse.Namespace, subjects: Sequence[Subject]) -> dict[str, str]:
@@ -151,10 +164,15 @@ def digest_data(args: argparse.Namespace, subjects: Sequence[Subject]) -> dict[s
         for subject in subjects
         for photo, prompt in zip(subject.photographs, subject.prompts)
     )
-    if not args.with_prior_preservation or args.class_data_dir is None or not args.class_data_dir.is_dir():
+    if not args.with_prior_preservation:
         return photos
-    given = [path for path in list_images(args.class_data_dir) if not path.name.startswith(f"class-{args.seed}-")]
-    return photos | data_digests((str(path.resolve()), [path], None) for path in given)
+    given = {
+        path
+        for subject in subjects
+        for path in subject.class_images()
+        if not path.name.startswith(f"class-{subject.seed}-")
+    }
+    return photos | data_digests((str(path.resolve()), [path], None) for path in sorted(given))
 
 
 def attach_adapters(pipeline: Any, subjects: Sequence[Subject], args: argparse.Namespace) -> dict[str, "Adapter"]:
@@ -190,7 +208,7 @@ def generate_class_images(
     from delora_diffusers.memory import explain_out_of_memory
     from delora_diffusers.pipelines.sampling import sample_images
 
-    folder = args.class_data_dir or subject.output_dir / "class_images"
+    folder = subject.class_data_dir or subject.output_dir / "class_images"
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"class-{subject.seed}-{number:05}.png" for number in range(args.num_class_images)]
     given = [path for path in list_images(folder) if path not in paths]

@@ -65,6 +65,10 @@ class Benchmark:
         """The distinct drift prompts, with the subject's class filled in."""
         return list(dict.fromkeys(p.format_map({"class": subject.class_name}) for p in self.drift_prompts))
 
+    def class_prompt(self, subject: Subject) -> str:
+        """The prompt of the class images for prior preservation, as in OFT's scripts."""
+        return f"a photo of {subject.class_name}"
+
     def instance_prompt(self, subject: Subject) -> str:
         """The prompt for every photo of the subject during training."""
         return f"a photo of {self.identifier} {subject.class_name}"

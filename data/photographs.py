@@ -82,7 +82,9 @@ def _read_metadata(file: Path) -> dict[str, str | None]:
     for number, record in read_json_lines(file, PHOTOS):
         if record["file_name"] in captions:
             raise InputError(f"{file} line {number} lists {record['file_name']} again; give one caption for each.")
-        captions[record["file_name"]] = record["text"]
+        if "text" not in record and "prompt" not in record:
+            raise InputError(f"{file} line {number} is not a record like {PHOTOS.example} (it has no text); fix it.")
+        captions[record["file_name"]] = record.get("text", record.get("prompt"))
     return captions
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from data.photographs import Photo, find_photographs
 from delora_diffusers.errors import InputError
+from delora_diffusers.image_files import list_images
 from delora_diffusers.json_lines import SUBJECTS, read_json_lines
 
 
@@ -18,7 +19,7 @@ class Subject:
         instance_prompt: for photos without a caption.
         output_dir: where its adapter is written.
         seed: of its initialization and of all its random numbers.
-        class_prompt: for prior preservation.
+        class_prompt, class_data_dir: for prior preservation; without a folder, class images go to ``output_dir``.
     """
 
     photographs: list[Photo]
@@ -27,11 +28,17 @@ class Subject:
     output_dir: Path
     seed: int = 0
     class_prompt: str | None = None
+    class_data_dir: Path | None = None
 
     @property
     def prompts(self) -> list[str]:
         """The prompt for each photo."""
         return [photo.caption or self.instance_prompt for photo in self.photographs]
+
+    def class_images(self) -> list[Path]:
+        """The images that its folder of class images contains; none without a folder."""
+        folder = self.class_data_dir
+        return [] if folder is None or not folder.is_dir() else list_images(folder)
 
     def flag_overrides(self) -> dict[str, Any]:
         """The flags to change in order to train this subject alone."""
@@ -44,7 +51,8 @@ def read_subjects(file: Path, seed: int, class_prompt: str | None) -> list[Subje
     A line is like ``{"instance_data_dir": "dog", "instance_prompt": "a sks dog", "output_dir": "out"}``.
 
     Args:
-        file: its folders are relative to the working directory. A line may also contain seed and class_prompt.
+        file: its folders are relative to the working directory. A line may also contain seed, class_prompt and
+            class_data_dir.
         seed: for lines without a seed.
         class_prompt: for lines without a class_prompt.
 
@@ -67,6 +75,7 @@ def read_subjects(file: Path, seed: int, class_prompt: str | None) -> list[Subje
                 output_dir,
                 record["seed"],
                 record["class_prompt"] or None,
+                Path(record["class_data_dir"]) if record.get("class_data_dir") else None,
             )
         )
     if not subjects:

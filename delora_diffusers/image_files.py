@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, features
 
 from delora_diffusers.errors import InputError, printable
+from delora_diffusers.names import CONTACT_SHEET_NAME
 from delora_diffusers.text_files import read_text
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,8 @@ def _register_heif() -> bool:
 
 
 def list_images(folder: Path, extensions: tuple[str, ...] | None = None) -> list[Path]:
-    """The image files in a folder, sorted by name. Hidden files, folders and devices are no images.
+    """The image files in a folder, sorted by name. Hidden files, folders, devices and generate's contact sheet are no
+    images.
 
     Args:
         extensions: in lower case; None for every format that can be read.
@@ -91,7 +93,8 @@ def list_images(folder: Path, extensions: tuple[str, ...] | None = None) -> list
         InputError: the folder cannot be read.
     """
     extensions = readable_extensions() if extensions is None else extensions
-    return [path for path in _visible_files(folder) if path.suffix.lower() in extensions]
+    files = (path for path in _visible_files(folder) if path.name != CONTACT_SHEET_NAME)
+    return [path for path in files if path.suffix.lower() in extensions]
 
 
 def warn_of_unread_images(folder: Path, extensions: tuple[str, ...] | None = None) -> None:

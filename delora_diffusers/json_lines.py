@@ -23,6 +23,7 @@ TYPES: dict[str, tuple[type, ...]] = {
     "instance_data_dir": (str,),
     "instance_prompt": (str,),
     "class_prompt": (str, type(None)),
+    "class_data_dir": (str, type(None)),
     "source": (str,),
 }
 """The types that each key's value may have."""
@@ -75,8 +76,8 @@ class LineFormat:
         return all(map(is_text, texts)) and (key not in INSIDE or all(map(stays_inside, texts)))
 
 
-PHOTOS = LineFormat(("file_name", "text"), (), '{"file_name": "01.jpg", "text": "a photo of sks dog"}')
-"""``metadata.jsonl`` in a folder of photos: their captions."""
+PHOTOS = LineFormat(("file_name",), ("text", "prompt"), '{"file_name": "01.jpg", "text": "a photo of sks dog"}')
+"""``metadata.jsonl`` in a folder of photos: their captions. In a folder of generated images they are the prompts."""
 IMAGES_WITH_MAPS = LineFormat(("file_name",), ("map", "text"), '{"file_name": "1.jpg", "map": "1.png", "text": "..."}')
 """``metadata.jsonl`` in a folder of images with their maps."""
 GENERATED = LineFormat(("file_name", "prompt"), (), '{"file_name": "000.png", "prompt": "a sks dog"}')
@@ -87,7 +88,7 @@ OFT_PROMPTS = LineFormat(("source", "prompt"), (), '{"source": "source/1.png", "
 """``prompt_*_blip.json`` in OFT's preprocessed ADE20K."""
 SUBJECTS = LineFormat(
     ("instance_data_dir", "instance_prompt", "output_dir"),
-    ("seed", "class_prompt"),
+    ("seed", "class_prompt", "class_data_dir"),
     '{"instance_data_dir": "dog", "instance_prompt": "a sks dog", "output_dir": "runs/dog"}',
     closed=True,
 )

@@ -9,6 +9,8 @@ CONFIG_NAME = "config.json"
 """The flags, versions and results of a training run."""
 METADATA_NAME = "metadata.jsonl"
 """Captions or prompts of the images in a folder, one JSON object per line (the imagefolder convention)."""
+CONTACT_SHEET_NAME = "contact_sheet.png"
+"""The overview that generate writes beside its images."""
 CHECKPOINT_PREFIX = "checkpoint-"
 
 MINIATURE = "mini-sd"

@@ -19,7 +19,7 @@ from delora_diffusers.files.reading import adapter_path
 from delora_diffusers.image_files import UNREADABLE, list_images, open_image
 from delora_diffusers.json_lines import GENERATED, REQUESTS, read_json_lines, write_json_lines
 from delora_diffusers.maps import find_maps
-from delora_diffusers.names import METADATA_NAME
+from delora_diffusers.names import CONTACT_SHEET_NAME, METADATA_NAME
 from delora_diffusers.text_files import parse_json
 
 RECORD_KEY = "delora_diffusers"
@@ -209,7 +209,7 @@ def write_contact_sheet(folder: Path, records: list[dict[str, Any]], most: int =
         )
     title = f"strength {', '.join(f'{strength:g}' for strength in strengths)}" if by_strength else ""
     labels = [prompt if seed is None else f"{prompt} (seed {seed})" for prompt, _, seed in rows]
-    sheet = folder / "contact_sheet.png"
+    sheet = folder / CONTACT_SHEET_NAME
     grid = labelled_grid(list(zip(labels, rows.values())), title=title)
     with atomic_write(sheet) as temporary:
         grid.save(temporary, format="PNG")

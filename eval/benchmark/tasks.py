@@ -135,10 +135,10 @@ def in_order(tasks: Sequence[Task]) -> Task:
 
 
 def flags(values: Mapping[str, object]) -> list[str]:
-    """``{"rank": 4, "center_crop": True}`` as command-line flags; None leaves a flag out."""
+    """``{"rank": 4, "center_crop": True}`` as command-line flags; None and False leave a flag out."""
     words: list[str] = []
     for name, value in values.items():
-        if value is not None:
+        if value is not None and value is not False:
             words += [f"--{name}", *([] if value is True else [str(value)])]
     return words
 

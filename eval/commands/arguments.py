@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from eval.benchmark.recipes import NAMES
 from eval.metrics.protocols import IDENTIFIERS, PRECISIONS, PROTOCOLS
 
 LPIPS_BACKBONES = ("alex", "vgg", "squeeze", "none")
@@ -31,6 +32,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--photographs", type=Path, help="folder with one folder of photos per subject; rendered for toybox if omitted"
     )
+    parser.add_argument(
+        "--recipe", choices=NAMES, help="settings of the paper's experiment, as defaults of the other flags"
+    )
     group = parser.add_argument_group("training and generating")
     group.add_argument("--pretrained_model_name_or_path", help="base model (default for toybox: the miniature)")
     group.add_argument(
@@ -42,6 +46,14 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="FLAG=VALUE",
         help="flags of generate, such as num_inference_steps=25",
+    )
+    group.add_argument("--identifier", help="word that stands for the subject, instead of the benchmark's")
+    group.add_argument("--images_per_prompt", type=int, help="instead of the benchmark's number")
+    group.add_argument(
+        "--score_every", type=int, metavar="STEPS", help="score after every N training steps and keep the best"
+    )
+    group.add_argument(
+        "--keep_best_by", choices=("dino", "clip_i", "clip_t"), default="dino", help="default: dino, the highest mean"
     )
     group.add_argument("--seeds", type=int, default=1, help="number of trainings per subject, with seeds 0, 1, ...")
     group.add_argument("--subjects", nargs="+", help="run only these subjects")
