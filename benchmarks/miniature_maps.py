@@ -7,6 +7,7 @@ maps without captions, and the base model, which does not see the maps. Existing
 
 import argparse
 import json
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -26,16 +27,12 @@ CAPTIONS = ("captions", "no captions")
 
 
 def without_captions(folder: Path) -> Path:
-    """A folder beside ``folder`` whose metadata lists the same images and maps with empty captions."""
+    """A copy of ``folder`` beside it whose metadata has empty captions."""
     copy = folder.with_name(f"{folder.name}-bare")
     if not copy.exists():
-        copy.mkdir()
-        lines = []
-        for line in (folder / "metadata.jsonl").read_text().splitlines():
-            record = json.loads(line)
-            paths = {key: str((folder / record[key]).resolve()) for key in ("file_name", "map")}
-            lines.append(json.dumps(paths | {"text": ""}) + "\n")
-        (copy / "metadata.jsonl").write_text("".join(lines))
+        shutil.copytree(folder, copy)
+        lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+        (copy / "metadata.jsonl").write_text("".join(json.dumps(line | {"text": ""}) + "\n" for line in lines))
     return copy
 
 

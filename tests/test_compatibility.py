@@ -297,4 +297,5 @@ def test_a_training_run_is_continued(before, monkeypatch):
     arguments, earlier = (
         json.loads((folder / "training" / "config.json").read_text())["arguments"] for folder in (before, FIXTURES)
     )
-    assert arguments == earlier | {"max_train_steps": 3, "resume_from_checkpoint": "latest"}
+    new = {"coft_eps": None, "keep_checkpoint_adapters": False}
+    assert arguments == earlier | new | {"max_train_steps": 3, "resume_from_checkpoint": "latest"}

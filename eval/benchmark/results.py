@@ -1,7 +1,7 @@
 """From features to the results of a benchmark: a row per image, a row per subject, means and intervals."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from eval.metrics.lpips import LpipsScores
 from eval.metrics.scores import pair_scores, real_score, text_scores
 
 SCORES = {
@@ -45,6 +46,7 @@ class SubjectImages:
     Attributes:
         prompts: of each image, without the identifier; images of one prompt are adjacent.
         drift: (image, the base model's image) for prompts without the subject.
+        others: images of other subjects that a protocol compares with this subject's photos too.
     """
 
     subject: str
@@ -54,6 +56,12 @@ class SubjectImages:
     prompts: Sequence[str]
     references: Sequence[Path]
     drift: Sequence[tuple[Path, Path]] = ()
+    others: Sequence[Path] = ()
+
+    def without(self, excluded: Collection[Path]) -> "SubjectImages":
+        """The same without these images."""
+        kept = [(path, prompt) for path, prompt in zip(self.images, self.prompts) if path not in excluded]
+        return dataclasses.replace(self, images=[path for path, _ in kept], prompts=[prompt for _, prompt in kept])
 
     def files(self) -> list[Path]:
         return [*self.images, *self.references, *(path for pair in self.drift for path in pair)]
@@ -67,8 +75,6 @@ class SubjectImages:
 
 
 Features = dict[Path, Tensor]
-LpipsScores = tuple[list[Tensor], list[float | None]]
-"""Of ``perceptual_scores``."""
 
 
 def score_subject(
@@ -85,8 +91,13 @@ def score_subject(
     def stacked(features: Features, paths: Sequence[Path]) -> Tensor:
         return torch.stack([features[path] for path in paths])
 
-    groups, references = images.groups(), images.references
+    def compared(features: Features) -> np.ndarray:
+        """The score of each image, and of the other subjects' images that are compared with the photos."""
+        return pair_scores(stacked(features, [*images.images, *images.others]), stacked(features, references)).numpy()
+
+    groups, references, own = images.groups(), images.references, len(images.images)
     dino_features, clip_features = stacked(dino, images.images), stacked(clip, images.images)
+    dino_scores, clip_scores = compared(dino), compared(clip)
     columns: dict[str, Any] = {
         "subject": images.subject,
         "class": images.class_name,
@@ -94,8 +105,8 @@ def score_subject(
         "prompt": list(images.prompts),
         "image": 0,
         "file": [path.as_posix() for path in images.images],
-        "dino": pair_scores(dino_features, stacked(dino, references)).numpy(),
-        "clip_i": pair_scores(clip_features, stacked(clip, references)).numpy(),
+        "dino": dino_scores[:own],
+        "clip_i": clip_scores[:own],
         "clip_t": text_scores(clip_features, torch.stack([texts[prompt] for prompt in images.prompts])).numpy(),
     }
     rows = pd.DataFrame(columns)
@@ -107,18 +118,21 @@ def score_subject(
         "seed": images.seed,
         "pictures": len(rows),
         "references": len(references),
-        **{name: float(rows[name].mean()) for name in ("dino", "clip_i", "clip_t")},
+        "dino": float(dino_scores.mean()),
+        "clip_i": float(clip_scores.mean()),
+        "clip_t": float(rows["clip_t"].mean()),
         "real_dino": real_score(stacked(dino, references)),
         "real_clip_i": real_score(stacked(clip, references)),
     }
+    if images.others:
+        summary["compared"] = len(dino_scores)
     dino_diversity = [1 - cosine for group in groups if (cosine := real_score(dino_features[group])) is not None]
     summary["dino_diversity"] = float(np.mean(dino_diversity)) if dino_diversity else None
     if lpips is not None:
-        to_photos, diversity = lpips
-        for group, values in zip(groups, to_photos):
+        for group, values in zip(groups, lpips.to_photos):
             rows.loc[group, "lpips"] = values.numpy().astype(float)
-        summary["lpips"] = float(rows["lpips"].mean())
-        defined = [value for value in diversity if value is not None]
+        summary["lpips"] = float(torch.cat([*lpips.to_photos, lpips.of_others]).double().mean())
+        defined = [value for value in lpips.diversity if value is not None]
         summary["lpips_diversity"] = float(np.mean(defined)) if defined else None
     if images.drift:
         adapted, base = (stacked(dino, paths).double() for paths in zip(*images.drift))
@@ -131,7 +145,10 @@ def _weights(subjects: pd.DataFrame, name: str) -> pd.Series:
     if name in REAL:
         return subjects["references"] * (subjects["references"] - 1)
     if name in ("dino", "clip_i", "lpips"):
-        return subjects["pictures"] * subjects["references"]
+        compared = subjects["pictures"]
+        if "compared" in subjects:  # more than the subject's own images
+            compared = subjects["compared"].fillna(compared)
+        return compared * subjects["references"]
     return subjects["pictures"]
 
 
@@ -178,7 +195,7 @@ def summarize(subjects: pd.DataFrame, images: pd.DataFrame) -> dict[str, Any]:
             "seeds": int(subjects["seed"].nunique()),
             "pictures": len(images),
             "references": int(subjects.drop_duplicates("subject")["references"].sum()),
-            "pairs": int((subjects["pictures"] * subjects["references"]).sum()),
+            "pairs": int(_weights(subjects, "dino").sum()),
         },
     }
 

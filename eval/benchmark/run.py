@@ -21,6 +21,8 @@ from tqdm.auto import tqdm
 
 from delora_diffusers.errors import printable
 from delora_diffusers.locking import locked_folder
+from eval.benchmark.plan import Plan
+from eval.benchmark.schedule import class_image_tasks, tasks_of_all
 from eval.benchmark.tasks import ROOT, Task
 
 if TYPE_CHECKING:
@@ -122,6 +124,27 @@ def run_on_all(accelerator: "Accelerator", tasks: Sequence[Task], jobs: int) -> 
     failed: dict[str, str] = dict(gather_object(list(failed_here.items())))
     accelerator.wait_for_everyone()
     return failed
+
+
+def run_plans(accelerator: "Accelerator", plans: Sequence[Plan], together: int, jobs: int) -> dict[str, str]:
+    """Generate the class images that are missing, then train every subject and generate its images.
+
+    Args:
+        together: see ``schedule.tasks``.
+
+    Returns:
+        The error, by the folder of each subject or base model whose images are missing.
+    """
+    failed_classes = run_on_all(accelerator, class_image_tasks(plans), jobs)
+    failed = {
+        str(plan.subject_folder(subject, seed)): failed_classes[str(plan.class_folder(subject))]
+        for plan in plans
+        if plan.class_images is not None
+        for subject in plan.benchmark.subjects
+        for seed in plan.seeds
+        if str(plan.class_folder(subject)) in failed_classes
+    }
+    return failed | run_on_all(accelerator, tasks_of_all(plans, together, failed), jobs)
 
 
 def _start_process(command: Sequence[str], log: IO[bytes], environment: dict[str, str], lock: int | None) -> Started:

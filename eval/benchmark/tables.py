@@ -18,6 +18,7 @@ PUBLISHED = {
     ],
     "dreambooth": [("real images", {"dino": 0.774, "clip_i": 0.885})],
 }
+PUBLISHED["oft"] = PUBLISHED["delora"]  # which of the two pairings they hold is not known
 """Published results by protocol, on DreamBooth's 30 subjects with Stable Diffusion 1.5 (DeLoRA, arXiv 2503.18225; Ruiz
 et al., CVPR 2023)."""
 

@@ -9,7 +9,7 @@ from typing import Protocol
 from delora_diffusers.errors import InputError
 from delora_diffusers.image_files import UNREADABLE, open_image
 from delora_diffusers.json_lines import GENERATED, read_json_lines, write_json_lines
-from delora_diffusers.names import METADATA_NAME, WEIGHTS_NAME, list_checkpoints
+from delora_diffusers.names import CHECKPOINT_PREFIX, METADATA_NAME, WEIGHTS_NAME, list_checkpoints
 
 ROOT = Path(__file__).parents[2]
 TRAINING_SCRIPT = ROOT / "train_dreambooth_delora.py"
@@ -31,26 +31,31 @@ class SubjectRun:
     Attributes:
         training_flags: the flags that only this subject has; None for images of the base model.
         prompts, seed: of the images.
+        steps: the checkpoints from which images are generated too.
     """
 
     folder: Path
     training_flags: Mapping[str, object] | None
     prompts: Sequence[str]
     seed: int
+    steps: Sequence[int] = ()
 
     @property
     def adapter(self) -> Path | None:
         return None if self.training_flags is None else self.folder / "adapter"
 
-    @property
-    def images(self) -> Path:
-        return self.folder / "pictures"
+    def images(self) -> list[tuple[Path | None, Path]]:
+        """Each adapter, the last one the finished run's, and the folder of its images; None for the base model."""
+        if self.adapter is None:
+            return [(None, images_folder(self.folder))]
+        early = [(self.adapter / f"{CHECKPOINT_PREFIX}{step}", images_folder(self.folder, step)) for step in self.steps]
+        return [*early, (self.adapter, images_folder(self.folder))]
 
     def is_trained(self) -> bool:
-        return self.adapter is None or (self.adapter / WEIGHTS_NAME).is_file()
+        return all(adapter is None or (adapter / WEIGHTS_NAME).is_file() for adapter, _ in self.images())
 
     def is_done(self) -> bool:
-        return self.is_trained() and images_are_complete(self.images, self.prompts)
+        return self.is_trained() and all(images_are_complete(folder, self.prompts) for _, folder in self.images())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +76,25 @@ class Task:
 
     def is_done(self) -> bool:
         return all(result.is_done() for result in self.results)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassImages:
+    """Images of a class for prior preservation, which all of its subjects share."""
+
+    folder: Path
+    prompt: str
+    generation: Mapping[str, object]
+
+    def generate(self) -> Sequence[str]:
+        arguments = {**self.generation, "output_dir": self.folder, "prompt": self.prompt}
+        return [sys.executable, "-m", "delora_diffusers", "generate", *flags(arguments)]
+
+    def is_done(self) -> bool:
+        return images_are_complete(self.folder, [self.prompt])
+
+    def task(self) -> Task:
+        return Task(self.folder.with_name(f".{self.folder.name}"), [self], [Step(self.generate, self.is_done)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,13 +134,14 @@ class SubjectCommands:
         trained = [run for run in self.runs if run.is_trained()]
         if not trained:
             return None
-        if len(self.runs) == 1:
-            (run,) = self.runs
-            arguments = {"adapter": run.adapter, "seed": run.seed, "output_dir": run.images}
+        requests = [(run, adapter, folder) for run in trained for adapter, folder in run.images()]
+        if len(requests) == 1:
+            ((run, adapter, folder),) = requests
+            arguments = {"adapter": adapter, "seed": run.seed, "output_dir": folder}
             return [*command, *flags(arguments), "--prompt", *run.prompts]
         lines = [
-            {"adapter": run.adapter, "prompts": run.prompts, "seed": run.seed, "output_dir": run.images}
-            for run in trained
+            {"adapter": adapter, "prompts": run.prompts, "seed": run.seed, "output_dir": folder}
+            for run, adapter, folder in requests
         ]
         return [*command, "--requests_file", _write_lines(self.folder / "requests.jsonl", lines)]
 
@@ -147,6 +172,11 @@ def _write_lines(file: Path, lines: Sequence[Mapping[str, object]]) -> str:
     texts = [{key: str(value) if isinstance(value, Path) else value for key, value in line.items()} for line in lines]
     write_json_lines(file, texts)
     return str(file)
+
+
+def images_folder(subject_folder: Path, step: int | None = None) -> Path:
+    """Where the images of a subject are: those of the finished run, or of a checkpoint."""
+    return subject_folder / ("pictures" if step is None else f"pictures-{step}")
 
 
 def images_are_complete(folder: Path, prompts: Sequence[str]) -> bool:

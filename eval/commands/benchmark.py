@@ -10,8 +10,10 @@ from pathlib import Path
 from delora_diffusers.locking import locked_folders
 from delora_diffusers.methods.table import METHODS
 from delora_diffusers.outputs import is_first_process
-from eval.benchmark.plan import Plan, check, make_plan, tasks, with_defaults, write_settings
-from eval.benchmark.run import exit_with_failures, run_on_all, start_accelerator
+from eval.benchmark.checks import check, with_defaults
+from eval.benchmark.plan import Plan, make_plan, write_settings
+from eval.benchmark.recipes import with_recipe
+from eval.benchmark.run import exit_with_failures, run_plans, start_accelerator
 from eval.commands.arguments import add_run_arguments
 
 
@@ -25,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    options = with_recipe(options)
     check(options)
     options = with_defaults(options)
     plan = make_plan(options)
@@ -34,18 +37,18 @@ def run(options: argparse.Namespace) -> None:
 
 def run_plan(plan: Plan, options: argparse.Namespace) -> None:
     """Train, generate, score and report."""
-    from eval.benchmark import collect, report  # imports torch
+    from eval.benchmark import report, scoring  # imports torch
 
     accelerator = start_accelerator()
     if accelerator.is_main_process:
         write_settings(plan, options)
-        collect.load_models(options, "cpu")  # fails now instead of after hours of training
+        scoring.load_models(options, "cpu")  # fails now instead of after hours of training
     accelerator.wait_for_everyone()
     failed: dict[str, str] = {}
     if options.generated_dir is None:
-        failed = run_on_all(accelerator, tasks(plan, options.together), options.jobs)
-    models = collect.load_models(options, accelerator.device)
-    summary = collect.score(plan, options, accelerator, failed, models)
+        failed = run_plans(accelerator, [plan], options.together, options.jobs)
+    models = scoring.load_models(options, accelerator.device)
+    summary = scoring.score(plan, options, accelerator, failed, models)
     if summary is None:
         return
     page = report.write([plan.folder], plan.folder / "index.html", overwrite=True)

@@ -1,5 +1,6 @@
 """LPIPS (Zhang et al., CVPR 2018) of many images: each goes through the network once, then pairs are compared."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,19 +63,31 @@ class Perceptual:
         return total.cpu()
 
 
+@dataclasses.dataclass(frozen=True)
+class LpipsScores:
+    """LPIPS of one subject's images, in groups of one prompt.
+
+    Attributes:
+        to_photos: per group, the mean distance of each image to the photos, (images,), as OFT and ETHER report it.
+        diversity: per group, the mean distance between its images, as DreamBooth reports it; None for a single image.
+        of_others: the mean distance of each image of other subjects to the photos.
+    """
+
+    to_photos: list[Tensor]
+    diversity: list[float | None]
+    of_others: Tensor
+
+
 def perceptual_scores(
-    perceptual: Perceptual, groups: Sequence[Sequence[Path]], references: Sequence[Path]
-) -> tuple[list[Tensor], list[float | None]]:
+    perceptual: Perceptual, groups: Sequence[Sequence[Path]], references: Sequence[Path], others: Sequence[Path] = ()
+) -> LpipsScores:
     """LPIPS of one subject's images.
 
     Args:
         perceptual: the network.
         groups: the images of each prompt.
         references: photos of the subject.
-
-    Returns:
-        Per group, the mean distance of each image to the photos, (images,), as OFT and ETHER report it; and per group,
-        the mean distance between its images, DreamBooth's diversity (None for a single image).
+        others: images of other subjects to compare with the photos.
     """
     photos = perceptual.features([load_rgb(path) for path in references])
     to_photos, diversity = [], []
@@ -84,4 +97,5 @@ def perceptual_scores(
         count = len(group)
         pairwise = perceptual.distances(features, features)
         diversity.append(None if count < 2 else float(pairwise.sum() / (count * (count - 1))))
-    return to_photos, diversity
+    of_others = [perceptual.distances(perceptual.features([load_rgb(path)]), photos).mean(dim=1) for path in others]
+    return LpipsScores(to_photos, diversity, torch.cat(of_others) if of_others else torch.empty(0))

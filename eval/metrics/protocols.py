@@ -26,6 +26,8 @@ class Protocol:
         clip_crop: how CLIP's centre crop rounds an odd margin: ``"floor"`` as in the processor of transformers,
             ``"torchvision"`` as in OpenAI's code.
         source: who defined the protocol.
+        pairs_by_name: whether photos are also compared with the images of subjects whose name ends like theirs, and
+            black images are skipped; see ``eval.metrics.pairing``.
     """
 
     name: str
@@ -35,19 +37,33 @@ class Protocol:
     clip_pretrained: str | None
     clip_crop: str
     source: str
+    pairs_by_name: bool = False
+
+    def same_encoders(self, other: "Protocol") -> bool:
+        """Whether both protocols have the same encoders and preprocessing."""
+        differ = {"name", "source", "pairs_by_name"}
+        names = {field.name for field in dataclasses.fields(self)} - differ
+        return all(getattr(self, name) == getattr(other, name) for name in names)
 
 
+DELORA = Protocol(
+    name="delora",
+    dino="vit_small_patch16_224.dino",
+    dino_transform="straight",
+    clip="ViT-L-14",
+    clip_pretrained="openai",
+    clip_crop="floor",
+    source="OFT's evaluation, used by ETHER and DeLoRA: mean cosine over all (reference, generated) pairs",
+)
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
-        Protocol(
-            name="delora",
-            dino="vit_small_patch16_224.dino",
-            dino_transform="straight",
-            clip="ViT-L-14",
-            clip_pretrained="openai",
-            clip_crop="floor",
-            source="OFT's evaluation, used by ETHER and DeLoRA: mean cosine over all (reference, generated) pairs",
+        DELORA,
+        dataclasses.replace(
+            DELORA,
+            name="oft",
+            source="OFT's evaluation script to the letter: photos of dog are also compared with images of backpack_dog",
+            pairs_by_name=True,
         ),
         Protocol(
             name="dreambooth",

@@ -35,7 +35,12 @@ def unfinished(trials: Sequence[Trial], rows: pd.DataFrame) -> str:
 
 def first_protocol(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows of the first protocol, which figures and captions show."""
-    return rows[rows["protocol"] == rows["protocol"].iloc[0]]
+    return where(rows, "protocol", rows["protocol"].iloc[0])
+
+
+def where(rows: pd.DataFrame, column: str, value: Any) -> pd.DataFrame:
+    """The rows with this value in a column."""
+    return cast(pd.DataFrame, rows[rows[column] == value])
 
 
 def tabulate(rows: pd.DataFrame) -> pd.DataFrame:
@@ -102,7 +107,7 @@ def against_the_default(rows: pd.DataFrame, study: Study) -> list[str]:
         return []
     cells = []
     for label, group in rows.groupby("label", sort=False):
-        at = {x: group[group["x"] == x] for x in (1, *compared)}
+        at = {x: where(group, "x", x) for x in (1, *compared)}
         for score, name in PAIRED_SCORES:
             cells.append([str(label), name, *(difference(at[x], at[1], score) for x in compared)])
         cells.append([str(label), "distance", *(ratio(at[x], at[1]) for x in compared)])
@@ -118,10 +123,10 @@ def against_the_last(rows: pd.DataFrame) -> list[str]:
     *others, last = rows["label"].unique()
     if not others:
         return []
-    reference = rows[rows["label"] == last]
+    reference = where(rows, "label", last)
     cells = []
     for label in others:
-        group = rows[rows["label"] == label]
+        group = where(rows, "label", label)
         cells.append([label, *(difference(group, reference, score) for score, _ in PAIRED_SCORES)])
     return [
         f"Difference from {last}, paired by subject:\n",

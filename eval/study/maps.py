@@ -20,7 +20,8 @@ from delora_diffusers.errors import InputError
 from delora_diffusers.json_lines import GENERATED_FROM_MAPS, read_json_lines
 from delora_diffusers.names import METADATA_NAME, WEIGHTS_NAME
 from delora_diffusers.text_files import read_json
-from eval.benchmark.plan import check_base_model, flag_values
+from eval.benchmark.checks import check_base_model
+from eval.benchmark.recipes import MAPS, flag_values, training_flags, with_recipe
 from eval.benchmark.run import run_on_all, start_accelerator
 from eval.benchmark.tables import markdown
 from eval.benchmark.tasks import ROOT, Step, Task, flags, images_are_complete
@@ -76,7 +77,7 @@ class MapCommands:
         training |= {"pretrained_model_name_or_path": options.pretrained_model_name_or_path}
         training |= {"train_data_dir": self.data_dir, "cache_dir": options.output_dir / "cache"}
         training |= {"method": setting.method, "seed": self.run.seed, **setting.train}
-        training |= {**flag_values(options.train, "--train"), "output_dir": self.adapter}
+        training |= {**training_flags(options, setting.method, MAPS), "output_dir": self.adapter}
         return [sys.executable, str(TRAINING_SCRIPT), *flags(training)]
 
     def generate(self) -> Sequence[str]:
@@ -104,15 +105,18 @@ class MapCommands:
 
 def run(options: argparse.Namespace) -> None:
     """Run every row and seed; write the rows, the figure, the table and a sheet of images."""
+    options = with_recipe(options, MAPS)
     settings = ablation(options.methods, (), maps=True)
     check_not_varied(options, settings)
     if options.seeds < 1 or options.jobs < 1:
         raise InputError(f"--seeds is {options.seeds} and --jobs {options.jobs}; give at least 1 for each.")
     check_base_model(options.pretrained_model_name_or_path)
-    data_dir, map_dir = data_folders(options)
+    check_data_flags(options)
+    accelerator = start_accelerator()
+    with accelerator.main_process_first():  # the others find what the first has rendered
+        data_dir, map_dir = data_folders(options)
     find_pairs(data_dir)
     real_images = {Path(str(pair.map)).stem: pair.image for pair in find_pairs(map_dir)}
-    accelerator = start_accelerator()
     folder, path = options.output_dir / "runs", options.output_dir / "ablation-maps"
     seeds = range(options.seeds)
     runs = [MapRun(s, seed, folder / f"maps-{s.slug}" / f"seed-{seed}") for s in settings for seed in seeds]
@@ -129,19 +133,25 @@ def run(options: argparse.Namespace) -> None:
             finish(caption, failed)
 
 
-def data_folders(options: argparse.Namespace) -> tuple[Path, Path]:
-    """The folders of pairs to train on and of maps to generate from; for the miniature they can be rendered.
+def check_data_flags(options: argparse.Namespace) -> None:
+    """Reject missing or unusable folders of pairs and maps.
 
     Raises:
-        InputError: only one of the two folders is given, or none for another model.
+        InputError: only one of the two folders is given, or none for another model; or one has no pairs.
     """
-    given = (options.train_data_dir, options.map_dir)
-    if all(given):
-        return given
-    if any(given) or options.pretrained_model_name_or_path is not None:
+    given = [folder for folder in (options.train_data_dir, options.map_dir) if folder is not None]
+    if len(given) == 1 or (not given and options.pretrained_model_name_or_path is not None):
         raise InputError(
             "ablation-maps needs both --train_data_dir and --map_dir; only for the miniature can both be left out."
         )
+    for folder in given:
+        find_pairs(folder)
+
+
+def data_folders(options: argparse.Namespace) -> tuple[Path, Path]:
+    """The folders of pairs to train on and of maps to generate from; for the miniature they can be rendered."""
+    if options.train_data_dir is not None:
+        return options.train_data_dir, options.map_dir
     from data.toybox.write import write_map_pairs  # imports torch
 
     rendered = options.output_dir / "map-pairs", options.output_dir / "test-maps"

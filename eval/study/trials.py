@@ -20,27 +20,15 @@ from delora_diffusers.errors import InputError
 from delora_diffusers.locking import locked_folder
 from delora_diffusers.names import CONFIG_NAME
 from delora_diffusers.text_files import read_json
-from eval.benchmark import collect
-from eval.benchmark.plan import (
-    Plan,
-    check,
-    check_base_model,
-    chosen_benchmark,
-    flag_values,
-    is_toybox,
-    make_plan,
-    tasks_of_all,
-    with_defaults,
-    write_settings,
-)
-from eval.benchmark.run import exit_with_failures, run_on_all
+from eval.benchmark import scoring
+from eval.benchmark.checks import check, check_base_model, chosen_benchmark, is_toybox, total_steps, with_defaults
+from eval.benchmark.plan import Plan, make_plan, write_settings
+from eval.benchmark.recipes import flag_values
+from eval.benchmark.run import exit_with_failures, run_plans
 from eval.study.settings import Setting
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-DEFAULT_STEPS = {"miniature": 300, "other": 1200}
-"""Of the training script, unless ``--train`` sets max_train_steps."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +48,8 @@ def plan_trials(options: argparse.Namespace, settings: Sequence[Setting]) -> lis
         InputError: a flag is wrong, or photos are missing.
     """
     train_flags = check_not_varied(options, settings)
-    default = DEFAULT_STEPS["miniature" if options.pretrained_model_name_or_path is None else "other"]
-    steps = str(train_flags.get("max_train_steps", default))
-    if not steps.isdecimal() or int(steps) == 0:
-        raise InputError(f"--train max_train_steps={steps} is not a number of steps; give a positive integer.")
+    base_model = {"pretrained_model_name_or_path": options.pretrained_model_name_or_path}
+    steps = total_steps({"train": train_flags, **base_model})
     check_base_model(options.pretrained_model_name_or_path)
     options = argparse.Namespace(**vars(options) | {"generated_dir": None, "method": "none"})
     check(options)
@@ -71,6 +57,7 @@ def plan_trials(options: argparse.Namespace, settings: Sequence[Setting]) -> lis
     if options.photographs is None and is_toybox(benchmark):
         options.photographs = options.output_dir / "photographs"
         render_subjects(benchmark, options.photographs)
+    options.class_images = options.output_dir / "class-images"
     trials: list[Trial] = []
     for setting in settings:
         trial_options = copy.copy(options)
@@ -78,7 +65,7 @@ def plan_trials(options: argparse.Namespace, settings: Sequence[Setting]) -> lis
         multiple = train.pop("steps", None)
         words = [word for word in options.train if multiple is None or "max_train_steps" not in word]
         if multiple is not None:
-            train["max_train_steps"] = max(1, round(int(steps) * multiple))
+            train["max_train_steps"] = max(1, round(steps * multiple))
         trial_options.train = [*words, *(f"{name}={value}" for name, value in train.items())]
         trial_options.method = setting.method
         trial_options.output_dir = options.output_dir / "runs" / dataclasses.replace(setting, train=train).slug
@@ -106,7 +93,10 @@ def check_not_varied(options: argparse.Namespace, settings: Sequence[Setting]) -
 
 
 def continues(shorter: Setting, setting: Setting, options: argparse.Namespace) -> bool:
-    """Whether a training can continue a shorter one: the rate must not depend on the total number of steps."""
+    """Whether a training can continue a shorter one: the rate must not depend on the total number of steps, and a
+    training that is scored along the way has all of its own checkpoints."""
+    if options.score_every is not None:
+        return False
     without_steps = [dataclasses.replace(s, x=None, train=s.train | {"steps": 0}) for s in (shorter, setting)]
     schedule = flag_values(options.train, "--train").get("lr_scheduler", "constant")
     return without_steps[0] == without_steps[1] and schedule in ("constant", "constant_with_warmup")
@@ -124,21 +114,20 @@ def exclusive(accelerator: "Accelerator", output_dir: Path) -> Iterator[None]:
 
 def run_trials(accelerator: "Accelerator", options: argparse.Namespace, trials: Sequence[Trial]) -> dict[str, str]:
     """Train, generate and score what is missing; returns the errors by folder."""
-    scoring = trials[0].options
+    first = trials[0].options
     by_folder = {trial.plan.folder: trial for trial in trials}.values()
     if accelerator.is_main_process:
-        collect.load_models(scoring, "cpu")  # fails now instead of after days of training
+        scoring.load_models(first, "cpu")  # fails now instead of after days of training
         for trial in by_folder:
             write_settings(trial.plan, trial.options)
     accelerator.wait_for_everyone()
-    tasks = tasks_of_all([trial.plan for trial in trials], options.together)
-    failed = run_on_all(accelerator, tasks, options.jobs)
-    models = collect.load_models(scoring, accelerator.device)
+    failed = run_plans(accelerator, [trial.plan for trial in trials], options.together, options.jobs)
+    models = scoring.load_models(first, accelerator.device)
     for trial in by_folder:
         folder = trial.plan.folder
         failed_here = {path: problem for path, problem in failed.items() if Path(path).is_relative_to(folder)}
         try:
-            collect.score(trial.plan, trial.options, accelerator, failed_here, models)
+            scoring.score(trial.plan, trial.options, accelerator, failed_here, models)
         except InputError as error:  # every training of this setting failed, which is a result of the study
             failed.setdefault(str(folder), str(error))
             (folder / "subjects.csv").unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from PIL import Image
 from data.benchmark import load_benchmark
 from delora_diffusers.errors import InputError
 from eval.__main__ import main
-from eval.benchmark.plan import flag_values
+from eval.benchmark.recipes import flag_values
 from eval.benchmark.results import bootstrap_interval, mean_and_interval, paired_differences, summarize
 from eval.benchmark.run import child_environment
 from eval.benchmark.tables import latex, markdown, seed_rows

@@ -14,8 +14,8 @@ from PIL import Image
 import train_controlnet_map2img
 from data.benchmark import load_benchmark
 from data.palettes import read_palette
-from eval.benchmark import plan as benchmark_plan
-from eval.benchmark.plan import tasks_of_all
+from eval.benchmark import checks as benchmark_checks
+from eval.benchmark.schedule import tasks_of_all
 from eval.commands.study import add_arguments
 from eval.study import trials as study_trials
 from eval.study.comparison import COMPARED, settings_of
@@ -97,7 +97,7 @@ def test_the_script_accepts_every_training_on_maps(tmp_path):
 @pytest.mark.parametrize("name", [name for name in COMMANDS if "$SD15" in COMMANDS[name]])
 def test_the_script_accepts_every_training(name, downloaded, monkeypatch):
     monkeypatch.chdir(downloaded)
-    for module in (benchmark_plan, study_trials):
+    for module in (benchmark_checks, study_trials):
         monkeypatch.setattr(module, "check_base_model", lambda name_or_path: None)
     flags = shlex.split(VARIABLE.removeprefix('SD15="').removesuffix('"'))
     options = parse([name, *flags])
