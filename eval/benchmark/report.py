@@ -9,6 +9,7 @@ from delora_diffusers.atomic import atomic_write
 from delora_diffusers.errors import InputError
 from delora_diffusers.text_files import read_json
 from eval.benchmark import report_page, tables
+from eval.benchmark.results import SCORES
 from eval.benchmark.results_folder import Run, read_run
 
 
@@ -47,6 +48,9 @@ def terminal(folder: Path) -> str:
     """The summary as lines for a terminal."""
     summary = read_json(folder / "summary.json")
     lines = []
+    if "step" in summary:
+        kept = f"by {SCORES[summary['kept_best_by']]} under protocol {next(iter(summary['protocols']))}"
+        lines.append(f"kept: the images after {summary['step']} training steps, {kept}")
     for protocol, scored in summary["protocols"].items():
         counts = scored["counts"]
         lines.append(
@@ -73,6 +77,8 @@ def text_tables(runs: Sequence[Run], protocols: Sequence[str]) -> dict[str, str]
         for run, (label, summary) in zip(runs, summaries):
             if summary["counts"]["seeds"] > 1:
                 blocks.append((f"{label}, by seed", *tables.seed_rows(summary)))
+            if "steps" in run.summary:
+                blocks.append((f"{label}, along the training", *tables.step_rows(run.summary, protocol)))
             blocks.append((f"{label}, by subject", *tables.subject_rows(run.of(run.subjects, protocol))))
             blocks.append((f"{label}, by prompt", *tables.prompt_rows(summary)))
         for caption, header, rows in blocks:

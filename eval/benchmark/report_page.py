@@ -144,6 +144,11 @@ def summarize(runs: Sequence[Run], protocol: str) -> dict[str, Any]:
         if summary["counts"]["seeds"] > 1:
             title = "By seed" if len(runs) == 1 else f"{label}, by seed"
             more.append(Table(*tables.seed_rows(summary), title=title))
+    for run in runs:
+        if "steps" in run.summary:
+            kept = f"the step with the highest {SCORES[run.summary['kept_best_by']]} is kept"
+            title = f"{'' if len(runs) == 1 else f'{run.label}: '}Along the training ({kept})"
+            more.append(Table(*tables.step_rows(run.summary, protocol), title=title))
     if len(runs) == 2:
         more.append(Table(*difference_rows(runs, protocol), title="Paired differences"))
     names = [name for name in SCORES if any(name in summary["scores"] for _, summary in summaries)]

@@ -71,6 +71,16 @@ def seed_rows(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["", *(SCORES[str(name)] for name in seeds)], rows
 
 
+def step_rows(summary: dict[str, Any], protocol: str) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: the scores after each number of training steps; the kept one is marked."""
+    header = ["training steps", *(SCORES[name] for name in ("dino", "clip_i", "clip_t"))]
+    rows = []
+    for step, scores in summary["steps"][protocol].items():
+        label = f"{step} (kept)" if int(step) == summary["step"] else step
+        rows.append([label, *(number(scores[name]) for name in ("dino", "clip_i", "clip_t"))])
+    return header, rows
+
+
 def prompt_rows(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: the scores of each prompt, means over all its images."""
     header = ["prompt", *(SCORES[name] for name in ("dino", "clip_i", "clip_t"))]

@@ -9,6 +9,8 @@ import pandas as pd
 
 from delora_diffusers.atomic import write_text
 from delora_diffusers.names import METADATA_NAME
+from delora_diffusers.text_files import read_json
+from eval.benchmark.plan import Plan
 from eval.benchmark.results import bootstrap_interval, mean_and_interval, paired_differences
 from eval.benchmark.tables import markdown
 from eval.metrics.generated import read_generated
@@ -150,6 +152,13 @@ def ratio(rows: pd.DataFrame, reference: pd.DataFrame) -> str:
     return f"{np.exp(differences.mean()):.2f} [{np.exp(low):.2f}, {np.exp(high):.2f}]"
 
 
+def kept_step(plan: Plan) -> int | None:
+    """The training step whose images were scored; None if it is the last."""
+    file = plan.folder / "summary.json"
+    step = read_json(file).get("step") if file.is_file() else None
+    return step if step in plan.steps else None
+
+
 def write_images(path: Path, axis: str | None, trials: Sequence[Trial]) -> None:
     """A grid with one image per setting: the first image of the benchmark's second prompt, from the first seed.
 
@@ -160,7 +169,7 @@ def write_images(path: Path, axis: str | None, trials: Sequence[Trial]) -> None:
     rows: dict[str, dict[str, Path]] = {}
     for trial in sorted(trials, key=lambda trial: trial.setting.x or 0):
         for subject in subjects:
-            folder = trial.plan.subject_folder(subject, 0) / "pictures"
+            folder = trial.plan.images_folder(subject, 0, kept_step(trial.plan))
             if (folder / METADATA_NAME).is_file():
                 second_prompt = trial.plan.benchmark.prompts_of(subject)[:2][-1]
                 images = [image for image, prompt in read_generated(folder) if prompt == second_prompt]

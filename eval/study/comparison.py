@@ -1,7 +1,8 @@
-"""Every method at the best of a few rates, chosen on some subjects, scored on the others (the paper's table 3).
+"""Every method at the best of a few rates, chosen on some subjects, scored on all of them (the paper's table 3).
 
-The rate is 0.5x, 1x or 2x the default, whichever gives the highest DINO on the first three subjects. The other
-subjects are trained at that rate with every seed.
+The rate is 0.5x, 1x or 2x the default, whichever gives the highest DINO on the first three subjects with the first
+seed. Then all subjects are trained at that rate with every seed, as in the paper, including those three. With a single
+multiplier nothing is tuned.
 """
 
 import argparse
@@ -15,10 +16,10 @@ import pandas as pd
 from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
 
-from data.benchmark import load_benchmark
 from delora_diffusers.atomic import write_text
-from delora_diffusers.errors import InputError
 from delora_diffusers.methods.table import METHODS
+from eval.benchmark.checks import chosen_benchmark
+from eval.benchmark.recipes import SUBJECTS
 from eval.benchmark.results import mean_and_interval
 from eval.benchmark.run import start_accelerator
 from eval.benchmark.tables import markdown
@@ -30,6 +31,9 @@ SHOWS = "Every method at its best rate (the paper's table 3)."
 COMPARED = ("lora", "dora", "etherplus", "oft", "full", "delora")
 MULTIPLIERS = (0.5, 1.0, 2.0)
 TUNING_SUBJECTS = 3
+KEYS = ["label", "method", "x"]
+REAL = {"real_dino": "DINO", "real_clip_i": "CLIP-I"}
+"""Columns of the real images' scores, and the columns of the table that show them."""
 FIXED = ("A0", "B0", "w_norm")
 """Suffixes of the tensors that an adapter stores but does not train."""
 
@@ -41,28 +45,24 @@ def settings_of(method: str, multipliers: Sequence[float]) -> list[Setting]:
 
 def run(options: argparse.Namespace) -> None:
     """Tune, train and score; write the grid, the rows, the figure, the caption and an image per method."""
-    subjects = options.subjects or [subject.name for subject in load_benchmark(options.benchmark).subjects]
-    if len(subjects) <= TUNING_SUBJECTS:
-        raise InputError(
-            f"comparison tunes on {TUNING_SUBJECTS} subjects and scores the others, but there are only "
-            f"{len(subjects)}; add some."
-        )
-    methods, multipliers = options.methods or COMPARED, options.multipliers or MULTIPLIERS
+    subjects = [subject.name for subject in chosen_benchmark(options).subjects]
+    recipe = SUBJECTS[options.recipe].multipliers if options.recipe else None
+    methods, multipliers = options.methods or COMPARED, options.multipliers or recipe or MULTIPLIERS
     path = options.output_dir / "comparison"
-    accelerator = start_accelerator()
     tuning = copy.copy(options)
     tuning.subjects, tuning.seeds = subjects[:TUNING_SUBJECTS], 1
     trials = plan_trials(tuning, [setting for method in methods for setting in settings_of(method, multipliers)])
+    accelerator = start_accelerator()
     with exclusive(accelerator, options.output_dir):
-        failed = run_trials(accelerator, options, trials)
-        chosen: list[dict[str, float]] = [{}]
-        if accelerator.is_main_process:
-            grid = gather(trials, failed)
-            write_rows(path.with_name("comparison-grid.parquet"), grid)
-            chosen = [best_multipliers(grid)]
-        broadcast_object_list(chosen)
+        failed, chosen, tuned_on = {}, [dict.fromkeys(methods, multipliers[0])], []
+        if len(multipliers) > 1:
+            failed, tuned_on = run_trials(accelerator, options, trials), tuning.subjects
+            if accelerator.is_main_process:
+                grid = gather(trials, failed)
+                write_rows(path.with_name("comparison-grid.parquet"), grid)
+                chosen = [best_multipliers(grid)]
+            broadcast_object_list(chosen)
         tuned = {method: chosen[0][method] for method in methods if method in chosen[0]}
-        options = argparse.Namespace(**vars(options) | {"subjects": subjects[TUNING_SUBJECTS:]})
         final = plan_trials(options, [s for method in tuned for s in settings_of(method, [tuned[method]])])
         failed |= run_trials(accelerator, options, final)
         if accelerator.is_main_process:
@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> None:
             unfinished = [METHODS[method].title for method in methods if method not in tuned]
             missing = captions.unfinished(final, rows)
             missing += f" Did not finish at any rate: {', '.join(unfinished)}." if unfinished else ""
-            caption = write(path, rows, parameter_counts(final), subjects[:TUNING_SUBJECTS], missing)
+            caption = write(path, rows, parameter_counts(final), tuned_on, missing)
             captions.write_images(path.with_name("comparison-pictures"), None, as_rows(final))
             finish(caption, failed)
 
@@ -117,34 +117,58 @@ def write(path: Path, rows: pd.DataFrame, parameters: dict[str, int], tuned_on: 
     """The figure and the table: ``path`` with .png, .svg and .md.
 
     Args:
+        tuned_on: the subjects on which the rates were chosen; empty if they were not.
         missing: see ``captions.unfinished``.
     """
     rows = captions.first_protocol(rows)
-    seeds = rows["seed"].nunique()
-    real_dino: Any = mean_and_interval(rows, "real_dino")
-    figures.plot_rows(captions.tabulate(rows), real_dino["mean"], path)
-    table = []
-    for key, group in rows.groupby(["label", "method", "x"], sort=False):
-        label, method, x = cast(tuple, key)
-        cells = [str(label), f"{parameters[method]:,}", f"{METHODS[method].learning_rate * x:g}"]
-        for name in ("dino", "clip_i", "clip_t"):
-            interval: Any = mean_and_interval(group, name)
-            means = group.groupby("seed")[name].mean()
-            spread = f" ± {means.std():.3f}" if seeds > 1 else ""
-            cells.append(f"{interval['mean']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]{spread}")
-        table.append(cells)
-    real = [mean_and_interval(rows, name) for name in ("real_dino", "real_clip_i")]
-    shown = [f"{interval['mean']:.3f}" if interval else "" for interval in real]
-    table.append(["real images (intra-subject)", "", "", *shown, ""])
+    figures.plot_rows(captions.tabulate(rows), interval_of(rows, "real_dino")["mean"], path)
+    table = [table_row(cast(tuple, key), group, parameters, tuned_on) for key, group in rows.groupby(KEYS, sort=False)]
+    real = {name: f"{interval_of(rows, column)['mean']:.3f}" for column, name in REAL.items()}
+    header = list(table[0])
+    cells = [list(row.values()) for row in table]
+    cells.append(["real images (intra-subject)", *(real.get(name, "") for name in header[1:])])
+    tuning = "The learning rates were not tuned."
+    if tuned_on:
+        tuning = f"The learning rates were chosen by DINO on {', '.join(tuned_on)} with one seed."
     parts = [
         f"![{SHOWS}]({path.name}.png)\n",
         f"{SHOWS}\n",
-        f"Rates were chosen by DINO on {', '.join(tuned_on)}; scored on {rows['subject'].nunique()} other subjects,\n"
-        f"{seeds} seeds. In brackets: 95% bootstrap interval over subjects; ±: standard deviation over seeds."
-        f"{missing}\n",
-        markdown(["", "parameters", "rate", "DINO", "CLIP-I", "CLIP-T"], table),
+        f"{tuning} All {rows['subject'].nunique()} subjects are scored, with {rows['seed'].nunique()} seeds.\n"
+        f"In brackets: 95% bootstrap interval over subjects; ±: standard deviation over seeds.{missing}\n",
+        markdown(header, cells),
         *captions.against_the_last(rows),
     ]
     file = path.with_suffix(".md")
     write_text(file, "\n".join(parts))
     return file
+
+
+def table_row(
+    key: tuple[str, str, float], rows: pd.DataFrame, parameters: dict[str, int], tuned_on: Sequence[str]
+) -> dict[str, str]:
+    """The cells of one method by column.
+
+    Args:
+        key: label, method and multiple of the default rate.
+        rows: of the method, one per subject and seed.
+    """
+    label, method, x = key
+    cells = {"": label, "parameters": f"{parameters[method]:,}", "rate": f"{METHODS[method].learning_rate * x:g}"}
+    if "step" in rows:
+        cells["steps"] = f"{rows['step'].iloc[0]:g}"
+    for name, title in (("dino", "DINO"), ("clip_i", "CLIP-I"), ("clip_t", "CLIP-T")):
+        means: Any = rows.groupby("seed")[name].mean()
+        interval = interval_of(rows, name)
+        spread = f" ± {means.std():.3f}" if len(means) > 1 else ""
+        cells[title] = f"{interval['mean']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]{spread}"
+    others = cast(pd.DataFrame, rows[~rows["subject"].isin(tuned_on)])
+    if tuned_on and len(others):
+        cells["DINO without those"] = f"{interval_of(others, 'dino')['mean']:.3f}"
+    return cells
+
+
+def interval_of(rows: pd.DataFrame, name: str) -> dict[str, Any]:
+    """The mean of a score that every row has, and its interval."""
+    interval = mean_and_interval(rows, name)
+    assert interval is not None
+    return interval

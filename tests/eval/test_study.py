@@ -145,7 +145,7 @@ def test_a_failed_setting_is_reported_and_the_others_are_shown(small_study):
 
 
 @pytest.mark.integration
-def test_comparison_tunes_on_three_subjects_and_scores_the_others(small_study):
+def test_comparison_tunes_on_three_subjects_and_scores_all(small_study):
     flags, out = small_study
     small, photographs = (Path(flags[flags.index(flag) + 1]) for flag in ("--benchmark", "--photographs"))
     content = yaml.safe_load(small.read_text())
@@ -159,13 +159,15 @@ def test_comparison_tunes_on_three_subjects_and_scores_the_others(small_study):
     assert set(grid["subject"]) == {"one", "two", "three"} and set(grid["x"]) == {1, 2}
     best = grid.groupby("x")["dino"].mean().idxmax()
     rows = pd.read_parquet(out / "comparison.parquet")
-    assert set(rows["subject"]) == {"four"} and set(rows["x"]) == {best}
+    assert set(rows["subject"]) == {"one", "two", "three", "four"} and set(rows["x"]) == {best}
     adapter = load_file(next(out.glob("runs/*/seed-0/four/adapter/*.safetensors")))
     for name in ("comparison.png", "comparison.svg", "comparison-pictures.png"):
         assert (out / name).stat().st_size > 5_000
     trained = sum(t.numel() for name, t in adapter.items() if name.endswith(("delora_A", "delora_B", "delora_lambda")))
-    row = f"| DeLoRA | {trained:,} | {METHODS['delora'].learning_rate * best:g} |"
-    assert row in (out / "comparison.md").read_text()
+    row, caption = f"| DeLoRA | {trained:,} | {METHODS['delora'].learning_rate * best:g} |", out / "comparison.md"
+    assert row in caption.read_text() and "chosen by DINO on one, two, three with one seed" in caption.read_text()
+    four = rows[rows["subject"] == "four"]["dino"].iloc[0]
+    assert f"| {four:.3f} |" in caption.read_text()
 
 
 @pytest.mark.integration
