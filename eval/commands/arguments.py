@@ -19,9 +19,14 @@ def add_encoder_arguments(parser: argparse._ActionsContainer, batch_size: int) -
     parser.add_argument("--batch_size", type=int, default=batch_size, help="batch size of the encoders")
 
 
-def add_scorer_arguments(parser: argparse.ArgumentParser) -> None:
-    """How one subject is scored."""
-    parser.add_argument("--protocol", choices=sorted(PROTOCOLS), default="delora")
+def add_scorer_arguments(parser: argparse.ArgumentParser, *more: str) -> None:
+    """How one subject is scored.
+
+    Args:
+        more: protocols besides those that compare all pairs of images and photos.
+    """
+    of_one_subject = sorted(name for name, protocol in PROTOCOLS.items() if not protocol.pairs_by_name)
+    parser.add_argument("--protocol", choices=[*of_one_subject, *more], default="delora", help="default: delora")
     parser.add_argument("--identifier", nargs="+", default=list(IDENTIFIERS), help="words to remove from prompts")
     parser.add_argument("--device", help="default: the GPU if there is one")
 

@@ -1,6 +1,5 @@
 """Features of many images: each image is decoded once, in a worker process, and encoded once; optionally cached."""
 
-import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from delora_diffusers.atomic import atomic_write
 from delora_diffusers.errors import InputError
 from delora_diffusers.image_files import load_rgb
 from delora_diffusers.memory import explain_out_of_memory
-from eval.metrics.encoders import ClipEncoder, DinoEncoder, view
+from eval.metrics.encoders import Encoder
 
 IMAGES_PER_CHUNK = 8
 """A worker decodes this many before it hands them over; few, so that large files at the end keep all workers busy."""
@@ -29,8 +28,6 @@ IMAGES_PER_WORKER = 64
 
 IMAGES_PER_FILE = 2048
 """Images per file of the cache, so that a stopped run loses little."""
-
-Encoder = DinoEncoder | ClipEncoder
 
 
 class _Views(Dataset):
@@ -122,7 +119,7 @@ def _encode(
     if workers is None:
         workers = min(os.cpu_count() or 1, len(paths) // IMAGES_PER_WORKER)
     loader = DataLoader(
-        _Views(paths, [functools.partial(view, encoder.transform) for encoder in encoders.values()]),
+        _Views(paths, [encoder.view for encoder in encoders.values()]),
         IMAGES_PER_CHUNK,
         num_workers=workers,
         collate_fn=_collate,

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -54,11 +54,17 @@ class FloorCenterCrop(transforms.CenterCrop):
         return img.crop((left, top, left + width, top + height))
 
 
-class _Encoder:
-    """A model on its device and in its precision, with its preprocessing."""
+class Encoder:
+    """A model on its device and in its precision, with its preprocessing.
+
+    Attributes:
+        transform: the preprocessing, on which the features depend.
+        view: the part of it that is done to an image in a worker process; ``encode`` takes a batch of its results.
+    """
 
     model: Any
     transform: Any
+    view: Callable[[Image.Image], Tensor]
 
     def __init__(self, device: torch.device | str, precision: str):
         self.device, self.precision, self.dtype = (
@@ -82,7 +88,11 @@ class _Encoder:
         described = f"{type(self).__name__} {self.dtype} {self.transform} {contents}"
         return hashlib.sha256(described.encode()).hexdigest()[:16]
 
-    def _unit(self, features: Tensor) -> Tensor:
+    def encode(self, batch: Tensor) -> Tensor:
+        """Unit features (batch, width) of views."""
+        raise NotImplementedError
+
+    def unit(self, features: Tensor) -> Tensor:
         return torch.nn.functional.normalize(features.float(), dim=-1)
 
     def _prepared(self, batch: Tensor) -> Tensor:
@@ -94,7 +104,7 @@ class _Encoder:
         return batch.to(self.dtype)
 
 
-class DinoEncoder(_Encoder):
+class DinoEncoder(Encoder):
     """CLS features of a DINO ViT, of norm 1.
 
     Args:
@@ -117,14 +127,15 @@ class DinoEncoder(_Encoder):
         except LOADING_ERRORS as error:
             raise InputError(_load_error("--dino", name, error)) from error
         self.transform = dino_transform(kind, self.model.pretrained_cfg["input_size"][-1])
+        self.view = functools.partial(view, self.transform)
 
     @torch.inference_mode()
     def encode(self, batch: Tensor) -> Tensor:
         """Unit features (batch, width) of views (batch, height, width, 3), or of outputs of ``transform``."""
-        return self._unit(self.model.forward_features(self._prepared(batch))[:, 0])
+        return self.unit(self.model.forward_features(self._prepared(batch))[:, 0])
 
 
-class ClipEncoder(_Encoder):
+class ClipEncoder(Encoder):
     """Image and text features of a CLIP, of norm 1.
 
     Args:
@@ -166,12 +177,13 @@ class ClipEncoder(_Encoder):
                 FloorCenterCrop(s.size) if isinstance(s, transforms.CenterCrop) else s for s in transform.transforms
             ]
             self.transform = transforms.Compose(steps)
+        self.view = functools.partial(view, self.transform)
         self.model = model.eval().to(device, self.dtype)  # pyright: ignore[reportCallIssue]
 
     @torch.inference_mode()
     def encode(self, batch: Tensor) -> Tensor:
         """Unit features (batch, width) of views (batch, height, width, 3), or of outputs of ``transform``."""
-        return self._unit(self.model.encode_image(self._prepared(batch)))
+        return self.unit(self.model.encode_image(self._prepared(batch)))
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
@@ -182,7 +194,7 @@ class ClipEncoder(_Encoder):
         if full:
             message = f"truncated: of {full[0]!r} CLIP reads only the first {tokens.shape[1]} tokens"
             logger.warning(printable(f"{message}; {len(full)} of {len(texts)} prompts are this long."))
-        return self._unit(self.model.encode_text(tokens))
+        return self.unit(self.model.encode_text(tokens))
 
 
 def _check_local_dir(name: str, flag: str, file: str) -> None:
@@ -211,7 +223,7 @@ class Encoders:
     dino_name: str
     clip_name: str
 
-    def by_key(self) -> dict[str, DinoEncoder | ClipEncoder]:
+    def by_key(self) -> dict[str, Encoder]:
         """The encoders by key, as ``embed`` takes them."""
         return {"dino": self.dino, "clip": self.clip}
 

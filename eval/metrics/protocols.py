@@ -7,6 +7,9 @@ from data.miniature import MINI_CLIP, MINI_DINO
 IDENTIFIERS = ("sks", "qwe")
 """Rare tokens that stand for a subject; they are removed from prompts for CLIP-T."""
 
+PEFT_IMAGEGEN = "peft-imagegen"
+"""The protocol of PEFT's image benchmark, which compares other pairs; see ``eval.metrics.peft_imagegen``."""
+
 PRECISIONS = ("bf16", "fp32")
 """Of the encoders; published numbers were computed in fp32."""
 
