@@ -15,6 +15,7 @@ import train_controlnet_map2img
 from data.benchmark import load_benchmark
 from data.palettes import read_palette
 from eval.benchmark import checks as benchmark_checks
+from eval.benchmark.recipes import MAPS, with_recipe
 from eval.benchmark.schedule import tasks_of_all
 from eval.commands.study import add_arguments
 from eval.study import trials as study_trials
@@ -50,7 +51,7 @@ def test_every_study_has_a_command_line():
     assert set(COMMANDS) == {*STUDIES, "comparison", "norms", "ablation-maps"}
 
 
-@pytest.mark.parametrize("name", ["lr", "norms", "ablation-maps"])
+@pytest.mark.parametrize("name", ["lr", "norms", "ablation-maps", "comparison"])
 def test_the_command_line_stops_at_the_missing_weights(name, downloaded):
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PATH": path}
@@ -70,13 +71,13 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 
 def test_the_script_accepts_every_training_on_maps(tmp_path):
-    options = parse(shlex.split(COMMANDS["ablation-maps"].split(" study ")[1]))
+    options = with_recipe(parse(shlex.split(COMMANDS["ablation-maps"].split(" study ")[1])), MAPS)
     palette = read_palette("ade20k")
     for part in ("images", "maps"):
         (tmp_path / "train" / part).mkdir(parents=True)
         Image.fromarray(palette[np.zeros((40, 40), int)]).save(tmp_path / "train" / part / "a.png")
     (tmp_path / "train" / "images" / "a.txt").write_text("a room")
-    settings = ablation(None, ())
+    settings = ablation(None, (), maps=True)
     checked = set()
     for setting in settings:
         run = MapRun(setting, 2, tmp_path / setting.slug)
@@ -86,10 +87,13 @@ def test_the_script_accepts_every_training_on_maps(tmp_path):
         args = train_controlnet_map2img.parse_arguments(flags)
         train_controlnet_map2img.check_arguments(args)
         (pair,), _, _ = train_controlnet_map2img.find_data(args)
-        assert pair.caption == "a room" and args.seed == 2 and args.max_train_steps == 12640
+        assert pair.caption == "a room" and args.seed == 2 and args.max_train_steps == 13910
+        assert args.mixed_precision == "bf16" and args.train_batch_size == 16
+        assert args.targets == ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj"]
         checked.add((args.method, args.rank, args.weight_norm, args.learning_rate))
         for command in (generate.command(), score.command()):
             assert command is not None and "--map_dir" in command
+        assert "--scheduler ddim --num_inference_steps 50 --guidance_scale 9" in " ".join(generate.command() or ())
         assert "ade20k" in (score.command() or ())
     assert len(checked) == len(settings) == 7
 
@@ -100,7 +104,8 @@ def test_the_script_accepts_every_training(name, downloaded, monkeypatch):
     for module in (benchmark_checks, study_trials):
         monkeypatch.setattr(module, "check_base_model", lambda name_or_path: None)
     flags = shlex.split(VARIABLE.removeprefix('SD15="').removesuffix('"'))
-    options = parse([name, *flags])
+    recipe = ["--recipe", "paper"] if "--recipe paper" in COMMANDS[name] else []
+    options = with_recipe(parse([name, *recipe, *flags]))
     if name == "comparison":
         settings = [setting for method in COMPARED for setting in settings_of(method, (0.5, 1, 2))]
     else:
