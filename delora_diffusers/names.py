@@ -5,6 +5,8 @@ from pathlib import Path, PureWindowsPath
 
 WEIGHTS_NAME = "pytorch_delora_weights.safetensors"
 """The adapter in an output folder. It is written last, so a run that has it is finished."""
+METADATA_KEY = "delora_diffusers"
+"""The entry of an adapter file's header that contains its settings as JSON."""
 CONFIG_NAME = "config.json"
 """The flags, versions and results of a training run."""
 METADATA_NAME = "metadata.jsonl"

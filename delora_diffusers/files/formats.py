@@ -25,7 +25,6 @@ from delora_diffusers.files.low_rank import (
 )
 from delora_diffusers.files.reading import (
     FORMAT_VERSION,
-    METADATA_KEY,
     adapter_path,
     check_shapes,
     check_tensors,
@@ -35,7 +34,7 @@ from delora_diffusers.files.reading import (
 )
 from delora_diffusers.methods import update
 from delora_diffusers.methods.config import AdapterConfig
-from delora_diffusers.names import WEIGHTS_NAME, is_xl
+from delora_diffusers.names import METADATA_KEY, WEIGHTS_NAME, is_xl
 from delora_diffusers.text_files import read_json
 
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"

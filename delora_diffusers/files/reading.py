@@ -14,11 +14,10 @@ from delora_diffusers.errors import LOADING_ERRORS, InputError, reason
 from delora_diffusers.methods.config import AdapterConfig
 from delora_diffusers.methods.functions import method_functions
 from delora_diffusers.methods.table import METHODS
-from delora_diffusers.names import WEIGHTS_NAME, may_be_hub_id
+from delora_diffusers.names import METADATA_KEY, WEIGHTS_NAME, may_be_hub_id
 from delora_diffusers.text_files import is_text, parse_json
 
 FORMAT_VERSION = 1
-METADATA_KEY = "delora_diffusers"
 CONTROL_PREFIX = "control_encoder."
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 MAX_HEADER_BYTES = 8 * 2**20

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from delora_diffusers.adapter.control import Control
 from delora_diffusers.adapter.tensors import Adapter
 from delora_diffusers.atomic import atomic_write
-from delora_diffusers.files.reading import CONTROL_PREFIX, FORMAT_VERSION, METADATA_KEY
-from delora_diffusers.names import WEIGHTS_NAME
+from delora_diffusers.files.reading import CONTROL_PREFIX, FORMAT_VERSION
+from delora_diffusers.names import METADATA_KEY, WEIGHTS_NAME
 
 
 def save_adapter(

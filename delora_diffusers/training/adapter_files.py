@@ -41,10 +41,12 @@ class AdapterFiles:
         """Write a subject's adapter to a folder, completely or not at all; returns the file.
 
         Args:
-            step: recorded in the file of a checkpoint.
+            step: of a checkpoint, whose file also records the mean distance ``|W' - W|_F``.
         """
         args, prompt = self.subjects[subject], self.prompts[subject]
         training = {name: getattr(args, name) for name in RECORDED_FLAGS} | {"prompt": prompt}
+        if step is not None:
+            training |= {"step": step, "distance": self.adapters["unet"].all_distances()[subject].mean().item()}
         return save_adapter(
             self.adapters["unet"],
             folder,
@@ -52,7 +54,7 @@ class AdapterFiles:
             base_model=recorded_model_name(args.pretrained_model_name_or_path),
             revision=args.revision,
             variant=args.variant,
-            training=training if step is None else training | {"step": step},
+            training=training,
             subject=subject,
             **self.parts,
         )

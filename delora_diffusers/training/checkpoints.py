@@ -97,15 +97,17 @@ def save_checkpoint(
 
 def remove_checkpoint(checkpoint: Path, keep_adapter: bool) -> None:
     """Remove a checkpoint, or only its training state; a run that is killed here leaves nothing that looks complete."""
-    if not keep_adapter:
+    if not keep_adapter or not (checkpoint / WEIGHTS_NAME).is_file():
         leftover = checkpoint.with_name(f".{checkpoint.name}.part")
         os.rename(checkpoint, leftover)
         shutil.rmtree(leftover)
         return
     # The files that mark a checkpoint from which training can continue come first.
-    for name in (CHECKPOINT_SIZES, CHECKPOINT_STATE, *(path.name for path in sorted(checkpoint.iterdir()))):
-        if name != WEIGHTS_NAME:
-            (checkpoint / name).unlink(missing_ok=True)
+    for path in (checkpoint / CHECKPOINT_SIZES, checkpoint / CHECKPOINT_STATE, *sorted(checkpoint.iterdir())):
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != WEIGHTS_NAME:
+            path.unlink(missing_ok=True)
 
 
 def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Path | None:
@@ -118,6 +120,12 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Pat
         return None
     if resume_from_checkpoint == "latest":
         checkpoint = (list_checkpoints(output_dir) or [None])[-1]
+        without_state = checkpoint_folders(output_dir)
+        if checkpoint is None and without_state:
+            raise InputError(
+                f"{without_state[-1]} contains the adapter but no training state, so training cannot continue from it; "
+                "give a new --output_dir."
+            )
     else:
         path = Path(resume_from_checkpoint)
         candidates = [p for p in (path, output_dir / path) if p.is_dir() and is_checkpoint(p)]

@@ -10,8 +10,7 @@ from data.benchmark import Benchmark, load_benchmark
 from delora_diffusers.errors import InputError
 from delora_diffusers.names import is_miniature, may_be_hub_id
 from delora_diffusers.outputs import check_writable
-from eval.benchmark.recipes import flag_values
-from eval.benchmark.tasks import TRAINING_SCRIPT
+from eval.benchmark.tasks import TRAINING_SCRIPT, flag_values
 
 DEFAULT_STEPS = {"miniature": 300, "other": 1200}
 """Of the training script, unless ``--train`` sets max_train_steps."""
@@ -25,10 +24,14 @@ def check(options: argparse.Namespace) -> None:
     Raises:
         InputError
     """
-    for flag in ("seeds", "jobs", "together", "batch_size", "images_per_prompt", "score_every"):
+    for flag in ("seeds", "jobs", "together", "batch_size", "images_per_prompt"):
         value = getattr(options, flag)
         if value is not None and value < 1:
             raise InputError(f"--{flag} is {value}; give at least 1.")
+    if options.score_every is not None and options.score_every < 0:
+        raise InputError(f"--score_every is {options.score_every}; give a number of steps, 0 for the last only.")
+    if options.class_images is not None and not options.class_images.is_dir():
+        raise InputError(f"--class_images {options.class_images} is not a folder; give one with a folder per class.")
     if options.identifier is not None and not options.identifier.strip():
         raise InputError("--identifier is empty; give a word such as sks.")
     if options.workers is not None and options.workers < 0:
@@ -60,9 +63,13 @@ def check_training_flags(options: argparse.Namespace) -> None:
     for name in SET_BY_BENCHMARK:
         if name in train:
             raise InputError(f"--train {name} differs between subjects and is set for each of them; leave it out.")
-    if options.score_every is not None:
-        if "checkpointing_steps" in train:
-            raise InputError("--train checkpointing_steps is set by --score_every; leave out one of them.")
+    number = str(train.get("num_class_images", 100))
+    if not number.isdecimal() or int(number) == 0:
+        raise InputError(f"--train num_class_images={number} is not a number of images; give a positive integer.")
+    if options.score_every:
+        for name, reason in (("checkpointing_steps", "is set by --score_every"), ("config", "may hide the steps")):
+            if name in train:
+                raise InputError(f"--train {name} {reason}; leave it out, or turn that off with --score_every 0.")
         total_steps({"train": train, "pretrained_model_name_or_path": options.pretrained_model_name_or_path})
 
 
@@ -110,7 +117,7 @@ def with_defaults(options: argparse.Namespace) -> argparse.Namespace:
     options.protocol = options.protocol or (["toybox"] if toys else ["delora"])
     options.lpips = options.lpips or ("none" if options.protocol == ["toybox"] else "alex")
     options.photographs = options.photographs or options.output_dir / "photographs"
-    options.class_images = getattr(options, "class_images", None) or options.output_dir / "class-images"
+    options.shared_class_images = getattr(options, "shared_class_images", options.output_dir / "class-images")
     return options
 
 

@@ -17,14 +17,12 @@ from data.benchmark import Benchmark, Subject, find_subjects, render_subjects
 from data.photographs import find_photographs
 from delora_diffusers.atomic import write_text
 from delora_diffusers.errors import InputError
+from delora_diffusers.image_files import list_images
 from delora_diffusers.names import is_folder_name
 from delora_diffusers.text_files import read_json
 from eval.benchmark.checks import chosen_benchmark, is_toybox, total_steps
-from eval.benchmark.recipes import flag_values, training_flags
-from eval.benchmark.tasks import (
-    ROOT,
-    images_folder,
-)
+from eval.benchmark.recipes import training_flags
+from eval.benchmark.tasks import ROOT, flag_values, images_folder
 
 PACKAGES = ("accelerate", "diffusers", "open_clip_torch", "pillow", "timm", "torch", "torchvision", "transformers")
 
@@ -36,6 +34,7 @@ class Plan:
     Attributes:
         photographs: by subject. settings: everything that the images depend on.
         class_images: folder with a folder of class images for each class; None without prior preservation.
+        gives_class_images: whether the user gave that folder; its images are used as they are.
         continues: the same run with fewer training steps, from whose checkpoints this one continues.
     """
 
@@ -44,6 +43,7 @@ class Plan:
     photographs: dict[str, list[Path]]
     settings: dict[str, Any]
     class_images: Path | None = None
+    gives_class_images: bool = False
     continues: "Plan | None" = None
 
     @property
@@ -65,12 +65,29 @@ class Plan:
         return images_folder(self.subject_folder(subject, seed), step)
 
     def class_folder(self, subject: Subject) -> Path:
-        """The folder of the subject's class images."""
+        """The folder of the subject's class images. Images of other settings are in another folder."""
         assert self.class_images is not None
         name = subject.class_name
         if not is_folder_name(name):
-            name = f"class-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
-        return self.class_images / name
+            name = f"class-{_digest(name.encode())}"
+        if self.gives_class_images:
+            return self.class_images / name
+        settings = json.dumps(self.class_generation(), sort_keys=True, default=str)
+        return self.class_images / _digest(settings.encode()) / name
+
+    def class_generation(self) -> dict[str, object]:
+        """The flags of ``generate`` for class images."""
+        train, generate = self.settings["train"], self.settings["generate"]
+        return {
+            "pretrained_model_name_or_path": self.settings["pretrained_model_name_or_path"],
+            "revision": train.get("revision"),
+            "variant": train.get("variant"),
+            "num_images": train.get("num_class_images", 100),
+            "resolution": train.get("resolution"),
+            "mixed_precision": train.get("mixed_precision"),
+            "num_inference_steps": train.get("validation_inference_steps"),
+            "batch_size": train.get("sample_batch_size", generate.get("batch_size")),
+        }
 
     def base_folder(self, seed: int) -> Path:
         return self.folder / f"seed-{seed}" / ".base"
@@ -113,12 +130,32 @@ def make_plan(options: argparse.Namespace) -> Plan:
         "generate": flag_values(options.generate, "--generate"),
         "seeds": options.seeds,
     }
-    if options.score_every is not None:
+    if options.score_every:
         settings["score_every"] = options.score_every
     if options.generated_dir is not None:
         settings |= {"generated_dir": str(options.generated_dir), "method": "none"}
     prior = settings["method"] != "none" and settings["train"].get("with_prior_preservation")
-    return Plan(benchmark, options.output_dir, photographs, settings, options.class_images if prior else None)
+    class_images = (options.class_images or options.shared_class_images) if prior else None
+    plan = Plan(benchmark, options.output_dir, photographs, settings, class_images, options.class_images is not None)
+    if plan.gives_class_images:
+        check_class_images(plan)
+    return plan
+
+
+def check_class_images(plan: Plan) -> None:
+    """Reject a folder of class images that lacks images of a class.
+
+    Raises:
+        InputError
+    """
+    wanted = int(str(plan.class_generation()["num_images"]))
+    for subject in plan.benchmark.subjects if plan.class_images is not None else ():
+        folder = plan.class_folder(subject)
+        count = len(list_images(folder)) if folder.is_dir() else 0
+        if count < wanted:
+            raise InputError(
+                f"{folder} has {count} class images instead of {wanted}; add images, or lower num_class_images."
+            )
 
 
 def _content(paths: Sequence[Path]) -> str:
@@ -126,6 +163,10 @@ def _content(paths: Sequence[Path]) -> str:
     for path in paths:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:12]
 
 
 def write_settings(plan: Plan, options: argparse.Namespace) -> None:
@@ -144,8 +185,8 @@ def write_settings(plan: Plan, options: argparse.Namespace) -> None:
         if not isinstance(recorded, dict) or not {"made", "starts"} <= recorded.keys():
             raise InputError(f"{file} is damaged; restore it, or give a new --output_dir.")
         starts = recorded["starts"]
-        for name, value in settings.items():
-            old = recorded["made"].get(name)
+        for name in {**recorded["made"], **settings}:
+            old, value = recorded["made"].get(name), settings.get(name)
             if name == "photographs":
                 changed = [subject for subject in value if old.get(subject, value[subject]) != value[subject]]
                 if changed:
@@ -155,8 +196,7 @@ def write_settings(plan: Plan, options: argparse.Namespace) -> None:
                 settings[name] = old | value
             elif name != "seeds" and old != value:
                 raise InputError(
-                    f"{plan.folder} was created with {name} {json.dumps(old)}, not {json.dumps(value)}; give another "
-                    "--output_dir."
+                    f"{plan.folder} was created {_difference(name, old, value)}; give another --output_dir."
                 )
     elif plan.folder.is_dir() and any(path.name != "photographs" for path in plan.folder.iterdir()):
         raise InputError(f"--output_dir {plan.folder} already contains something else; give a new folder.")
@@ -165,6 +205,17 @@ def write_settings(plan: Plan, options: argparse.Namespace) -> None:
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     starts.append({"started": now, "git_commit": git_commit(), "versions": versions(), "command": sys.argv[1:]})
     write_text(file, json.dumps({"made": settings, "scored": scoring, "starts": starts}, indent=2) + "\n")
+
+
+def _difference(name: str, old: Any, new: Any) -> str:
+    """``with rank "4", not "8"``; of two dictionaries only the first entry that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        key = next(key for key in {**old, **new} if old.get(key) != new.get(key))
+        return _difference(f"{name} {key}", old.get(key), new.get(key))
+    before, now = (json.dumps(value)[:80] for value in (old, new))
+    if old is None:
+        return f"without {name}, not with {now}"
+    return f"with {name} {before}, not {'without' if new is None else now}"
 
 
 def versions() -> dict[str, str]:

@@ -2,9 +2,9 @@
 
 import argparse
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-from delora_diffusers.errors import InputError
+from eval.benchmark.tasks import flag_values
 
 Flags = Mapping[str, object]
 
@@ -56,29 +56,16 @@ MAPS = {
             "mixed_precision": "bf16",  # DeLoRA, section 3.2
         },
         generate={"scheduler": "ddim", "num_inference_steps": 50, "guidance_scale": 9},  # OFT's control code
-        train_by_method={"oft": {"coft_eps": 6e-5}},
     )
 }
 NAMES = tuple(SUBJECTS)
 
 
-def flag_values(words: Sequence[str], flag: str) -> dict[str, object]:
-    """``rank=16 center_crop`` as flags and values; ``center_crop=false`` is False, which leaves a switch out.
-
-    Raises:
-        InputError: a word is not FLAG=VALUE.
-    """
-    values: dict[str, object] = {}
-    for word in words:
-        name, equals, value = word.lstrip("-").partition("=")
-        if not name.isidentifier():
-            raise InputError(f"{flag} {word} is not FLAG=VALUE; give for example {flag} seed=1.")
-        values[name] = {"true": True, "false": False}.get(value, value) if equals else True
-    return values
-
-
 def with_recipe(options: argparse.Namespace, recipes: Mapping[str, Recipe] = SUBJECTS) -> argparse.Namespace:
     """The options with the defaults of ``--recipe`` where they were not given.
+
+    Existing images (``--generated_dir``) are neither trained for nor generated. The study ``prolonged`` is about what
+    becomes of long trainings, so its images are those of the last step and not of the best.
 
     Raises:
         InputError: a word of ``--train`` or ``--generate`` is not FLAG=VALUE.
@@ -86,7 +73,10 @@ def with_recipe(options: argparse.Namespace, recipes: Mapping[str, Recipe] = SUB
     if options.recipe is None:
         return options
     options, recipe = argparse.Namespace(**vars(options)), recipes[options.recipe]
-    for flag in ("train", "generate"):
+    existing = getattr(options, "generated_dir", None) is not None
+    if existing or getattr(options, "name", None) == "prolonged":
+        recipe = dataclasses.replace(recipe, score_every=None)
+    for flag in () if existing else ("train", "generate"):
         given = flag_values(getattr(options, flag), f"--{flag}")
         defaults = [f"{name}={_word(v)}" for name, v in getattr(recipe, flag).items() if name not in given]
         setattr(options, flag, [*defaults, *getattr(options, flag)])

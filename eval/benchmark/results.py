@@ -152,6 +152,12 @@ def _weights(subjects: pd.DataFrame, name: str) -> pd.Series:
     return subjects["pictures"]
 
 
+def mean(subjects: pd.DataFrame, name: str) -> float:
+    """The mean of a score that every row has, over all pairs (or images) of all subjects."""
+    weights = _weights(subjects, name)
+    return float((weights * subjects[name]).sum() / weights.sum())
+
+
 def mean_and_interval(subjects: pd.DataFrame, name: str) -> dict[str, Any] | None:
     """Mean over all pairs (or images) of all subjects, and its 95% bootstrap interval over subjects.
 

@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Protocol
 
 from tqdm.auto import tqdm
 
-from delora_diffusers.errors import printable
+from delora_diffusers.errors import InputError, printable
 from delora_diffusers.locking import locked_folder
 from eval.benchmark.plan import Plan
 from eval.benchmark.schedule import class_image_tasks, tasks_of_all
@@ -82,7 +82,10 @@ def run_tasks(
         problem = None
         with locked_folder(task.folder, wait=True) as lock, (task.folder / "log.txt").open("ab") as log:
             for step in task.steps:
-                command = None if step.is_done() else step.command()
+                try:
+                    command = None if step.is_done() else step.command()
+                except InputError as error:
+                    problem, command = problem or str(error), None
                 if command is None:
                     continue
                 process, wait = start(command, log, environment, lock)

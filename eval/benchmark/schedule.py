@@ -12,17 +12,9 @@ def class_image_tasks(plans: Sequence[Plan]) -> list[Task]:
     """The tasks that generate the class images that are missing, each class once."""
     missing: dict[Path, ClassImages] = {}
     for plan in plans:
-        for subject in plan.benchmark.subjects if plan.class_images is not None else ():
-            train, generate = plan.settings["train"], plan.settings["generate"]
-            generation = {
-                "pretrained_model_name_or_path": plan.settings["pretrained_model_name_or_path"],
-                "num_images": train.get("num_class_images", 100),
-                "resolution": train.get("resolution"),
-                "mixed_precision": train.get("mixed_precision"),
-                "num_inference_steps": train.get("validation_inference_steps"),
-                "batch_size": train.get("sample_batch_size", generate.get("batch_size")),
-            }
-            images = ClassImages(plan.class_folder(subject), plan.benchmark.class_prompt(subject), generation)
+        for subject in () if plan.class_images is None or plan.gives_class_images else plan.benchmark.subjects:
+            prompt = plan.benchmark.class_prompt(subject)
+            images = ClassImages(plan.class_folder(subject), prompt, plan.class_generation())
             if not images.is_done():
                 missing[images.folder] = images
     return [images.task() for images in missing.values()]

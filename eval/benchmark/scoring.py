@@ -18,7 +18,7 @@ from delora_diffusers.errors import InputError
 from eval.benchmark.checks import total_steps
 from eval.benchmark.collect import ByStep, collect
 from eval.benchmark.plan import Plan
-from eval.benchmark.results import LpipsScores, SubjectImages, score_subject, summarize
+from eval.benchmark.results import LpipsScores, SubjectImages, mean, score_subject, summarize
 from eval.metrics.embedding import embed
 from eval.metrics.encoders import Encoders, load_encoders
 from eval.metrics.lpips import Perceptual, perceptual_scores
@@ -87,12 +87,18 @@ def score(
     features = encode(plan, options, accelerator, collected, failed, models)
     if features is None:
         return None
+    paired = {
+        name: {step: pair_as_oft(of_step) for step, of_step in collected.items()}
+        if PROTOCOLS[name].pairs_by_name
+        else collected
+        for name in models.encoders
+    }
     means = {
         step: {
-            name: _means(score_protocol(plan.benchmark, images, name, features[name], encoders))
+            name: _means(score_protocol(plan.benchmark, paired[name][step], name, features[name], encoders))
             for name, encoders in models.encoders.items()
         }
-        for step, images in collected.items()
+        for step in collected
     }
     best = max(means, key=lambda step: means[step][options.protocol[0]][options.keep_best_by])
     summary: dict[str, Any] = {"benchmark": plan.benchmark.name, "method": plan.settings["method"], "failed": failed}
@@ -106,7 +112,7 @@ def score(
         }
     lpips = LpipsCache(models.perceptual)
     tables = {
-        name: score_protocol(plan.benchmark, collected[best], name, features[name], encoders, lpips)
+        name: score_protocol(plan.benchmark, paired[name][best], name, features[name], encoders, lpips)
         for name, encoders in models.encoders.items()
     }
     summary["protocols"] = {
@@ -204,8 +210,6 @@ def score_protocol(
     Args:
         collected: the images of all subjects and seeds. lpips: None to leave LPIPS out.
     """
-    if PROTOCOLS[protocol].pairs_by_name:
-        collected = pair_as_oft(collected)
     prompts = list(dict.fromkeys(prompt for images in collected for prompt in images.prompts))
     texts = dict(zip(prompts, encoders.clip.encode_texts(prompts).cpu()))
     lpips = lpips or LpipsCache(None)
@@ -222,8 +226,15 @@ def score_protocol(
 
 
 def pair_as_oft(collected: Sequence[SubjectImages]) -> list[SubjectImages]:
-    """The images as OFT's script pairs them: see ``eval.metrics.pairing``."""
+    """The images as OFT's script pairs them (see ``eval.metrics.pairing``), without subjects that have black ones only.
+
+    Raises:
+        InputError: all images are black.
+    """
     visible = [images.without({path for path in images.images if is_black(path)}) for images in collected]
+    visible = [images for images in visible if images.images]
+    if not visible:
+        raise InputError("all images are black, so protocol oft has nothing to score; use protocol delora.")
     paired = []
     for images in visible:
         others = [
@@ -239,8 +250,7 @@ def pair_as_oft(collected: Sequence[SubjectImages]) -> list[SubjectImages]:
 
 def _means(scored: Scored) -> dict[str, float]:
     """The means of the scores over all pairs (or images) of all subjects and seeds."""
-    scores = summarize(scored.subjects, scored.images)["scores"]
-    return {name: scores[name]["mean"] for name in ("dino", "clip_i", "clip_t")}
+    return {name: mean(scored.subjects, name) for name in ("dino", "clip_i", "clip_t")}
 
 
 def _templates(benchmark: Benchmark) -> dict[tuple[str, str], str]:

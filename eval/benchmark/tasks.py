@@ -52,7 +52,16 @@ class SubjectRun:
         return [*early, (self.adapter, images_folder(self.folder))]
 
     def is_trained(self) -> bool:
-        return all(adapter is None or (adapter / WEIGHTS_NAME).is_file() for adapter, _ in self.images())
+        return not self.missing_adapters()
+
+    def missing_adapters(self) -> list[Path]:
+        """The adapters that do not exist and whose images are not complete; the finished run's always counts."""
+        return [
+            adapter
+            for adapter, folder in self.images()
+            if adapter is not None and not (adapter / WEIGHTS_NAME).is_file()
+            if adapter == self.adapter or not images_are_complete(folder, self.prompts)
+        ]
 
     def is_done(self) -> bool:
         return self.is_trained() and all(images_are_complete(folder, self.prompts) for _, folder in self.images())
@@ -114,6 +123,15 @@ class SubjectCommands:
     continues: Path | None = None
 
     def train(self) -> Sequence[str]:
+        """The training command.
+
+        Raises:
+            InputError: a training is finished, but an adapter of one of its checkpoints was removed.
+        """
+        for run in self.runs:
+            missing = run.missing_adapters()
+            if missing and run.adapter not in missing:
+                raise InputError(f"{missing[0]} has no adapter any more; remove {run.folder} to train it again.")
         name = "adapter" if len(self.runs) == 1 else "training"
         shorter = []
         if self.continues is not None and not list_checkpoints(self.folder / name):
@@ -134,7 +152,12 @@ class SubjectCommands:
         trained = [run for run in self.runs if run.is_trained()]
         if not trained:
             return None
-        requests = [(run, adapter, folder) for run in trained for adapter, folder in run.images()]
+        requests = [
+            (run, adapter, folder)
+            for run in trained
+            for adapter, folder in run.images()
+            if adapter is None or (adapter / WEIGHTS_NAME).is_file()
+        ]
         if len(requests) == 1:
             ((run, adapter, folder),) = requests
             arguments = {"adapter": adapter, "seed": run.seed, "output_dir": folder}
@@ -157,6 +180,21 @@ def in_order(tasks: Sequence[Task]) -> Task:
     """One task that runs several in order; their output goes to the log of the last."""
     results = [result for task in tasks for result in task.results]
     return Task(tasks[-1].folder, results, [step for task in tasks for step in task.steps])
+
+
+def flag_values(words: Sequence[str], flag: str) -> dict[str, object]:
+    """``rank=16 center_crop`` as flags and values; ``center_crop=false`` is False, which leaves a switch out.
+
+    Raises:
+        InputError: a word is not FLAG=VALUE.
+    """
+    values: dict[str, object] = {}
+    for word in words:
+        name, equals, value = word.lstrip("-").partition("=")
+        if not name.isidentifier():
+            raise InputError(f"{flag} {word} is not FLAG=VALUE; give for example {flag} seed=1.")
+        values[name] = {"true": True, "false": False}.get(value, value) if equals else True
+    return values
 
 
 def flags(values: Mapping[str, object]) -> list[str]:

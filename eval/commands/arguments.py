@@ -55,10 +55,16 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--identifier", help="word that stands for the subject, instead of the benchmark's")
     group.add_argument("--images_per_prompt", type=int, help="instead of the benchmark's number")
     group.add_argument(
-        "--score_every", type=int, metavar="STEPS", help="score after every N training steps and keep the best"
+        "--score_every",
+        type=int,
+        metavar="STEPS",
+        help="score after every N steps, keep the best; 0: the last",
     )
     group.add_argument(
         "--keep_best_by", choices=("dino", "clip_i", "clip_t"), default="dino", help="default: dino, the highest mean"
+    )
+    group.add_argument(
+        "--class_images", type=Path, help="folder with a folder of class images per class; generated if omitted"
     )
     group.add_argument("--seeds", type=int, default=1, help="number of trainings per subject, with seeds 0, 1, ...")
     group.add_argument("--subjects", nargs="+", help="run only these subjects")

@@ -35,6 +35,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_study_flags(options: argparse.Namespace) -> None:
+    """Reject flags that a study does not use.
+
+    Raises:
+        InputError
+    """
+    of_subjects = ("identifier", "images_per_prompt", "score_every", "class_images", "protocol", "subjects")
+    if options.name == "ablation-maps":
+        given = [name for name in of_subjects if getattr(options, name) is not None]
+        if given:
+            raise InputError(f"--{given[0]} applies to studies of subjects, not to ablation-maps; leave it out.")
+    if options.name == "prolonged" and options.score_every:
+        raise InputError("--score_every keeps the best step, but prolonged shows how long trainings end; leave it out.")
+
+
 def run(options: argparse.Namespace) -> None:
     for multiplier in options.multipliers or ():
         if not 0 < multiplier < math.inf:
@@ -42,6 +57,7 @@ def run(options: argparse.Namespace) -> None:
 
     from eval.study import comparison, curves, maps, norms, trials  # imports torch
 
+    check_study_flags(options)
     if options.name != "ablation-maps":
         options = with_recipe(options)
     if options.name == "norms":

@@ -59,11 +59,13 @@ class Encoder:
 
     Attributes:
         transform: the preprocessing, on which the features depend.
+        norm_eps: the epsilon of the LayerNorms, if it is not the model's own.
         view: the part of it that is done to an image in a worker process; ``encode`` takes a batch of its results.
     """
 
     model: Any
     transform: Any
+    norm_eps: float | None = None
     view: Callable[[Image.Image], Tensor]
 
     def __init__(self, device: torch.device | str, precision: str):
@@ -86,6 +88,8 @@ class Encoder:
             hashes = pool.map(content_hash, [tensor for _, tensor in weights])
         contents = [(name, content) for (name, _), content in zip(weights, hashes)]
         described = f"{type(self).__name__} {self.dtype} {self.transform} {contents}"
+        if self.norm_eps is not None:
+            described += f" {self.norm_eps}"
         return hashlib.sha256(described.encode()).hexdigest()[:16]
 
     def encode(self, batch: Tensor) -> Tensor:
@@ -112,12 +116,15 @@ class DinoEncoder(Encoder):
         kind: see ``Protocol.dino_transform``.
         device: where to run.
         precision: ``fp32`` or ``bf16``; features are float32.
+        norm_eps: see ``Protocol.dino_norm_eps``.
 
     Raises:
         InputError: the model cannot be loaded.
     """
 
-    def __init__(self, name: str, kind: str, device: torch.device | str, precision: str = "fp32"):
+    def __init__(
+        self, name: str, kind: str, device: torch.device | str, precision: str = "fp32", norm_eps: float | None = None
+    ):
         super().__init__(device, precision)
         import timm
 
@@ -126,6 +133,10 @@ class DinoEncoder(Encoder):
             self.model = timm.create_model(name, pretrained=True, num_classes=0).eval().to(device, self.dtype)
         except LOADING_ERRORS as error:
             raise InputError(_load_error("--dino", name, error)) from error
+        for module in self.model.modules():
+            if norm_eps is not None and isinstance(module, torch.nn.LayerNorm):
+                module.eps = norm_eps
+        self.norm_eps = norm_eps
         self.transform = dino_transform(kind, self.model.pretrained_cfg["input_size"][-1])
         self.view = functools.partial(view, self.transform)
 
@@ -241,7 +252,7 @@ def load_encoders(
     """
     dino_name, clip_name = dino or protocol.dino, clip or protocol.clip
     return Encoders(
-        DinoEncoder(dino_name, protocol.dino_transform, device, precision),
+        DinoEncoder(dino_name, protocol.dino_transform, device, precision, protocol.dino_norm_eps),
         ClipEncoder(clip_name, protocol.clip_pretrained, device, protocol.clip_crop, precision),
         dino_name,
         clip_name,

@@ -86,7 +86,7 @@ def photo_of_each(generated: Generated, references: Sequence[Photo]) -> list[Pat
 
 
 def drift_pairs(drift: Generated, base: Generated) -> list[tuple[Path, Path]]:
-    """Each image and the base model's image for the same prompt and seed.
+    """Each image and the base model's image for the same prompt, in order.
 
     Raises:
         InputError: the base model has other prompts, or another number of images of a prompt.

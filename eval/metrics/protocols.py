@@ -29,6 +29,7 @@ class Protocol:
         clip_crop: how CLIP's centre crop rounds an odd margin: ``"floor"`` as in the processor of transformers,
             ``"torchvision"`` as in OpenAI's code.
         source: who defined the protocol.
+        dino_norm_eps: the epsilon of DINO's LayerNorms; None for the model's own.
         pairs_by_name: whether photos are also compared with the images of subjects whose name ends like theirs, and
             black images are skipped; see ``eval.metrics.pairing``.
     """
@@ -40,6 +41,7 @@ class Protocol:
     clip_pretrained: str | None
     clip_crop: str
     source: str
+    dino_norm_eps: float | None = None
     pairs_by_name: bool = False
 
     def same_encoders(self, other: "Protocol") -> bool:
@@ -57,6 +59,7 @@ DELORA = Protocol(
     clip_pretrained="openai",
     clip_crop="floor",
     source="OFT's evaluation, used by ETHER and DeLoRA: mean cosine over all (reference, generated) pairs",
+    dino_norm_eps=1e-12,  # as transformers has it in facebook/dino-vits16; the DINO repository and timm have 1e-6
 )
 PROTOCOLS = {
     protocol.name: protocol

@@ -9,14 +9,12 @@ import pandas as pd
 
 from delora_diffusers.atomic import write_text
 from delora_diffusers.names import METADATA_NAME
-from delora_diffusers.text_files import read_json
-from eval.benchmark.plan import Plan
 from eval.benchmark.results import bootstrap_interval, mean_and_interval, paired_differences
 from eval.benchmark.tables import markdown
 from eval.metrics.generated import read_generated
 from eval.study import figures
 from eval.study.settings import Study
-from eval.study.trials import Trial
+from eval.study.trials import Trial, kept_step
 
 PAIRED_SCORES = (("dino", "DINO"), ("clip_t", "CLIP-T"))
 
@@ -57,6 +55,8 @@ def tabulate(rows: pd.DataFrame) -> pd.DataFrame:
             row |= {name: interval["mean"], f"{name}_low": interval["low"], f"{name}_high": interval["high"]}
         means: Any = group.groupby("seed")["dino"].mean()
         row["dino_sd"] = means.std() if len(means) > 1 else None
+        if "step" in group:
+            row["step"] = group["step"].iloc[0]
         table.append(row)
     return pd.DataFrame(table)
 
@@ -98,8 +98,10 @@ def means(table: pd.DataFrame, axis: str | None) -> tuple[list[str], list[list[s
         spread = "" if pd.isna(record["dino_sd"]) else f" ± {record['dino_sd']:.3f}"
         dino = f"{record['dino']:.3f} [{record['dino_low']:.3f}, {record['dino_high']:.3f}]{spread}"
         cells = [str(record["label"]), *([] if axis is None else [f"{record['x']:g}"])]
+        cells += [f"{record['step']:g}"] if "step" in record else []
         rows.append([*cells, dino, f"{record['clip_t']:.3f}", f"{record['distance']:.3g}"])
-    return ["", *([] if axis is None else [axis]), "DINO", "CLIP-T", "distance"], rows
+    steps = ["steps"] if "step" in table else []
+    return ["", *([] if axis is None else [axis]), *steps, "DINO", "CLIP-T", "distance"], rows
 
 
 def against_the_default(rows: pd.DataFrame, study: Study) -> list[str]:
@@ -150,13 +152,6 @@ def ratio(rows: pd.DataFrame, reference: pd.DataFrame) -> str:
         return ""
     low, high = bootstrap_interval(np.ones(len(differences)), differences)
     return f"{np.exp(differences.mean()):.2f} [{np.exp(low):.2f}, {np.exp(high):.2f}]"
-
-
-def kept_step(plan: Plan) -> int | None:
-    """The training step whose images were scored; None if it is the last."""
-    file = plan.folder / "summary.json"
-    step = read_json(file).get("step") if file.is_file() else None
-    return step if step in plan.steps else None
 
 
 def write_images(path: Path, axis: str | None, trials: Sequence[Trial]) -> None:

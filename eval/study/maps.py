@@ -21,13 +21,13 @@ from delora_diffusers.json_lines import GENERATED_FROM_MAPS, read_json_lines
 from delora_diffusers.names import METADATA_NAME, WEIGHTS_NAME
 from delora_diffusers.text_files import read_json
 from eval.benchmark.checks import check_base_model
-from eval.benchmark.recipes import MAPS, flag_values, training_flags, with_recipe
+from eval.benchmark.recipes import MAPS, training_flags, with_recipe
 from eval.benchmark.run import run_on_all, start_accelerator
 from eval.benchmark.tables import markdown
-from eval.benchmark.tasks import ROOT, Step, Task, flags, images_are_complete
+from eval.benchmark.tasks import ROOT, Step, Task, flag_values, flags, images_are_complete
 from eval.study import figures
 from eval.study.settings import Setting, ablation
-from eval.study.trials import check_not_varied, exclusive, finish, last_distance, write_rows
+from eval.study.trials import check_not_varied, distance_of, exclusive, finish, write_rows
 
 TRAINING_SCRIPT = ROOT / "train_controlnet_map2img.py"
 PAIRS, TEST_MAPS = 4000, 200
@@ -192,7 +192,7 @@ def gather(runs: Sequence[MapRun], failed: dict[str, str]) -> pd.DataFrame:
             result = read_json(run.scores)
             row: dict[str, Any] = {"label": run.setting.label, "method": run.setting.method, "seed": run.seed}
             row |= result["scores"] | {f"real_{name}": value for name, value in (result["real"] or {}).items()}
-            rows.append(row | {"distance": last_distance(run.folder / "adapter")})
+            rows.append(row | {"distance": distance_of(run.folder / "adapter")})
     if not rows:
         raise InputError(f"no row finished; the first problem: {next(iter(failed.values()), 'none')}")
     return pd.DataFrame(rows)

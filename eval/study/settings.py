@@ -107,6 +107,7 @@ def ablation(methods: Sequence[str] | None, multipliers: Sequence[float], maps: 
     """From LoRA to DeLoRA and from ETHER+ to DeLoRA, one change per row (the paper's tables 1 and 2).
 
     Args:
+        methods: the rows of these methods; a method without a row in the tables gets one at the end.
         maps: whether the learning rates are those for semantic maps.
     """
     rows = (
@@ -118,9 +119,10 @@ def ablation(methods: Sequence[str] | None, multipliers: Sequence[float], maps: 
         ("asymmetric: lambda/r (B X A - D P C) W", "delora_multiplicative", {}),
         ("DeLoRA", "delora", {}),
     )
+    others = [method for method in methods or () if method not in {method for _, method, _ in rows}]
     return [
         Setting(label, None, method, {"learning_rate": METHODS[method].default_rate(maps)} | train)
-        for label, method, train in rows
+        for label, method, train in (*rows, *((METHODS[method].title, method, {}) for method in others))
         if methods is None or method in methods
     ]
 

@@ -13,18 +13,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
+from safetensors import safe_open
 
 from data.benchmark import render_subjects
 from delora_diffusers.atomic import atomic_write
 from delora_diffusers.errors import InputError
 from delora_diffusers.locking import locked_folder
-from delora_diffusers.names import CONFIG_NAME
-from delora_diffusers.text_files import read_json
+from delora_diffusers.names import CHECKPOINT_PREFIX, CONFIG_NAME, METADATA_KEY, WEIGHTS_NAME
+from delora_diffusers.text_files import parse_json, read_json
 from eval.benchmark import scoring
 from eval.benchmark.checks import check, check_base_model, chosen_benchmark, is_toybox, total_steps, with_defaults
 from eval.benchmark.plan import Plan, make_plan, write_settings
-from eval.benchmark.recipes import flag_values
 from eval.benchmark.run import exit_with_failures, run_plans
+from eval.benchmark.tasks import flag_values
 from eval.study.settings import Setting
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def plan_trials(options: argparse.Namespace, settings: Sequence[Setting]) -> lis
     if options.photographs is None and is_toybox(benchmark):
         options.photographs = options.output_dir / "photographs"
         render_subjects(benchmark, options.photographs)
-    options.class_images = options.output_dir / "class-images"
+    options.shared_class_images = options.output_dir / "class-images"
     trials: list[Trial] = []
     for setting in settings:
         trial_options = copy.copy(options)
@@ -95,7 +96,7 @@ def check_not_varied(options: argparse.Namespace, settings: Sequence[Setting]) -
 def continues(shorter: Setting, setting: Setting, options: argparse.Namespace) -> bool:
     """Whether a training can continue a shorter one: the rate must not depend on the total number of steps, and a
     training that is scored along the way has all of its own checkpoints."""
-    if options.score_every is not None:
+    if options.score_every:
         return False
     without_steps = [dataclasses.replace(s, x=None, train=s.train | {"steps": 0}) for s in (shorter, setting)]
     schedule = flag_values(options.train, "--train").get("lr_scheduler", "constant")
@@ -135,7 +136,7 @@ def run_trials(accelerator: "Accelerator", options: argparse.Namespace, trials: 
 
 
 def gather(trials: Sequence[Trial], failed: dict[str, str]) -> pd.DataFrame:
-    """A row per setting, subject, seed and protocol: scores, and the distance at the end of training.
+    """A row per setting, subject, seed and protocol: scores, and the distance at the step that was scored.
 
     Raises:
         InputError: nothing was scored; gives the first problem of ``failed``.
@@ -149,8 +150,9 @@ def gather(trials: Sequence[Trial], failed: dict[str, str]) -> pd.DataFrame:
         rows.insert(0, "label", trial.setting.label)
         rows.insert(1, "x", trial.setting.x)
         rows.insert(2, "method", trial.setting.method)
+        step = kept_step(trial.plan)
         rows["distance"] = [
-            last_distance(trial.plan.folder / f"seed-{seed}" / str(subject) / "adapter")
+            distance_of(trial.plan.folder / f"seed-{seed}" / str(subject) / "adapter", step)
             for seed, subject in zip(rows["seed"], rows["subject"])
         ]
         tables.append(rows)
@@ -160,8 +162,22 @@ def gather(trials: Sequence[Trial], failed: dict[str, str]) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def last_distance(adapter: Path) -> float | None:
-    """The mean distance ``|W' - W|_F`` at the end of training; None if it was not recorded."""
+def kept_step(plan: Plan) -> int | None:
+    """The training step whose images were scored; None if it is the last."""
+    file = plan.folder / "summary.json"
+    step = read_json(file).get("step") if file.is_file() else None
+    return step if step in plan.steps else None
+
+
+def distance_of(adapter: Path, step: int | None = None) -> float | None:
+    """The mean distance ``|W' - W|_F`` at a checkpoint, or at the end of training; None if it was not recorded."""
+    if step is not None:
+        file = adapter / f"{CHECKPOINT_PREFIX}{step}" / WEIGHTS_NAME
+        if not file.is_file():
+            return None
+        with safe_open(file, framework="np") as opened:
+            header = parse_json(opened.metadata()[METADATA_KEY])
+        return header.get("training", {}).get("distance")
     file = adapter / CONFIG_NAME
     return read_json(file).get("reached", {}).get("distance") if file.is_file() else None
 

@@ -16,10 +16,10 @@ from PIL import Image
 from data.benchmark import load_benchmark
 from delora_diffusers.errors import InputError
 from eval.__main__ import main
-from eval.benchmark.recipes import flag_values
 from eval.benchmark.results import bootstrap_interval, mean_and_interval, paired_differences, summarize
 from eval.benchmark.run import child_environment
 from eval.benchmark.tables import latex, markdown, seed_rows
+from eval.benchmark.tasks import flag_values
 from tests.helpers import ROOT, write_photos
 
 PHOTOS = ROOT.parent / "shared" / "photos" / "dreambooth"
@@ -80,6 +80,9 @@ def pairwise(benchmark: Path, photos: Path, generated: Path, tiny_scorers: Path)
     from torchvision import transforms
 
     dino = timm.create_model(f"local-dir:{tiny_scorers / 'dino'}", pretrained=True, num_classes=0).eval()
+    for module in dino.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = 1e-12  # as transformers has it in facebook/dino-vits16, which OFT's script loads
     clip, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tiny_scorers / 'clip'}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{tiny_scorers / 'clip'}")
     clip.eval()

@@ -123,14 +123,16 @@ def test_lpips_equals_torchmetrics_pair_by_pair(tmp_path, monkeypatch):
         small.resize((120, 90), Image.Resampling.BICUBIC).save(tmp_path / f"{number}.png")
         paths.append(tmp_path / f"{number}.png")
     perceptual = Perceptual("alex", "cpu", side=96)
-    to_photos, diversity = perceptual_scores(perceptual, [paths[:2], paths[2:3]], paths[3:])
+    scores = perceptual_scores(perceptual, [paths[:2], paths[2:3]], paths[3:], others=paths[1:3])
 
     def distance(a, b):
         batches = [perceptual.transform(Image.open(path))[None] * 2 - 1 for path in (a, b)]
         return float(reference(*batches, net_type="alex"))
 
-    for group, values in zip((paths[:2], paths[2:3]), to_photos):
+    for group, values in zip((paths[:2], paths[2:3]), scores.to_photos):
         expected = [np.mean([distance(path, other) for other in paths[3:]]) for path in group]
         np.testing.assert_allclose(values, expected, atol=1e-6)
-    assert diversity[0] == pytest.approx(distance(paths[0], paths[1]), abs=1e-6)
-    assert diversity[1] is None
+    assert scores.diversity[0] == pytest.approx(distance(paths[0], paths[1]), abs=1e-6)
+    assert scores.diversity[1] is None
+    expected = [np.mean([distance(path, other) for other in paths[3:]]) for path in paths[1:3]]
+    np.testing.assert_allclose(scores.of_others, expected, atol=1e-6)

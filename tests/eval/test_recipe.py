@@ -1,6 +1,7 @@
 """The paper's recipe: the flags it sets, class images that are shared, and a run that is killed and continued."""
 
 import argparse
+import dataclasses
 import json
 import os
 import signal
@@ -14,10 +15,11 @@ import pytest
 
 from data.benchmark import load_benchmark
 from delora_diffusers import InputError
-from eval.benchmark.checks import check
+from eval.benchmark.checks import check, with_defaults
+from eval.benchmark.plan import make_plan, write_settings
 from eval.benchmark.recipes import MAPS, training_flags, with_recipe
 from eval.benchmark.schedule import class_image_tasks, tasks
-from eval.commands.study import add_arguments
+from eval.commands.study import add_arguments, check_study_flags
 from eval.study.settings import at_rate
 from eval.study.trials import plan_trials
 from tests.helpers import ROOT, write_photos
@@ -98,14 +100,53 @@ def test_flags_that_the_benchmark_sets_are_refused(paper):
     options.generated_dir = None
     for words, message in (
         (["class_prompt=a dog"], "--train class_prompt differs between subjects"),
-        (["checkpointing_steps=100"], "--train checkpointing_steps is set by --score_every"),
+        (["checkpointing_steps=100"], "--train checkpointing_steps is set by --score_every; leave it out"),
+        (["config=flags.yaml"], "--train config may hide the steps"),
+        (["num_class_images=0"], "num_class_images=0 is not a number of images"),
         (["max_train_steps=many"], "max_train_steps=many is not a number of steps"),
     ):
         changed = argparse.Namespace(**vars(options) | {"train": words})
         with pytest.raises(InputError, match=message):
             check(changed)
-    with pytest.raises(InputError, match="--score_every is 0; give at least 1"):
-        check(argparse.Namespace(**vars(options) | {"score_every": 0}))
+    with pytest.raises(InputError, match="--score_every is -1; give a number of steps, 0 for the last only"):
+        check(argparse.Namespace(**vars(options) | {"score_every": -1}))
+
+
+def test_the_recipe_where_it_does_not_apply(tmp_path):
+    words = ["--recipe", "paper", "--output_dir", tmp_path]
+    assert with_recipe(parse("prolonged", *words)).score_every is None, "its images are those of the last step"
+    options = with_recipe(argparse.Namespace(**vars(parse("lr", *words)) | {"generated_dir": tmp_path}))
+    assert not options.train and not options.generate and options.identifier == "qwe"
+    for name, flag in (("ablation-maps", "--identifier sks"), ("prolonged", "--score_every 5")):
+        with pytest.raises(InputError, match=flag.split()[0]):
+            check_study_flags(parse(name, "--output_dir", tmp_path, *flag.split()))
+
+
+def test_a_run_with_other_settings_is_refused_in_plain_words(paper):
+    options, (plan, _) = paper
+    changed = plan.settings | {"train": plan.settings["train"] | {"rank": "8"}}
+    write_settings(plan, with_defaults(options))
+    for settings, message in (
+        (changed, 'was created without train rank, not with "8"'),
+        ({name: v for name, v in plan.settings.items() if name != "score_every"}, "with score_every 200, not without"),
+    ):
+        with pytest.raises(InputError, match=message):
+            write_settings(dataclasses.replace(plan, settings=settings), with_defaults(options))
+
+
+def test_class_images_of_the_user(paper, tmp_path):
+    options, plans = paper
+    given = tmp_path / "given"
+    for name in {subject.class_name for subject in plans[0].benchmark.subjects}:
+        write_photos(given / name, 3)
+    options.class_images, options.method, options.generated_dir = given, "lora", None
+    with pytest.raises(InputError, match="has 3 class images instead of 200"):
+        make_plan(with_defaults(options))
+    options.train = [*options.train, "num_class_images=3"]
+    plan = make_plan(with_defaults(options))
+    assert not class_image_tasks([plan])
+    words = tasks(plan)[-1].steps[0].command()
+    assert words[words.index("--class_data_dir") + 1] == str(given / plan.benchmark.subjects[-1].class_name)
 
 
 def times(folder: Path, pattern: str) -> dict[Path, int]:
@@ -127,12 +168,12 @@ def test_the_recipe_on_toybox_is_killed_and_continued(tmp_path):
         time.sleep(0.1)
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
-    class_images = times(out, "class-images/*/0*.png")
+    class_images = times(out, "class-images/*/*/0*.png")
     assert len(class_images) == 2 * 2 and not (out / "comparison.md").exists()
     for folder in (out, tmp_path / "whole"):
         result = subprocess.run([*command, str(folder)], cwd=ROOT, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr[-2000:]
-    assert times(out, "class-images/*/0*.png") == class_images, "the class images were generated again"
+    assert times(out, "class-images/*/*/0*.png") == class_images, "the class images were generated again"
     (run,) = out.glob("runs/*")
     summary = json.loads((run / "summary.json").read_text())
     steps = summary["steps"]["toybox"]
@@ -147,7 +188,7 @@ def test_the_recipe_on_toybox_is_killed_and_continued(tmp_path):
     caption = (out / "comparison.md").read_text()
     assert f"| 0.02 | {summary['step']} |" in caption and "The learning rates were not tuned." in caption
     config = json.loads((run / "seed-0" / "car" / "adapter" / "config.json").read_text())["arguments"]
-    assert config["class_data_dir"] == str(out / "class-images" / "car") and config["class_prompt"] == "a photo of car"
+    assert Path(config["class_data_dir"]).match("class-images/*/car") and config["class_prompt"] == "a photo of car"
     assert config["instance_prompt"] == "a photo of qwe car" and config["num_class_images"] == 2
     images = (run / "seed-0" / "car" / "pictures-2" / "metadata.jsonl").read_text().splitlines()
     assert len(images) == 12 and "checkpoint-2" in json.loads(images[0])["adapter"]

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from delora_diffusers.files.reading import COMPONENTS, METADATA_KEY
+from delora_diffusers.files.reading import COMPONENTS
 from delora_diffusers.methods.table import METHODS
+from delora_diffusers.names import METADATA_KEY
 
 TARGETS = (
     "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",  # 32 x 32

@@ -1,6 +1,7 @@
 """The adapter file of each checkpoint: what it contains, what is kept of old checkpoints, generating with it."""
 
 import json
+import shutil
 
 import pytest
 from PIL import Image
@@ -41,8 +42,10 @@ def test_a_checkpoint_has_the_adapter_of_a_run_that_ends_there(run, tiny_sd, tmp
 
 
 @pytest.mark.integration
-def test_only_the_newest_checkpoint_keeps_its_training_state(run):
-    out, _, flags = run
+def test_only_the_newest_checkpoint_keeps_its_training_state(run, tmp_path):
+    folder, _, flags = run
+    out = shutil.copytree(folder, tmp_path / "copy")
+    flags = [str(out) if word == str(folder) else word for word in flags]
     assert [path.name for path in list_checkpoints(out)] == ["checkpoint-4"]
     for step in (1, 2, 3):
         assert [path.name for path in (out / f"checkpoint-{step}").iterdir()] == [WEIGHTS_NAME]
@@ -50,7 +53,11 @@ def test_only_the_newest_checkpoint_keeps_its_training_state(run):
     expected = "checkpoint-2 contains the adapter but no training state, .* use another checkpoint .checkpoint-4"
     with pytest.raises(AssertionError, match=expected):
         run_in_child(train, [*flags, "--resume_from_checkpoint", "checkpoint-2"])
-    assert not list_checkpoints(out)[0].with_name("checkpoint-5").exists()
+    before = (out / "checkpoint-2" / WEIGHTS_NAME).read_bytes()
+    shutil.rmtree(out / "checkpoint-4")
+    with pytest.raises(AssertionError, match="checkpoint-3 contains the adapter but no training state"):
+        run_in_child(train, [*flags, "--resume_from_checkpoint", "latest"])
+    assert (out / "checkpoint-2" / WEIGHTS_NAME).read_bytes() == before
 
 
 @pytest.mark.integration
@@ -85,3 +92,4 @@ def test_subjects_trained_together_each_have_their_checkpoints(tiny_sd, tmp_path
         last, final = (load_file(tmp_path / name / part / WEIGHTS_NAME) for part in ("checkpoint-3", "."))
         assert all(last[key].equal(final[key]) for key in final)
     assert not (tmp_path / "shared" / "checkpoint-3" / WEIGHTS_NAME).exists()
+    assert sorted(path.name for path in (tmp_path / "shared").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
