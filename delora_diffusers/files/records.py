@@ -22,6 +22,7 @@ from delora_diffusers.maps import find_maps
 from delora_diffusers.names import CONTACT_SHEET_NAME, METADATA_NAME
 from delora_diffusers.text_files import parse_json
 
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 RECORD_KEY = "delora_diffusers"
 """The PNG text entry that records how an image was generated."""
 
@@ -149,8 +150,9 @@ def is_done(folder: Path, record: dict[str, Any]) -> bool:
             recorded = parse_json(image.info.get(RECORD_KEY, "null"))
             image.verify()
     except UNREADABLE:
-        if recorded == record:
-            return False  # the same image, but damaged: generated again
+        cut = recorded is None and PNG_SIGNATURE.startswith(path.read_bytes()[: len(PNG_SIGNATURE)])
+        if recorded == record or cut:
+            return False  # damaged, perhaps before its record: generated again
     if recorded != record:
         raise InputError(f"{path} was generated with other settings; pass a new --output_dir or remove the old images.")
     return True

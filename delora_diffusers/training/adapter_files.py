@@ -46,7 +46,8 @@ class AdapterFiles:
         args, prompt = self.subjects[subject], self.prompts[subject]
         training = {name: getattr(args, name) for name in RECORDED_FLAGS} | {"prompt": prompt}
         if step is not None:
-            training |= {"step": step, "distance": self.adapters["unet"].all_distances()[subject].mean().item()}
+            distance = self.adapters["unet"].all_distances()[subject].mean().item()
+            training |= {"step": step, "distance": round(distance, 6)}
         return save_adapter(
             self.adapters["unet"],
             folder,

@@ -110,8 +110,16 @@ def test_continues_where_it_was_stopped(adapter, tmp_path, capsys):
     assert "3 images" in (output := capsys.readouterr().out) and "(2 new)" in output
     generate(adapter, out, "--prompt", "a sks dog", "--batch_size", 1)
     assert "(0 new)" in capsys.readouterr().out
+    content = first.read_bytes()
+    for length in (0, 60, len(content) - 20):  # before, in and after the record
+        first.write_bytes(content[:length])
+        generate(adapter, out, "--prompt", "a sks dog", "--batch_size", 1)
+        assert "(1 new)" in capsys.readouterr().out and first.read_bytes() == content
     with pytest.raises(SystemExit, match="was generated with other settings; pass a new --output_dir"):
         generate(adapter, out, "--prompt", "a sks dog", "--guidance_scale", 3)
+    first.write_text("a note")
+    with pytest.raises(SystemExit, match="was generated with other settings; pass a new --output_dir"):
+        generate(adapter, out, "--prompt", "a sks dog", "--batch_size", 1)
 
 
 def scaled_copy(adapter, folder, scale: float):
