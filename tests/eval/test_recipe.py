@@ -22,7 +22,7 @@ from eval.benchmark.schedule import class_image_tasks, tasks
 from eval.commands.study import add_arguments, check_study_flags
 from eval.study.settings import at_rate
 from eval.study.trials import plan_trials
-from tests.helpers import ROOT, write_photos
+from tests.helpers import ROOT, run_eval, write_photos
 
 
 def parse(*words: object) -> argparse.Namespace:
@@ -159,10 +159,10 @@ def test_the_recipe_on_toybox_is_killed_and_continued(tmp_path):
     words = ["comparison", "--recipe", "paper", "--subjects", "car", "duck", "--methods", "delora", "--protocol"]
     words += ["toybox", "--train", "max_train_steps=3", "num_class_images=2", "resolution=64", "train_batch_size=1"]
     words += ["validation_inference_steps=2", "--generate", "num_inference_steps=2", "resolution=64", "batch_size=16"]
-    words += ["--images_per_prompt", "1", "--score_every", "2", "--output_dir"]
-    command = [sys.executable, "-m", "eval", "study", *words]
+    words += ["--images_per_prompt", "1", "--score_every", "2", "--together", "2", "--output_dir"]
     out = tmp_path / "killed"
-    first = subprocess.Popen([*command, str(out)], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    command = [sys.executable, "-m", "eval", "study", *words, str(out)]
+    first = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while not list(out.glob("runs/*/seed-0/*/adapter/checkpoint-2/*.safetensors")):
         assert first.poll() is None, first.communicate()[1][-2000:]
         time.sleep(0.1)
@@ -171,7 +171,7 @@ def test_the_recipe_on_toybox_is_killed_and_continued(tmp_path):
     class_images = times(out, "class-images/*/*/0*.png")
     assert len(class_images) == 2 * 2 and not (out / "comparison.md").exists()
     for folder in (out, tmp_path / "whole"):
-        result = subprocess.run([*command, str(folder)], cwd=ROOT, capture_output=True, text=True)
+        result = run_eval("study", *words, folder)
         assert result.returncode == 0, result.stderr[-2000:]
     assert times(out, "class-images/*/*/0*.png") == class_images, "the class images were generated again"
     (run,) = out.glob("runs/*")

@@ -51,7 +51,7 @@ def test_every_study_has_a_command_line():
     assert set(COMMANDS) == {*STUDIES, "comparison", "norms", "ablation-maps"}
 
 
-@pytest.mark.parametrize("name", ["lr", "norms", "ablation-maps", "comparison"])
+@pytest.mark.parametrize("name", ["norms", "ablation-maps", "comparison"])
 def test_the_command_line_stops_at_the_missing_weights(name, downloaded):
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PATH": path}
