@@ -121,7 +121,8 @@ def describe(run: Run) -> str:
     recorded, start = run.settings["made"], run.settings["starts"][-1]
     model = recorded["pretrained_model_name_or_path"] or "the included miniature"
     flags = recorded["train"] | recorded["generate"]
-    settings = ", ".join(f"{name} {value}" for name, value in flags.items()) or "default settings"
+    shown = (name if value is True else f"{name} {value}" for name, value in flags.items() if value is not False)
+    settings = ", ".join(shown) or "default settings"
     commit = f", commit {start['git_commit'][:12]}" if start["git_commit"] else ""
     if "generated_dir" in recorded:
         model, settings = f"images in {recorded['generated_dir']}", "existing images"
