@@ -69,7 +69,9 @@ def plan_trials(options: argparse.Namespace, settings: Sequence[Setting]) -> lis
             train["max_train_steps"] = max(1, round(steps * multiple))
         trial_options.train = [*words, *(f"{name}={value}" for name, value in train.items())]
         trial_options.method = setting.method
-        trial_options.output_dir = options.output_dir / "runs" / dataclasses.replace(setting, train=train).slug
+        slug = dataclasses.replace(setting, train=train).slug
+        prefix = f"{options.recipe}-" if options.recipe else ""  # the same setting with and without are two runs
+        trial_options.output_dir = options.output_dir / "runs" / f"{prefix}{slug}"
         trial_options = with_defaults(trial_options)
         plan = make_plan(trial_options)
         benchmark = dataclasses.replace(plan.benchmark, drift_prompts=())

@@ -85,7 +85,10 @@ def test_a_class_is_generated_once_for_all_subjects_settings_and_seeds(paper):
 
 
 def test_every_checkpoint_is_scored(paper):
-    _, plans = paper
+    options, plans = paper
+    plain = argparse.Namespace(**vars(options) | {"recipe": None})
+    (other,) = (trial.plan for trial in plan_trials(plain, [at_rate("lora", 1.0)]))
+    assert plans[1].folder.name == f"paper-{other.folder.name}", "studies without the recipe may have other settings"
     assert plans[0].steps == [200, 400, 600, 800, 1000, 1200, None]
     (run,) = tasks(plans[0])[0].results
     assert [folder.name for _, folder in run.images()] == [
