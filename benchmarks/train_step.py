@@ -1,6 +1,6 @@
 """Time and peak memory of one training step on a UNet of Stable Diffusion 1.5's shape with random weights, on a GPU.
 
-    python -m benchmarks.train_step [--model sd15|sdxl] [--targets attention|maps|feed-forward] [--batch_sizes 1 4 16] [--output OUT]
+    python -m benchmarks.train_step [--model sd15|sdxl] [--targets attention|maps|feed-forward] [--batch_sizes 1 4 16]
 
 A step is forward, loss and backward and, if there is something to train, gradient clipping and fused AdamW. The
 latents are those of 512-pixel images (1,024 for SDXL); the frozen UNet is in bfloat16. Times are medians of many steps
