@@ -89,11 +89,15 @@ def with_recipe(options: argparse.Namespace, recipes: Mapping[str, Recipe] = SUB
 def training_flags(options: argparse.Namespace, method: str, recipes: Mapping[str, Recipe] = SUBJECTS) -> dict:
     """The values of ``--train``, with what the recipe sets for the method only.
 
+    A flag that the recipe sets for single methods is left out for all others, also if it is given.
+
     Raises:
         InputError: a word is not FLAG=VALUE.
     """
-    of_method = {} if options.recipe is None else recipes[options.recipe].train_by_method.get(method, {})
-    return {**of_method, **flag_values(options.train, "--train")}
+    given = flag_values(options.train, "--train")
+    by_method = {} if options.recipe is None else recipes[options.recipe].train_by_method
+    of_others = {name for flags in by_method.values() for name in flags} - set(by_method.get(method, {}))
+    return {**by_method.get(method, {}), **{name: v for name, v in given.items() if name not in of_others}}
 
 
 def _word(value: object) -> str:

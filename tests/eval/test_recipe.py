@@ -43,6 +43,8 @@ def test_a_flag_that_is_given_overrides_the_recipe(tmp_path):
         "coft_eps": 6e-5,
     }
     assert "coft_eps" not in training_flags(options, "lora")
+    looser = argparse.Namespace(**vars(options) | {"train": [*options.train, "coft_eps=1e-4"]})
+    assert training_flags(looser, "oft")["coft_eps"] == "1e-4" and "coft_eps" not in training_flags(looser, "lora")
     assert options.generate == ["scheduler=dpm++", "num_inference_steps=25"]
     assert (options.identifier, options.images_per_prompt, options.score_every) == ("qwe", 4, 200)
     changed = ["--train", "max_train_steps=600", "with_prior_preservation=false", "--score_every", 100]
