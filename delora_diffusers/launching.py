@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from delora_diffusers.errors import InputError, reason
@@ -41,8 +42,17 @@ def launched_accelerator(**arguments: Any) -> Accelerator:
     if precision not in ("no", "fp16", "bf16"):
         raise InputError(f"accelerate is configured for {precision}; pass --mixed_precision bf16, fp16 or no.")
     try:
-        return Accelerator(**arguments)
+        accelerator = Accelerator(**arguments)
     except (ValueError, ImportError) as error:
         raise InputError(
             f"accelerate could not start ({reason(error)}); check `accelerate env`, or pass --mixed_precision no."
         ) from error
+    # Torch emulates bf16 on older cards, such as the T4, many times slower than they compute in fp16.
+    if precision == "bf16" and accelerator.device.type == "cuda" and not has_bf16():
+        raise InputError(f"{torch.cuda.get_device_name()} does not compute in bf16; pass --mixed_precision fp16.")
+    return accelerator
+
+
+def has_bf16() -> bool:
+    """Whether the GPU computes in bf16 itself."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)

@@ -1,7 +1,8 @@
 """Turn running out of memory into a sentence that says what helps."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -12,12 +13,15 @@ SIGNS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED",
 
 
 @contextmanager
-def explain_out_of_memory(activity: str, remedies: Sequence[str]) -> Iterator[None]:
+def explain_out_of_memory(
+    activity: str, remedies: Sequence[str], checkpoint: Callable[[], Path | None] = lambda: None
+) -> Iterator[None]:
     """Explain an error for lack of memory that occurs inside.
 
     Args:
         activity: what is being done, such as ``training on batches of 4 at 512 x 512``.
         remedies: what to change, in the order of its effect.
+        checkpoint: finds the last checkpoint of a training.
 
     Raises:
         InputError: memory ran out. Other errors stay as they are.
@@ -25,16 +29,17 @@ def explain_out_of_memory(activity: str, remedies: Sequence[str]) -> Iterator[No
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _explained(activity, remedies) from error
+        raise _explained(activity, remedies, checkpoint()) from error
     except RuntimeError as error:
         if not any(sign in str(error) for sign in SIGNS):
             raise
-        raise _explained(activity, remedies) from error
+        raise _explained(activity, remedies, checkpoint()) from error
 
 
-def _explained(activity: str, remedies: Sequence[str]) -> InputError:
+def _explained(activity: str, remedies: Sequence[str], checkpoint: Path | None) -> InputError:
     memory = "memory ran out"
     if torch.cuda.is_available():
         free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
         memory = f"the GPU's memory ran out, with {free:.1f} of {total:.1f} GiB free"
-    return InputError(f"{memory}, while {activity}; in the order of their effect, use {', '.join(remedies)}.")
+    last = "" if checkpoint is None else f" The last good checkpoint is {checkpoint}."
+    return InputError(f"{memory}, while {activity}; in the order of their effect, use {', '.join(remedies)}.{last}")

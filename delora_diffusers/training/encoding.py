@@ -81,23 +81,25 @@ class PromptTable:
         return {name: tensor[rows] for name, tensor in self.tensors.items()}
 
 
+PIXELS_AT_ONCE = 4 * 512 * 512
+"""Four views of 512 x 512 pixels, or one of 1,024 x 1,024: activations of the autoencoder need much memory."""
+
+
 @torch.no_grad()
 def encode_images(
     vae,
     images: Iterable[list[np.ndarray]],
     count: int,
     device: torch.device,
-    batch_size: int = 8,
     sizes: Sequence[tuple[int, ...]] | None = None,
 ) -> LatentCache:
-    """Encode the views of each image with the autoencoder, in batches of views.
+    """Encode the views of each image with the autoencoder, in batches of at most ``PIXELS_AT_ONCE``.
 
     Args:
         vae: an ``AutoencoderKL`` on ``device``.
         images: the views of each image, (resolution, resolution, 3) uint8 each; consumed one image at a time.
         count: number of images, for the progress bar.
         device: where the cache is stored.
-        batch_size: views per batch.
         sizes: of all views, see ``LatentCache``; None if the model takes none.
     """
     means, stds, first, pending = [], [], [0], []
@@ -112,6 +114,7 @@ def encode_images(
         for views in tqdm(images, total=count, desc="encoding images", leave=False):
             first.append(first[-1] + len(views))
             pending += views
+            batch_size = max(1, PIXELS_AT_ONCE // pending[0][..., 0].size)
             while len(pending) >= batch_size:
                 encode(pending[:batch_size])
                 pending = pending[batch_size:]

@@ -10,8 +10,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from delora_diffusers.adapter.tensors import Adapter
+from delora_diffusers.launching import has_bf16
 from delora_diffusers.memory import explain_out_of_memory
-from delora_diffusers.names import checkpoint_step
+from delora_diffusers.names import checkpoint_step, list_checkpoints
 from delora_diffusers.training import checkpoints, gradients
 from delora_diffusers.training.adapter_files import AdapterFiles
 from delora_diffusers.training.cuda_graph import Batch, MicroBatches, can_capture
@@ -72,7 +73,11 @@ def train(
         validate(start)
     quiet = not accelerator.is_local_main_process
     size = f"batches of {args.train_batch_size} at {args.resolution} x {args.resolution} pixels"
-    out_of_memory = explain_out_of_memory(f"training on {size}", memory_savings(accelerator, args))
+    out_of_memory = explain_out_of_memory(
+        f"training on {size}",
+        memory_savings(accelerator, args),
+        lambda: (list_checkpoints(args.output_dir) or [None])[-1],
+    )
     with out_of_memory, tqdm(total=args.max_train_steps, initial=start, desc="training", disable=quiet) as progress:
         for step in range(start, args.max_train_steps):
             for accumulation in range(args.gradient_accumulation_steps):
@@ -108,7 +113,7 @@ def train(
 
 def memory_savings(accelerator: Accelerator, args: argparse.Namespace) -> list[str]:
     """The flags that save memory in training and are not yet used, the largest saving first."""
-    precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp16"
+    precision = "bf16" if torch.cuda.is_available() and has_bf16() else "fp16"
     savings = {
         "--gradient_checkpointing": not args.gradient_checkpointing,
         f"--mixed_precision {precision}": accelerator.mixed_precision == "no",

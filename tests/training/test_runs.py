@@ -1,22 +1,25 @@
 """A run and its continuation: what must not change, damaged checkpoints, two runs at once, and the last validation."""
 
+import argparse
 import json
 import os
 import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
 
-from delora_diffusers import InputError
+from delora_diffusers import InputError, launching
 from delora_diffusers.launching import UNSUPPORTED, launched_accelerator
 from delora_diffusers.memory import explain_out_of_memory
 from delora_diffusers.names import CHECKPOINT_SIZES, WEIGHTS_NAME
 from delora_diffusers.training import run_folder
 from delora_diffusers.training.checkpoints import check_same_run
+from delora_diffusers.training.encoding import encode_images
 from tests.helpers import ROOT, map_flags, run_in_child, train, training_flags, write_map_folders, write_photos
 
 
@@ -282,6 +285,33 @@ def test_running_out_of_memory_is_one_sentence(error):
         raise error
 
 
+def test_a_card_without_bf16_is_refused(monkeypatch):
+    monkeypatch.setattr(launching, "Accelerator", lambda **_: argparse.Namespace(device=torch.device("cuda")))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    with pytest.raises(InputError, match="Tesla T4 does not compute in bf16; pass --mixed_precision fp16"):
+        launched_accelerator(mixed_precision="bf16")
+    launched_accelerator(mixed_precision="fp16")
+
+
+@pytest.mark.parametrize(("side", "expected"), [(64, [5]), (512, [4, 1]), (1024, [1] * 5)])
+def test_large_views_are_encoded_one_at_a_time(side, expected):
+    shapes = []
+
+    class Autoencoder(torch.nn.Module):
+        dtype, config = torch.float32, argparse.Namespace(scaling_factor=1.0)
+
+        def encode(self, pixels):
+            shapes.append(len(pixels))
+            latents = pixels[:, :, ::8, ::8]
+            return argparse.Namespace(latent_dist=argparse.Namespace(mean=latents, std=latents))
+
+    views = [np.full((side, side, 3), value, np.uint8) for value in range(5)]
+    cache = encode_images(Autoencoder(), [views[:2], views[2:]], 2, torch.device("cpu"))
+    assert shapes == expected and cache.first == [0, 2, 5]
+    assert [float(latent[0, 0, 0]) for latent in cache.mean] == pytest.approx([v / 127.5 - 1 for v in range(5)])
+
+
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), KeyError("x"), InputError("other")])
 def test_other_errors_keep_their_type_and_traceback(error):
     with pytest.raises(type(error)) as raised, explain_out_of_memory("training", ["--a"]):
@@ -292,8 +322,13 @@ def test_other_errors_keep_their_type_and_traceback(error):
 def run_out_of_memory(flags: list[str]) -> None:
     import delora_diffusers.training.objective as objective
 
-    def too_much(*_: object, **__: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    original, calls = objective.denoising_losses, []
+
+    def too_much(*arguments: object, **settings: object):
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(*arguments, **settings)  # pyright: ignore[reportArgumentType]
 
     objective.denoising_losses = too_much
     train(flags)
@@ -302,11 +337,13 @@ def run_out_of_memory(flags: list[str]) -> None:
 @pytest.mark.integration
 def test_training_that_runs_out_of_memory_says_what_helps(tiny_sd, photographs, tmp_path):
     with pytest.raises(AssertionError, match="while training on batches of 3 at 32 x 32 pixels; .*") as raised:
-        run_in_child(run_out_of_memory, training_flags(tiny_sd, photographs, tmp_path / "out", "--train_batch_size", 3))
+        more = ("--train_batch_size", 3, "--checkpointing_steps", 1)
+        run_in_child(run_out_of_memory, training_flags(tiny_sd, photographs, tmp_path / "out", *more))
     message = str(raised.value)
     flags = ["--gradient_checkpointing", "--mixed_precision", "--train_batch_size 1", "--resolution", "--rank"]
     positions = [message.index(flag, message.index("use ")) for flag in flags]
     assert positions == sorted(positions)
+    assert f"The last good checkpoint is {tmp_path / 'out' / 'checkpoint-2'}." in message
 
 
 @pytest.mark.parametrize(
