@@ -11,6 +11,7 @@ from PIL import Image
 from data.maps import MapPair, check_pairs, find_hub_pairs, find_pairs, pair_views
 from data.palettes import generated_palette, indices_of, read_palette
 from delora_diffusers.errors import InputError
+from delora_diffusers.maps import find_maps
 from tests.helpers import PALETTE, painted_map, write_map_folders
 
 
@@ -68,6 +69,36 @@ def test_layouts(tmp_path):
     for pairs in (folders, find_pairs(listed)):
         check_pairs(pairs, PALETTE)
         assert np.array_equal(PALETTE[pairs[0].load_map()], np.asarray(pairs[0].load_image()))
+
+
+def test_the_complete_list_of_an_ade20k_split_is_used(tmp_path):
+    """OFT's release has two lists of the validation split: the first by name is an excerpt for its logs."""
+    val = tmp_path / "val"
+    for part in ("segm", "color"):
+        (val / part).mkdir(parents=True)
+    lines = []
+    for number in range(4):
+        image, indices = painted_map(number)
+        image.save(val / "color" / f"{number}.png")
+        Image.fromarray(PALETTE[np.asarray(indices)]).save(val / "segm" / f"{number}.png")
+        record = {"source": f"source/{number}.png", "target": f"target/{number}.png", "prompt": f"room {number}"}
+        lines.append(json.dumps(record))
+    (val / "prompt_val_blip.json").write_text("\n".join(lines[:2]))
+    assert [pair.caption for pair in find_pairs(val)] == ["room 0", "room 1"]
+    assert [semantic.caption for semantic in find_maps(val, None)] == ["room 0", "room 1"]
+    (val / "prompt_val_blip_full.json").write_text("\n".join(lines[:3]))
+    assert [pair.caption for pair in find_pairs(val)] == ["room 0", "room 1", "room 2"]
+    assert [(m.key, m.caption) for m in find_maps(val, None)] == [(str(n), f"room {n}") for n in range(3)]
+
+
+@pytest.mark.parametrize(("method", "rate"), [("delora", 2e-2), ("lora", 6e-4), ("etherplus", 1e-3), ("oft", 1e-5)])
+def test_defaults_for_maps(method, rate):
+    """OFT's control code and ETHER, appendix C.2."""
+    from train_controlnet_map2img import parse_arguments
+
+    args = parse_arguments(["--method", method])
+    assert args.learning_rate == rate and args.control_learning_rate == 1e-4
+    assert args.targets == ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj"]
 
 
 def test_dataset_with_columns(tmp_path):
