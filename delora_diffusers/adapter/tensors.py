@@ -96,6 +96,8 @@ class Adapter(nn.Module):
         self.subjects = len(generators)
         self.method = METHODS[config.method]
         self._functions = method_functions(config.method)
+        functions = self._functions  # isinstance of a protocol is slow, so not in every step
+        self._constrain = functions.constrain if isinstance(functions, ConstrainedFunctions) else None
         by_shape: dict[tuple[int, ...], list[Projection]] = {}
         for projection in projections:
             shape = tuple(base_parameter(projection.linears[0], projection.parameter).shape)
@@ -155,9 +157,9 @@ class Adapter(nn.Module):
     def constrain(self) -> None:
         """Apply the method's constraint, if it has one. Each forward with gradients does so first; a training loop also
         does after its last step."""
-        if isinstance(self._functions, ConstrainedFunctions):
+        if self._constrain is not None:
             for stack in self.stacks:
-                self._functions.constrain(stack.tensors(), self.config)
+                self._constrain(stack.tensors(), self.config)
 
     def _refresh(self, base: Tensor, stack: Stack) -> None:
         # split's backward is a single concatenation; indexing would add n zero-padded gradients.

@@ -122,10 +122,7 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Pat
         checkpoint = (list_checkpoints(output_dir) or [None])[-1]
         without_state = checkpoint_folders(output_dir)
         if checkpoint is None and without_state:
-            raise InputError(
-                f"{without_state[-1]} contains the adapter but no training state, so training cannot continue from it; "
-                "give a new --output_dir."
-            )
+            raise _without_state(without_state[-1], "give a new --output_dir")
     else:
         path = Path(resume_from_checkpoint)
         candidates = [p for p in (path, output_dir / path) if p.is_dir() and is_checkpoint(p)]
@@ -134,14 +131,17 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Pat
             raise InputError(f"--resume_from_checkpoint {path} does not exist; {output_dir} has {available}.")
         checkpoint = candidates[0]
         if checkpoint not in list_checkpoints(checkpoint.parent):
-            available = ", ".join(p.name for p in list_checkpoints(checkpoint.parent)) or "no other checkpoint"
-            raise InputError(
-                f"{checkpoint} contains the adapter but no training state, so training cannot continue from it; use "
-                f"another checkpoint ({available})."
-            )
+            available = ", ".join(p.name for p in list_checkpoints(checkpoint.parent)) or "there is none"
+            raise _without_state(checkpoint, f"use another checkpoint ({available})")
     if checkpoint is not None and (checkpoint / CHECKPOINT_SIZES).is_file():
         _check_sizes(checkpoint)
     return checkpoint
+
+
+def _without_state(checkpoint: Path, remedy: str) -> InputError:
+    return InputError(
+        f"{checkpoint} contains the adapter but no training state, so training cannot continue from it; {remedy}."
+    )
 
 
 def _check_sizes(checkpoint: Path) -> None:

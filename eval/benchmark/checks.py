@@ -63,14 +63,24 @@ def check_training_flags(options: argparse.Namespace) -> None:
     for name in SET_BY_BENCHMARK:
         if name in train:
             raise InputError(f"--train {name} differs between subjects and is set for each of them; leave it out.")
-    number = str(train.get("num_class_images", 100))
-    if not number.isdecimal() or int(number) == 0:
-        raise InputError(f"--train num_class_images={number} is not a number of images; give a positive integer.")
+    number_of_class_images(train)
     if options.score_every:
         for name, reason in (("checkpointing_steps", "is set by --score_every"), ("config", "may hide the steps")):
             if name in train:
                 raise InputError(f"--train {name} {reason}; leave it out, or turn that off with --score_every 0.")
         total_steps({"train": train, "pretrained_model_name_or_path": options.pretrained_model_name_or_path})
+
+
+def number_of_class_images(train: dict[str, Any]) -> int:
+    """The number of class images of each class.
+
+    Raises:
+        InputError: ``--train num_class_images`` is not a number.
+    """
+    number = str(train.get("num_class_images", 100))
+    if not number.isdecimal() or int(number) == 0:
+        raise InputError(f"--train num_class_images={number} is not a number of images; give a positive integer.")
+    return int(number)
 
 
 def total_steps(settings: dict[str, Any]) -> int:

@@ -20,7 +20,7 @@ from delora_diffusers.errors import InputError
 from delora_diffusers.image_files import list_images
 from delora_diffusers.names import is_folder_name
 from delora_diffusers.text_files import read_json
-from eval.benchmark.checks import chosen_benchmark, is_toybox, total_steps
+from eval.benchmark.checks import chosen_benchmark, is_toybox, number_of_class_images, total_steps
 from eval.benchmark.recipes import training_flags
 from eval.benchmark.tasks import ROOT, flag_values, images_folder
 
@@ -82,7 +82,7 @@ class Plan:
             "pretrained_model_name_or_path": self.settings["pretrained_model_name_or_path"],
             "revision": train.get("revision"),
             "variant": train.get("variant"),
-            "num_images": train.get("num_class_images", 100),
+            "num_images": number_of_class_images(train),
             "resolution": train.get("resolution"),
             "mixed_precision": train.get("mixed_precision"),
             "num_inference_steps": train.get("validation_inference_steps"),
@@ -148,7 +148,7 @@ def check_class_images(plan: Plan) -> None:
     Raises:
         InputError
     """
-    wanted = int(str(plan.class_generation()["num_images"]))
+    wanted = number_of_class_images(plan.settings["train"])
     for subject in plan.benchmark.subjects if plan.class_images is not None else ():
         folder = plan.class_folder(subject)
         count = len(list_images(folder)) if folder.is_dir() else 0

@@ -44,7 +44,7 @@ SUBJECTS = {
         identifier="qwe",  # OFT's scripts
         images_per_prompt=4,  # DreamBooth (Ruiz et al., CVPR 2023); DeLoRA, section 3.1
         score_every=200,  # ETHER, C.1
-        multipliers=(1.0,),  # DeLoRA prints the rates that its own search found
+        multipliers=(1.0,),  # DeLoRA prints the rates that its search found
     )
 }
 MAPS = {

@@ -93,17 +93,19 @@ def score(
         else collected
         for name in models.encoders
     }
-    means = {
-        step: {
-            name: _means(score_protocol(plan.benchmark, paired[name][step], name, features[name], encoders))
-            for name, encoders in models.encoders.items()
+    best, means = None, {}
+    if len(collected) > 1:
+        means = {
+            step: {
+                name: _means(score_protocol(plan.benchmark, paired[name][step], name, features[name], encoders))
+                for name, encoders in models.encoders.items()
+            }
+            for step in collected
         }
-        for step in collected
-    }
-    best = max(means, key=lambda step: means[step][options.protocol[0]][options.keep_best_by])
+        best = max(means, key=lambda step: means[step][options.protocol[0]][options.keep_best_by])
     summary: dict[str, Any] = {"benchmark": plan.benchmark.name, "method": plan.settings["method"], "failed": failed}
     summary["references"] = {name: [_within(plan.folder, p) for p in paths] for name, paths in plan.photographs.items()}
-    if len(means) > 1:
+    if means:
         last = total_steps(plan.settings)
         summary |= {"step": best or last, "kept_best_by": options.keep_best_by}
         summary["steps"] = {

@@ -59,8 +59,8 @@ class Encoder:
 
     Attributes:
         transform: the preprocessing, on which the features depend.
-        norm_eps: the epsilon of the LayerNorms, if it is not the model's own.
         view: the part of it that is done to an image in a worker process; ``encode`` takes a batch of its results.
+        norm_eps: the epsilon that the LayerNorms were given; None for the model's.
     """
 
     model: Any

@@ -97,7 +97,7 @@ def check_not_varied(options: argparse.Namespace, settings: Sequence[Setting]) -
 
 def continues(shorter: Setting, setting: Setting, options: argparse.Namespace) -> bool:
     """Whether a training can continue a shorter one: the rate must not depend on the total number of steps, and a
-    training that is scored along the way has all of its own checkpoints."""
+    training that is scored along the way needs all of its checkpoints."""
     if options.score_every:
         return False
     without_steps = [dataclasses.replace(s, x=None, train=s.train | {"steps": 0}) for s in (shorter, setting)]

@@ -14,7 +14,7 @@ from eval.__main__ import main
 CAPTIONS = [f"sks cat number {number}" for number in range(8)]
 
 
-def picture(seed: int, size: tuple[int, int] = (90, 70)) -> Image.Image:
+def random_image(seed: int, size: tuple[int, int] = (90, 70)) -> Image.Image:
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 5, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
 
@@ -48,7 +48,7 @@ def dataset(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("peft")
     features = datasets.Features({"image": datasets.Image()})
-    rows = datasets.Dataset.from_dict({"image": [picture(seed) for seed in range(8)]}, features=features)
+    rows = datasets.Dataset.from_dict({"image": [random_image(seed) for seed in range(8)]}, features=features)
     (folder / "cats").mkdir()
     rows.to_parquet(folder / "cats" / "train.parquet")
     parameters = {"dataset_id": str(folder / "cats"), "dataset_split": "train", "image_column": "image"}
@@ -69,7 +69,7 @@ def test_the_split_is_that_of_peft(dataset, tmp_path):
         photos = find_photographs(tmp_path / "cat" / part)
         assert [photo.caption for photo in photos] == [CAPTIONS[row] for row in sorted(rows)]
         for photo, row in zip(photos, sorted(rows)):
-            assert np.array_equal(photo.load(), picture(int(row)))
+            assert np.array_equal(photo.load(), random_image(int(row)))
     assert (tmp_path / "cat" / "test_prompts.txt").read_text().splitlines() == [CAPTIONS[row] for row in indices[5:]]
     assert (tmp_path / "cat" / "drift_prompts.txt").read_text() == "a tree\n"
     with pytest.raises(SystemExit, match="already exists"):
@@ -80,7 +80,7 @@ def write_images(folder, prompts: list[str], seed: int):
     folder.mkdir()
     lines = []
     for number, prompt in enumerate(prompts):
-        picture(seed + number, (64 + number, 80)).save(folder / f"{number}.png")
+        random_image(seed + number, (64 + number, 80)).save(folder / f"{number}.png")
         lines.append(json.dumps({"file_name": f"{number}.png", "prompt": prompt, "seed": number}))
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     return folder
@@ -92,7 +92,7 @@ def folders(tmp_path):
     test = tmp_path / "test"
     test.mkdir()
     for number in range(3):
-        picture(50 + number, (100, 75)).save(test / f"{number}.png")
+        random_image(50 + number, (100, 75)).save(test / f"{number}.png")
         (test / f"{number}.txt").write_text(CAPTIONS[number])
     generated = write_images(tmp_path / "generated", [CAPTIONS[n] for n in (2, 0, 1, 1, 2, 0)], 100)
     drift, base = (
@@ -145,7 +145,7 @@ def change_a_caption(test, base):
 
 
 def add_a_photo(test, base):
-    picture(9).save(test / "3.png")
+    random_image(9).save(test / "3.png")
     (test / "3.txt").write_text("a hat")
 
 
