@@ -118,7 +118,7 @@ def run_subject(task: tuple[Path, int, str | None, dict[str, Any]]) -> dict[str,
     if "relative" in result or task[2] is None:
         return result
     from delora_diffusers import load_adapter
-    from delora_diffusers.adapter.projections import base_parameter
+    from delora_diffusers.adapter.base_weights import base_parameter
     from delora_diffusers.pipelines.base_model import load_pipeline
 
     unet = load_pipeline(None).unet

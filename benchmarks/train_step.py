@@ -95,9 +95,11 @@ def with_peft(config_name: str, dtype: torch.dtype, **settings) -> Prepare:
 
 VARIANTS: dict[str, Prepare] = {
     "floor: frozen UNet, no adapter": floor,
-    "ours, DeLoRA, fast path": ours(method="delora"),
+    "ours, DeLoRA, fast path": ours(method="delora", path="fast"),
+    "ours, DeLoRA, lean path": ours(method="delora", path="lean"),
     "ours, DeLoRA, split path": ours(method="delora", path="split"),
-    "ours, LoRA, fast path": ours(method="lora"),
+    "ours, DeLoRA, split path in bf16": ours(method="delora", path="split", split_dtype="model"),
+    "ours, LoRA, fast path": ours(method="lora", path="fast"),
     "PEFT LoRA, bf16 adapters": with_peft("LoraConfig", torch.bfloat16, lora_alpha=2 * RANK),
     "PEFT LoRA, autocast": with_peft("LoraConfig", torch.float32, lora_alpha=2 * RANK),
     "PEFT DoRA, bf16 adapters": with_peft("LoraConfig", torch.bfloat16, lora_alpha=2 * RANK, use_dora=True),
@@ -105,8 +107,9 @@ VARIANTS: dict[str, Prepare] = {
 }
 GRAPH_VARIANTS: dict[str, Prepare] = {
     "floor, CUDA graph": floor,
-    "ours, DeLoRA, CUDA graph": ours(method="delora"),
-    "ours, LoRA, CUDA graph": ours(method="lora"),
+    "ours, DeLoRA, fast path, CUDA graph": ours(method="delora", path="fast"),
+    "ours, DeLoRA, lean path, CUDA graph": ours(method="delora", path="lean"),
+    "ours, LoRA, fast path, CUDA graph": ours(method="lora", path="fast"),
     "PEFT LoRA, bf16 adapters, CUDA graph": VARIANTS["PEFT LoRA, bf16 adapters"],
 }
 """Forward and backward are recorded as a CUDA graph and replayed, as in the training scripts."""

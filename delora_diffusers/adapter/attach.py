@@ -7,14 +7,16 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
 from torch.nn.utils import parametrize
-from torch.utils.hooks import RemovableHandle
 
 from delora_diffusers.adapter.modules import named_modules, unwrap
+from delora_diffusers.adapter.paths import choose_path
 from delora_diffusers.adapter.projections import Projection
+from delora_diffusers.adapter.quantized import is_quantized
 from delora_diffusers.adapter.sites import (
     STOCK_PROCESSORS,
     AdaptedAttention,
     AdaptedWeight,
+    Handle,
     adapt_modules,
     calls_fused_projections,
     fused_error,
@@ -36,7 +38,7 @@ class Attachment:
     """
 
     adapter: Adapter
-    handles: list[RemovableHandle]
+    handles: list[Handle]
     trainable: list[nn.Parameter]
 
 
@@ -47,7 +49,8 @@ def attach(
 
     Attention modules with diffusers' scaled dot-product processors get an ``AdaptedAttnProcessor``. All other targets
     (the text encoder, feed-forward layers, attention with another processor) keep their code and get their weights from
-    the same adapter through ``torch.nn.utils.parametrize`` (through a forward hook on the split path).
+    the same adapter through ``torch.nn.utils.parametrize`` (on the lean path by another ``forward``, on the split path
+    through a forward hook).
 
     Args:
         model: a UNet, a text encoder or any other module that contains ``nn.Linear`` modules; modified in place.
@@ -116,15 +119,20 @@ def _attach(
     """Build the adapter and attach it: one processor per attention, a parametrization or hook per standalone module."""
     attention_projections = [projection for adapted in by_attention for projection in adapted.projections]
     generators = generator if isinstance(generator, Sequence) else [generator or torch.default_generator]
-    if len(generators) > 1 and (standalone or config.path == "split"):
-        reason = f"{standalone[0].names[0]} is not an attention projection" if standalone else "path is 'split'"
+    projections = attention_projections + standalone
+    path = choose_path(config, projections, len(generators))
+    if len(generators) > 1 and (standalone or path != "fast"):
+        reason = f"the path is {path}"
+        if standalone:
+            reason = f"{standalone[0].names[0]} is not an attention projection"
         raise InputError(
             f"several subjects can be trained together only with attention targets on the fast path, but {reason}."
         )
-    adapter = Adapter(config, attention_projections + standalone, generators)
+    quantized = any(is_quantized(module) for projection in projections for module in projection.linears)
+    adapter = Adapter(config, projections, generators, path, resident=not quantized)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
-    handles: list[RemovableHandle] = []
+    handles: list[Handle] = []
     for adapted in by_attention:
         adapted.adapt(adapter, handles)
     for projection in standalone:

@@ -1,18 +1,14 @@
 """Adapted projections: a linear module, or several that read the same input, computed with the adapted weight."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-
-def base_parameter(module: nn.Module, name: str = "weight") -> Tensor:
-    """The pretrained parameter of a module, (out, in) if linear, whether or not it is parametrized."""
-    if parametrize.is_parametrized(module, name):
-        return module.get_parameter(f"parametrizations.{name}.original")
-    return module.get_parameter(name)
+from delora_diffusers.adapter.base_weights import dense_weight
+from delora_diffusers.adapter.lean import lean_linear
 
 
 class Projection:
@@ -30,10 +26,12 @@ class Projection:
         self.names = names
         self.linears: tuple[Any, ...] = linears
         self.parameter = parameter
-        # (g * out, in): W' on the fast path, W on the split path; (subjects, g * out, in) with several subjects.
+        self.lean = False
+        # (g * out, in): W' on the fast path, W on the others; (subjects, g * out, in) with several subjects. None if
+        # the modules are to be asked for W, because it is quantized or not always on the device.
         self.weight: Tensor | None = None
-        self.a: Tensor | None = None  # (g, k, in), split path only
-        self.b: Tensor | None = None  # (g, out, k), split path only
+        self.a: Tensor | None = None  # (g, k, in), not on the fast path
+        self.b: Tensor | None = None  # (g, out, k), not on the fast path
 
     def __call__(self, x: Tensor, first: int = 0, count: int | None = None) -> Sequence[Tensor]:
         """The outputs (..., out) of ``count`` modules starting at index ``first``, computed as one product.
@@ -41,22 +39,48 @@ class Projection:
         Args:
             x: (..., in).
         """
-        assert self.weight is not None, "the adapter has not computed its weights yet; call adapter.refresh() first"
         weight, a, b, linears = self.weight, self.a, self.b, self.linears
+        assert weight is not None or a is not None, "the adapter has no weights yet; call adapter.refresh() first"
         if count is not None and count != len(linears):
             # Slice only if necessary: the backward of a slice fills a full-size tensor with zeros.
             members, out_features = slice(first, first + count), linears[0].out_features
-            weight = weight[..., first * out_features : (first + count) * out_features, :]
+            if weight is not None:
+                weight = weight[..., first * out_features : (first + count) * out_features, :]
             linears = linears[members]
             a, b = (None, None) if a is None or b is None else (a[members], b[members])
-        bias = linears[0].bias
-        if bias is not None and len(linears) > 1:
-            bias = torch.cat([linear.bias for linear in linears])
-        y = nn.functional.linear(x, weight, bias) if weight.ndim == 2 else linear_by_subject(x, weight, bias)
-        outputs = y.chunk(len(linears), dim=-1) if len(linears) > 1 else (y,)
+        if a is not None and b is not None and self.lean:
+            base = functools.partial(joint_weight, linears) if weight is None else weight
+            return _outputs(lean_linear(x, base, b, a, _joint_bias(linears)), len(linears))
+        if weight is None:
+            outputs = [stock_forward(linear, x) for linear in linears]
+        else:
+            product = nn.functional.linear if weight.ndim == 2 else linear_by_subject
+            outputs = _outputs(product(x, weight, _joint_bias(linears)), len(linears))
         if a is None or b is None:
             return outputs
         return [y + d.to(y.dtype) for y, d in zip(outputs, low_rank_product(x, a, b))]
+
+
+def _outputs(y: Tensor, count: int) -> Sequence[Tensor]:
+    """The outputs (..., out) of each module from those of all, (..., count * out)."""
+    return y.chunk(count, dim=-1) if count > 1 else (y,)
+
+
+def _joint_bias(linears: Sequence[Any]) -> Tensor | None:
+    """The biases of modules that read the same input, (g * out,)."""
+    bias = linears[0].bias
+    return bias if bias is None or len(linears) == 1 else torch.cat([linear.bias for linear in linears])
+
+
+def stock_forward(module: nn.Module, x: Tensor) -> Tensor:
+    """The output of a module's own code, without an adapter's or another library's changes to its ``forward``."""
+    return type(module).forward(module, x)
+
+
+def joint_weight(linears: Sequence[nn.Module]) -> Tensor:
+    """The pretrained weights of modules that read the same input, (g * out, in)."""
+    weights = [dense_weight(linear) for linear in linears]
+    return weights[0] if len(weights) == 1 else torch.cat(weights)
 
 
 def linear_by_subject(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

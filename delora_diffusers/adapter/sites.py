@@ -1,28 +1,37 @@
-"""What is changed in a model to adapt it: an attention's processor, or single modules by parametrization or hook."""
+"""What is changed in a model to adapt it: an attention's processor, or single modules by parametrization, by a hook or
+by another ``forward``."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils.hooks import RemovableHandle
 
 from delora_diffusers.adapter.modules import keep_own_keys
 from delora_diffusers.adapter.processors import AdaptedAttnProcessor, copy_error
-from delora_diffusers.adapter.projections import Projection, low_rank_product
+from delora_diffusers.adapter.projections import Projection, low_rank_product, stock_forward
 from delora_diffusers.adapter.tensors import Adapter
 from delora_diffusers.errors import InputError
+
+
+class Handle(Protocol):
+    """Undoes a change of a module."""
+
+    def remove(self) -> None: ...
+
 
 STOCK_PROCESSORS = (AttnProcessor2_0, FusedAttnProcessor2_0)
 """The processors that ``AdaptedAttnProcessor`` replaces; with any other, the modules that it calls are adapted."""
 
 
-def adapt_modules(adapter: Adapter, projection: Projection, handles: list[RemovableHandle]) -> None:
+def adapt_modules(adapter: Adapter, projection: Projection, handles: list[Handle]) -> None:
     """Adapt each module of a projection by itself, whoever calls it; adds hooks to ``handles``."""
     for index, module in enumerate(projection.linears):
-        if adapter.config.path == "split":
+        if adapter.path == "split":
             handles.append(module.register_forward_hook(LowRankHook(adapter, projection, index)))
+        elif adapter.path == "lean":
+            handles.append(ReplacedForward(module, LeanForward(adapter, projection, index)))
         else:
             adapted = AdaptedWeight(adapter, projection, index)
             parametrize.register_parametrization(module, projection.parameter, adapted)
@@ -42,7 +51,7 @@ class AdaptedAttention:
     projections: list[Projection]
     by_module: bool = False
 
-    def adapt(self, adapter: Adapter, handles: list[RemovableHandle]) -> None:
+    def adapt(self, adapter: Adapter, handles: list[Handle]) -> None:
         """Adapt the attention, unless it is; called again before every forward, since its processor may be replaced.
 
         Diffusers replaces processors for attention slicing, xformers, fused projections, IP-Adapters and so on.
@@ -127,6 +136,37 @@ class AdaptedWeight(nn.Module):
         if len(projection.linears) == 1:
             return projection.weight
         return projection.weight[self.index * len(weight) : (self.index + 1) * len(weight)]
+
+
+class LeanForward:
+    """A linear module's ``forward`` on the lean path."""
+
+    def __init__(self, adapter: Adapter, projection: Projection, index: int):
+        self.adapter = adapter
+        self.projection = projection
+        self.index = index
+
+    def __deepcopy__(self, _: dict[int, Any]) -> Any:
+        raise copy_error()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.adapter.strength == 0:
+            return stock_forward(self.projection.linears[self.index], x)
+        return self.projection(x, self.index, 1)[0]
+
+
+class ReplacedForward:
+    """Replaces a module's ``forward`` until ``remove``; whatever else has replaced it since then is kept."""
+
+    def __init__(self, module: nn.Module, forward: LeanForward):
+        self.module = module
+        self.forward = forward
+        module.forward = forward
+
+    def remove(self) -> None:
+        """Give the module the ``forward`` of its class again."""
+        if self.module.__dict__.get("forward") is self.forward:
+            del self.module.__dict__["forward"]
 
 
 class LowRankHook:

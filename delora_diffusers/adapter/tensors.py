@@ -1,7 +1,8 @@
-"""The adapter: all trainable tensors of an adapted model, stacked by shape, and the adapted weights computed from them.
+"""The adapter: all trainable tensors of an adapted model, stacked by shape, and what is computed from them once a step.
 
-Once per step the adapter computes W' of every adapted projection, with a few kernels per distinct shape, and gives each
-projection its slice. Stable Diffusion's 128 attention projections have 6 shapes.
+On the fast path this is W' of every adapted projection, with a few kernels per distinct shape; each projection gets its
+slice. Stable Diffusion's 128 attention projections have 6 shapes. On the lean and the split path it is the factors of
+the updates, which are small.
 
 An adapter can train several subjects at once on one frozen model. Each stack then contains the n tensors of the first
 subject, then those of the second and so on, and batches are ordered by subject in the same way.
@@ -11,8 +12,18 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from delora_diffusers.adapter.projections import Projection, base_parameter
+from delora_diffusers.adapter.base_weights import (
+    Site,
+    StackedWeights,
+    base_parameter,
+    compute_dtype,
+    dense_weight,
+    weight_shape,
+)
+from delora_diffusers.adapter.projections import Projection
+from delora_diffusers.adapter.quantized import is_quantized
 from delora_diffusers.errors import InputError
 from delora_diffusers.methods import update
 from delora_diffusers.methods.config import AdapterConfig
@@ -21,47 +32,74 @@ from delora_diffusers.methods.table import METHODS
 
 
 class Stack(nn.Module):
-    """The stacked tensors of n adapted weights of one shape: pretrained (n, ...), the adapter's (subjects * n, ...)."""
+    """The adapter's tensors of n adapted weights of one shape, (subjects * n, ...).
 
-    def __init__(self, projections: Sequence[Projection], config: AdapterConfig, generators: Sequence[torch.Generator]):
+    Args:
+        projections: that have the weights.
+        path: the fast path stacks all weights, the others those of each projection.
+        resident: whether the weights stay on the device, dense; otherwise they are read each time they are needed.
+
+    Attributes:
+        weights: the pretrained weights, one per projection or a single one of all; empty if they are not resident.
+    """
+
+    def __init__(
+        self,
+        projections: Sequence[Projection],
+        config: AdapterConfig,
+        generators: Sequence[torch.Generator],
+        path: str,
+        resident: bool,
+    ):
         super().__init__()
         self.projections = list(projections)
         self.names = [name for projection in projections for name in projection.names]
         self.sites = [(module, part.parameter) for part in projections for module in part.linears]
-        self._weight: Tensor | None = None
-        self._pointers: list[int] = []
-        weight = self.base_weight()
-        initialize = method_functions(config.method).initialize
-        starts = [initialize(weight, config, generator) for generator in generators]
+        self.weights: list[StackedWeights] = []
+        if path == "fast":
+            self.weights = [StackedWeights(self.sites)]
+            weight, initialize = self.weights[0].tensor(), method_functions(config.method).initialize
+            starts = [initialize(weight, config, generator) for generator in generators]
+        else:
+            if resident:
+                grouped = ([(module, part.parameter) for module in part.linears] for part in projections)
+                self.weights = [StackedWeights(sites) for sites in grouped]
+            initialize = low_rank_functions(config.method).initialize
+            starts = [initialize(_OneByOne(self.sites), config, generator) for generator in generators]
+        device = base_parameter(*self.sites[0]).device
         trainable, fixed = (
-            {key: torch.cat([tensors[key].to(weight.device) for tensors in by_subject]) for key in by_subject[0]}
+            {key: torch.cat([tensors[key].to(device) for tensors in by_subject]) for key in by_subject[0]}
             for by_subject in zip(*starts)
         )
         self.trainable = nn.ParameterDict({key: nn.Parameter(tensor) for key, tensor in trainable.items()})
         for key, tensor in fixed.items():
             self.register_buffer(key, tensor)
 
-    def base_weight(self) -> Tensor:
-        """The pretrained weights, (n, out, in) or (n, ...), in the model's dtype and on its device.
+    def base_weights(self) -> list[Tensor]:
+        """The pretrained weights as ``weights`` stacks them, (m, out, in) or (n, ...), on the model's device.
 
-        The model's parameters are views of this tensor, so it takes no extra memory. If the model has been moved or
-        cast since, they are stacked again and the adapter's tensors move to the new device.
+        If the model has been moved, the adapter's tensors move to the new device.
+
+        Raises:
+            InputError: the weights are offloaded.
         """
-        parameters = [base_parameter(*site) for site in self.sites]
-        if self._weight is None or [p.data_ptr() for p in parameters] != self._pointers:
-            self._weight = torch.stack([p.detach() for p in parameters])
-            for parameter, view in zip(parameters, self._weight):
-                parameter.data = view
-            self._pointers = [p.data_ptr() for p in parameters]
-            self.to(self._weight.device)
-        return self._weight
+        stacked = [weights.tensor() for weights in self.weights]
+        if stacked and any(tensor.device != stacked[0].device for tensor in self.tensors().values()):
+            if stacked[0].is_meta:
+                raise InputError(
+                    "the model's weights are offloaded, so they cannot be adapted; merge before offloading."
+                )
+            self.to(stacked[0].device)
+        return stacked
+
+    def base_weight(self, index: int) -> Tensor:
+        """The pretrained weight of one module, (1, out, in) or (1, ...), dense."""
+        return dense_weight(*self.sites[index])[None]
 
     def release(self) -> None:
         """Give each module of the model a separate weight again."""
-        for site in self.sites:
-            parameter = base_parameter(*site)
-            parameter.data = parameter.data.clone()
-        self._weight = None
+        for weights in self.weights:
+            weights.release()
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by key, trainable and fixed, each with leading dimension n, or subjects * n."""
@@ -71,6 +109,18 @@ class Stack(nn.Module):
         """Changes whenever a tensor that W' is computed from changes in place."""
         weights = (base_parameter(*site) for site in self.sites)
         return tuple(t._version for t in (*self.trainable.values(), *weights))
+
+
+class _OneByOne:
+    """The pretrained weights of these modules, dense, one at a time; see ``update.Matrices``."""
+
+    def __init__(self, sites: Sequence[Site]):
+        self.sites = sites
+        out_features, in_features = weight_shape(*sites[0])
+        self.shape = (len(sites), out_features, in_features)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (dense_weight(*site) for site in self.sites)
 
 
 class Adapter(nn.Module):
@@ -85,14 +135,24 @@ class Adapter(nn.Module):
         config: the adapter's configuration.
         projections: the projections to adapt, in the model's order.
         generators: one CPU generator per subject, for its random initialization.
+        path: how adapted products are computed, ``fast``, ``lean`` or ``split``.
+        resident: see ``Stack``.
 
     Attributes:
         prepared: whether ``refresh`` has been called since the last forward of the model.
     """
 
-    def __init__(self, config: AdapterConfig, projections: Sequence[Projection], generators: Sequence[torch.Generator]):
+    def __init__(
+        self,
+        config: AdapterConfig,
+        projections: Sequence[Projection],
+        generators: Sequence[torch.Generator],
+        path: str,
+        resident: bool = True,
+    ):
         super().__init__()
         self.config = config
+        self.path = path
         self.subjects = len(generators)
         self.method = METHODS[config.method]
         self._functions = method_functions(config.method)
@@ -100,7 +160,8 @@ class Adapter(nn.Module):
         self._constrain = functions.constrain if isinstance(functions, ConstrainedFunctions) else None
         by_shape: dict[tuple[int, ...], list[Projection]] = {}
         for projection in projections:
-            shape = tuple(base_parameter(projection.linears[0], projection.parameter).shape)
+            projection.lean = path == "lean"
+            shape = weight_shape(projection.linears[0], projection.parameter)
             if self.method.has_rank and config.rank > min(shape):
                 raise InputError(
                     f"rank is {config.rank}, but {projection.names[0]} is {' x '.join(map(str, shape))}; "
@@ -108,7 +169,7 @@ class Adapter(nn.Module):
                 )
             by_shape.setdefault(shape, []).append(projection)
         self.stacks: Iterable[Stack] = nn.ModuleList(
-            Stack(members, config, generators) for members in by_shape.values()
+            Stack(members, config, generators, path, resident) for members in by_shape.values()
         )
         self._strength = 1.0
         self._computed_from: tuple | None = None
@@ -130,26 +191,25 @@ class Adapter(nn.Module):
         return [name for stack in self.stacks for name in stack.names]
 
     def refresh(self) -> None:
-        """Compute the adapted weights and give each projection its slice.
+        """Compute the adapted weights, or the factors of the updates, and give each projection its slice.
 
         With gradients enabled they are always recomputed, since a graph supports one backward only; without, only if
         a tensor that they depend on has changed.
         """
         if self._strength != 0:
-            bases = [stack.base_weight() for stack in self.stacks]
-            if any(base.is_meta for base in bases):
-                raise InputError(
-                    "the model's weights are offloaded, so they cannot be adapted; merge before offloading."
-                )
+            bases = [stack.base_weights() for stack in self.stacks]
             computed_from = None
             if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
                 self.constrain()
             else:
-                computed_from = tuple((id(base), *stack.versions()) for base, stack in zip(bases, self.stacks))
+                identities = ((*map(id, weights), *stack.versions()) for weights, stack in zip(bases, self.stacks))
+                computed_from = tuple(identities)
             if computed_from is None or computed_from != self._computed_from:
-                for base, stack in zip(bases, self.stacks):
-                    with torch.autocast(base.device.type, enabled=False):
-                        self._refresh(base, stack)
+                device = next(self.parameters()).device.type
+                device = "cpu" if device == "meta" else device  # where the memory of a model is estimated
+                for weights, stack in zip(bases, self.stacks):
+                    with torch.autocast(device, enabled=False):
+                        self._refresh(weights, stack)
                 self._computed_from = computed_from
         self.prepared = True
 
@@ -161,22 +221,46 @@ class Adapter(nn.Module):
             for stack in self.stacks:
                 self._constrain(stack.tensors(), self.config)
 
-    def _refresh(self, base: Tensor, stack: Stack) -> None:
+    def _refresh(self, bases: list[Tensor], stack: Stack) -> None:
         # split's backward is a single concatenation; indexing would add n zero-padded gradients.
         sizes = [len(projection.names) for projection in stack.projections]
+        if self.path != "fast":
+            b, a = self._factors_in(self._factor_dtype(stack), stack.tensors())
+            weights = [base.flatten(0, 1) for base in bases] or [None] * len(sizes)
+            for projection, *pieces in zip(stack.projections, weights, a.split(sizes), b.split(sizes)):
+                projection.weight, projection.a, projection.b = pieces
+            return
+        (base,) = bases
         rows = [size * base.shape[1] for size in sizes]
-        if self.config.path == "split":
-            b, a = self._factors(stack.tensors())
-            pieces = zip(base.flatten(0, 1).split(rows), a.split(sizes), b.split(sizes))
-            for projection, (weight, a_piece, b_piece) in zip(stack.projections, pieces):
-                projection.weight, projection.a, projection.b = weight, a_piece, b_piece
-        else:
-            adapted = self._adapted_weight(self._repeated(base), stack.tensors()).flatten(0, 1)
-            several_subjects = self.subjects > 1
-            if several_subjects:
-                adapted = adapted.unflatten(0, (self.subjects, -1))
-            for projection, weight in zip(stack.projections, adapted.split(rows, dim=1 if several_subjects else 0)):
-                projection.weight = weight
+        adapted = self._adapted_weight(self._repeated(base), stack.tensors()).flatten(0, 1)
+        several_subjects = self.subjects > 1
+        if several_subjects:
+            adapted = adapted.unflatten(0, (self.subjects, -1))
+        for projection, weight in zip(stack.projections, adapted.split(rows, dim=1 if several_subjects else 0)):
+            projection.weight = weight
+
+    def _factor_dtype(self, stack: Stack) -> torch.dtype:
+        """The dtype in which the factors are multiplied; their own is float32."""
+        module = stack.projections[0].linears[0]
+        in_float32 = self.config.split_dtype == "float32" or not (self.config.split_dtype or is_quantized(module))
+        return torch.float32 if self.path == "split" and in_float32 else compute_dtype(module)
+
+    def _factors_in(self, dtype: torch.dtype, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The factors in a dtype. If it is not their own, what autograd needs of them is computed again in the
+        backward, so that nothing in float32 is kept in between."""
+        keys, values = list(tensors), list(tensors.values())
+        if dtype == values[0].dtype:
+            return self._factors(tensors)
+
+        def cast(*values: Tensor) -> tuple[Tensor, Tensor]:
+            b, a = self._factors(dict(zip(keys, values)))
+            return b.to(dtype), a.to(dtype)
+
+        if not torch.is_grad_enabled():
+            return cast(*values)
+        factors = checkpoint(cast, *values, use_reentrant=False, preserve_rng_state=False)
+        assert isinstance(factors, tuple)
+        return factors
 
     def _repeated(self, base: Tensor) -> Tensor:
         """The pretrained weights (n, ...) repeated for every subject, (subjects * n, ...)."""
@@ -200,7 +284,7 @@ class Adapter(nn.Module):
                 index = stack.names.index(name)
                 row = subject * len(stack.names) + index
                 tensors = {key: tensor[row : row + 1] for key, tensor in stack.tensors().items()}
-                return stack.base_weight()[index : index + 1], tensors
+                return stack.base_weight(index), tensors
         raise InputError(f"{name} is not an adapted module; choose one of adapter.names, such as {self.names[0]}.")
 
     @torch.no_grad()
@@ -233,7 +317,8 @@ class Adapter(nn.Module):
             if self.method.has_factors:
                 distances = update.frobenius_norm(*self._factors(stack.tensors()))
             else:
-                distances = self._delta(self._repeated(stack.base_weight()), stack.tensors()).flatten(1).norm(dim=1)
+                (base,) = stack.base_weights()
+                distances = self._delta(self._repeated(base), stack.tensors()).flatten(1).norm(dim=1)
             norms.append(distances.view(self.subjects, -1))
         return torch.cat(norms, dim=1)
 

@@ -10,7 +10,8 @@ from delora_diffusers.methods.table import METHODS
 
 STARTS = ("frozen", "zero")
 WEIGHT_NORMS = ("column", "frobenius", "none")
-PATHS = ("fast", "split")
+PATHS = ("auto", "fast", "lean", "split")
+SPLIT_DTYPES = ("float32", "model")
 
 EVERYTHING = "*"
 """The target that selects every parameter of the model."""
@@ -47,9 +48,13 @@ class AdapterConfig:
             OFT's scripts use 6e-5. None for no constraint.
         targets: suffixes of the names of the ``nn.Linear`` modules to adapt, as in ``model.named_modules()``; with full
             fine-tuning, ``("*",)`` selects every parameter of the model.
-        path: ``"fast"`` computes one product per projection with the adapted weight W'; ``"split"`` computes
-            ``x W^T + (x A~^T) B~^T`` with the second term in float32, so the update is not rounded to the model's
-            dtype as part of W'.
+        path: ``"fast"`` computes the adapted weights W' of the whole model once per step, and one product per
+            projection; ``"lean"`` computes W' of a projection each time it is used, so that none is kept for the
+            backward; ``"split"`` computes ``x W^T + (x A~^T) B~^T``, so that the update is not rounded to the model's
+            dtype as part of W'. ``"auto"`` is fast for small models, lean for large ones and split if the model is
+            quantized; see ``adapter.paths``.
+        split_dtype: ``"float32"`` computes the second term of the split path in float32, ``"model"`` in the model's
+            dtype, which is faster. None is float32, or the model's dtype if the model is quantized.
 
     Raises:
         InputError: a value is invalid.
@@ -64,7 +69,8 @@ class AdapterConfig:
     blocks: int | None = None
     coft_eps: float | None = None
     targets: tuple[str, ...] = UNET_TARGETS
-    path: str = "fast"
+    path: str = "auto"
+    split_dtype: str | None = None
 
     def __post_init__(self):
         if isinstance(self.targets, str) or not isinstance(self.targets, Sequence):
@@ -82,14 +88,17 @@ class AdapterConfig:
             ("start", STARTS),
             ("weight_norm", WEIGHT_NORMS),
             ("path", PATHS),
+            *([("split_dtype", SPLIT_DTYPES)] if self.split_dtype is not None else []),
         ):
             if not isinstance(getattr(self, name), str) or getattr(self, name) not in allowed:
                 raise InputError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}.")
         method = METHODS[self.method]
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
             raise InputError(f"rank is {self.rank!r}; give a positive integer.")
-        if self.path == "split" and not method.has_factors:
-            raise InputError(f"path is 'split', which {method.title} does not support; use 'fast'.")
+        if self.path in ("lean", "split") and not method.has_factors:
+            raise InputError(f"path is {self.path!r}, which {method.title} does not support; use 'fast' or 'auto'.")
+        if self.split_dtype is not None and self.path not in ("auto", "split"):
+            raise InputError(f"split_dtype is {self.split_dtype!r}, but path is {self.path!r}; leave out one of them.")
         if self.blocks is not None and (not isinstance(self.blocks, int) or self.blocks is True or self.blocks < 1):
             raise InputError(f"blocks is {self.blocks!r}; give a positive integer.")
         for name in ("delora_lambda", "alpha", "coft_eps"):
@@ -104,9 +113,10 @@ class AdapterConfig:
             raise InputError("targets is empty; give at least one module name, for example to_q.")
 
     def as_recorded(self) -> dict[str, Any]:
-        """The settings as an adapter file contains them. An unset ``coft_eps`` is left out, as before it existed."""
+        """The settings as an adapter file contains them. Those that are newer than the format are left out if unset."""
         values = dataclasses.asdict(self)
-        return {name: value for name, value in values.items() if name != "coft_eps" or value is not None}
+        newer = ("coft_eps", "split_dtype")
+        return {name: value for name, value in values.items() if name not in newer or value is not None}
 
     @property
     def number_of_blocks(self) -> int:

@@ -11,7 +11,7 @@ from delora_diffusers.methods.lora import kaiming
 
 
 def initialize(
-    weight: Tensor, config: AdapterConfig, generator: torch.Generator
+    weight: Tensor | update.Matrices, config: AdapterConfig, generator: torch.Generator
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Kaiming-uniform A (n, r, in) and B (n, out, r), or B = 0; lambda (n,); fixed: scale, frozen start."""
     n, out_features, in_features = weight.shape
@@ -38,13 +38,15 @@ def shapes(weight: tuple[int, ...], config: AdapterConfig) -> dict[str, tuple[in
     return {**product, "lambda": (), **scale, **start}
 
 
-def initial_lambda(weight: Tensor, config: AdapterConfig) -> Tensor:
+def initial_lambda(weight: Tensor | update.Matrices, config: AdapterConfig) -> Tensor:
     """The initial boundary of each matrix (n,): as configured, or the default for its width (see ``AdapterConfig``)."""
     n, _, in_features = weight.shape
     if config.delora_lambda is not None:
         return torch.full((n,), float(config.delora_lambda))
     if config.weight_norm == "none":
-        return RELATIVE_BOUND * torch.linalg.vector_norm(weight.float(), dim=(1, 2)).cpu()
+        norms = update.weight_norm(weight, "frobenius")
+        assert norms is not None
+        return RELATIVE_BOUND * norms.cpu()
     width = math.sqrt(in_features) if config.weight_norm == "column" else 1.0
     return torch.full((n,), RELATIVE_BOUND * width)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from delora_diffusers.methods.config import AdapterConfig
 from delora_diffusers.methods.table import METHODS
+from delora_diffusers.methods.update import Matrices
 
 Tensors = dict[str, Tensor]
 """The tensors of n stacked matrices of one shape, by key; n is the first dimension."""
@@ -35,6 +36,12 @@ class MethodFunctions(Protocol):
 @runtime_checkable
 class LowRankFunctions(MethodFunctions, Protocol):
     """A method whose update is a low-rank product (``has_factors`` in the table)."""
+
+    def initialize(
+        self, weight: Tensor | Matrices, config: AdapterConfig, generator: torch.Generator
+    ) -> tuple[Tensors, Tensors]:
+        """The initial trainable and fixed tensors, float32."""
+        ...
 
     def factors(self, tensors: Tensors, config: AdapterConfig) -> tuple[Tensor, Tensor]:
         """B~ (n, out, k) and A~ (n, k, in) with ``W' - W = B~ A~``."""

@@ -16,7 +16,7 @@ def kaiming(shape: tuple[int, ...], fan_in: int, generator: torch.Generator) -> 
 
 
 def initialize(
-    weight: Tensor, config: AdapterConfig, generator: torch.Generator
+    weight: Tensor | update.Matrices, config: AdapterConfig, generator: torch.Generator
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A (n, r, in) kaiming-uniform, B (n, out, r) zero."""
     n, out_features, in_features = weight.shape

@@ -7,7 +7,8 @@ product: materialised (``W' = W + B~ A~``, once per step) and split (``x W^T + (
 Reference: Bini, Girrbach, Akata, "Decoupling Angles and Strength in Low-rank Adaptation", ICLR 2025 (arXiv 2503.18225).
 """
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +17,20 @@ MIN_NORM = 1e-4
 """The lower bound for norms, as in PEFT: a vanishing row is scaled by at most 1e4, and so is its gradient."""
 
 
-def weight_norm(weight: Tensor, kind: str) -> Tensor | None:
+class Matrices(Protocol):
+    """n matrices of one shape that are read one after the other, because together they may not fit in memory."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(n, out, in)"""
+        ...
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Each matrix, (out, in)."""
+        ...
+
+
+def weight_norm(weight: Tensor | Matrices, kind: str) -> Tensor | None:
     """The scale c of the update: the norm of the pretrained weight.
 
     Args:
@@ -29,10 +43,12 @@ def weight_norm(weight: Tensor, kind: str) -> Tensor | None:
     """
     if kind == "none":
         return None
-    weight = weight.float()
-    if kind == "column":
-        return torch.linalg.vector_norm(weight, dim=1)
-    return torch.linalg.vector_norm(weight, dim=(1, 2))
+    if not isinstance(weight, Tensor):
+        norms = [weight_norm(matrix[None], kind) for matrix in weight]
+        return torch.cat([norm for norm in norms if norm is not None])
+    # With a dtype the norm needs no copy of the weight in that dtype.
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return torch.linalg.vector_norm(weight, dim=1 if kind == "column" else (1, 2), dtype=dtype).float()
 
 
 def normalize(vectors: Tensor, dim: int) -> Tensor:

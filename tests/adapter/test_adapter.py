@@ -121,7 +121,7 @@ def test_subsets_of_the_targets(unet, unet_inputs, targets):
     torch.testing.assert_close(unet(*unet_inputs).sample, adapted, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("path", ["fast", "split"])
+@pytest.mark.parametrize("path", ["fast", "split", "lean"])
 def test_feed_forward_layers(unet, unet_inputs, path):
     targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
     with torch.no_grad():

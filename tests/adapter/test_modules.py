@@ -73,10 +73,11 @@ REPLACEMENTS = {
     [
         AdapterConfig(rank=4),
         AdapterConfig(rank=4, path="split"),
+        AdapterConfig(rank=4, path="lean"),
         AdapterConfig(rank=4, method="dora", targets=("to_q", "to_v")),
         AdapterConfig(rank=4, targets=MAP_TARGETS),
     ],
-    ids=["fast", "split", "two targets", "feed-forward"],
+    ids=["fast", "split", "lean", "two targets", "feed-forward"],
 )
 @pytest.mark.parametrize("change", list(REPLACEMENTS))
 def test_the_output_stays_adapted_when_processors_are_replaced(unet, unet_inputs, config, change):

@@ -70,7 +70,7 @@ def test_initialization_is_the_same_as_alone(unet):
 def test_several_subjects_need_attention_targets_and_the_fast_path(unet):
     with pytest.raises(InputError, match=r"ff\.net\.0\.proj is not an attention projection"):
         attach(unet, AdapterConfig(rank=4, targets=MAP_TARGETS), generators(0, 1))
-    with pytest.raises(InputError, match="path is 'split'"):
+    with pytest.raises(InputError, match="the path is split"):
         attach(unet, AdapterConfig(rank=4, path="split"), generators(0, 1))
 
 

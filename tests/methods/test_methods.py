@@ -370,7 +370,7 @@ def test_invalid_arguments(unet):
         attach(unet, AdapterConfig(method="oft", blocks=7))
     with pytest.raises(InputError, match=r"coft_eps is 6e-05, but LoRA has no such constraint; leave it out"):
         AdapterConfig(method="lora", coft_eps=6e-5)
-    with pytest.raises(InputError, match="path is 'split', which DoRA does not support; use 'fast'"):
+    with pytest.raises(InputError, match="path is 'split', which DoRA does not support; use 'fast' or 'auto'"):
         AdapterConfig(method="dora", path="split")
     with pytest.raises(InputError, match=r"targets is \*, but DeLoRA adapts linear modules"):
         AdapterConfig(targets=("*",))
