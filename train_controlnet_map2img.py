@@ -21,11 +21,11 @@ from data.palettes import read_palette
 from data.photographs import crop_boxes
 from delora_diffusers.dispatch import exit_on_bad_input
 from delora_diffusers.errors import InputError
+from delora_diffusers.families.checks import check_model_folder
 from delora_diffusers.image_files import upright_size
 from delora_diffusers.methods.config import MAP_TARGETS
 from delora_diffusers.names import is_miniature, is_xl
 from delora_diffusers.outputs import held_folders
-from delora_diffusers.pipelines.base_model import check_model_folder
 from delora_diffusers.training import arguments
 
 if TYPE_CHECKING:

@@ -20,11 +20,11 @@ from data.photographs import Photo, find_photographs, variants, view_sizes
 from data.subjects import Subject, read_subjects
 from delora_diffusers.dispatch import exit_on_bad_input
 from delora_diffusers.errors import InputError
+from delora_diffusers.families.checks import check_model_folder
 from delora_diffusers.image_files import list_images, load_rgb
 from delora_diffusers.methods.config import TEXT_ENCODER_TARGETS
 from delora_diffusers.names import is_miniature, is_xl, recorded_model_name
 from delora_diffusers.outputs import check_run_folder, check_writable, held_folders
-from delora_diffusers.pipelines.base_model import check_model_folder
 from delora_diffusers.training import arguments
 
 if TYPE_CHECKING:

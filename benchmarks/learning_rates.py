@@ -17,8 +17,8 @@ from diffusers import DDPMScheduler
 import train_dreambooth_delora
 from data.photographs import find_photographs, variants
 from delora_diffusers import detach, load_adapter
+from delora_diffusers.families.loading import load_pipeline
 from delora_diffusers.methods.table import METHODS
-from delora_diffusers.pipelines.base_model import load_pipeline
 from delora_diffusers.pipelines.conditions import encode_prompts
 from delora_diffusers.training.encoding import encode_images
 from delora_diffusers.training.objective import denoising_losses, noised

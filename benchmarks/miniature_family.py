@@ -21,8 +21,8 @@ from data.toybox.places import STUFF
 from data.toybox.render import render
 from data.toybox.scenes import SEMANTIC_CLASSES, Scene, photograph, unseen_subject
 from data.toybox.shapes import CLASSES
+from delora_diffusers.families.loading import load_pipeline
 from delora_diffusers.image_grid import labelled_grid
-from delora_diffusers.pipelines.base_model import load_pipeline
 from delora_diffusers.pipelines.sampling import sample_images
 from eval.metrics.encoders import ClipEncoder, DinoEncoder
 

@@ -119,7 +119,7 @@ def run_subject(task: tuple[Path, int, str | None, dict[str, Any]]) -> dict[str,
         return result
     from delora_diffusers import load_adapter
     from delora_diffusers.adapter.base_weights import base_parameter
-    from delora_diffusers.pipelines.base_model import load_pipeline
+    from delora_diffusers.families.loading import load_pipeline
 
     unet = load_pipeline(None).unet
     adapter = load_adapter(unet, task[0] / "adapter")

@@ -79,7 +79,7 @@ def load_family() -> None:
     from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
     from data.miniature import MINI_CLIP, MINI_DINO, MINI_SEGMENTER
-    from delora_diffusers.pipelines.base_model import load_pipeline
+    from delora_diffusers.families.loading import load_pipeline
 
     def load_clip() -> None:
         open_clip.create_model_and_transforms(f"local-dir:{MINI_CLIP}")

@@ -127,7 +127,7 @@ def fixed_loss(model: Path, photographs: Path, adapter: Path) -> tuple[float, fl
 
     from data.photographs import find_photographs, variants
     from delora_diffusers import load_adapter
-    from delora_diffusers.pipelines.base_model import load_pipeline
+    from delora_diffusers.families.loading import load_pipeline
     from delora_diffusers.pipelines.conditions import encode_prompts
     from delora_diffusers.training.encoding import encode_images
     from delora_diffusers.training.objective import denoising_losses, noised

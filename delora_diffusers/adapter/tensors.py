@@ -206,7 +206,6 @@ class Adapter(nn.Module):
                 computed_from = tuple(identities)
             if computed_from is None or computed_from != self._computed_from:
                 device = next(self.parameters()).device.type
-                device = "cpu" if device == "meta" else device  # where the memory of a model is estimated
                 for weights, stack in zip(bases, self.stacks):
                     with torch.autocast(device, enabled=False):
                         self._refresh(weights, stack)

@@ -267,7 +267,7 @@ def _generate(
     from delora_diffusers.maps import crop_square, read_map
     from delora_diffusers.memory import explain_out_of_memory
     from delora_diffusers.pipelines.adapted_pipeline import AdaptedPipeline
-    from delora_diffusers.pipelines.base_model import load_pipeline
+    from delora_diffusers.families.loading import load_pipeline
     from delora_diffusers.pipelines.noise_schedule import check_ddpm
     from delora_diffusers.pipelines.sampling import sample_images
 

@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> None:
     from torch import nn
 
     from delora_diffusers.files.formats import read_peft_delora
-    from delora_diffusers.pipelines.base_model import load_pipeline
+    from delora_diffusers.families.loading import load_pipeline
 
     name = options.pretrained_model_name_or_path
     pipeline = load_pipeline(name, revision=options.revision, variant=options.variant)

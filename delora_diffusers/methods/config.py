@@ -113,10 +113,10 @@ class AdapterConfig:
             raise InputError("targets is empty; give at least one module name, for example to_q.")
 
     def as_recorded(self) -> dict[str, Any]:
-        """The settings as an adapter file contains them. Those that are newer than the format are left out if unset."""
+        """The settings as an adapter file contains them, without unset ones that older versions do not know."""
         values = dataclasses.asdict(self)
-        newer = ("coft_eps", "split_dtype")
-        return {name: value for name, value in values.items() if name not in newer or value is not None}
+        unset = {"coft_eps": None, "split_dtype": None, "path": "auto"}
+        return {name: value for name, value in values.items() if name not in unset or value != unset[name]}
 
     @property
     def number_of_blocks(self) -> int:

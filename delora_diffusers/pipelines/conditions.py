@@ -1,4 +1,4 @@
-"""Prompts as conditions for the UNet: the outputs of the text encoders of Stable Diffusion 1.x, 2.x and XL."""
+"""Prompts as conditions for the denoiser: the outputs of the text encoders."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -8,16 +8,14 @@ import torch
 from torch import Tensor
 
 from delora_diffusers.errors import printable
-from delora_diffusers.names import is_xl
+from delora_diffusers.families.table import family_of
 
 logger = logging.getLogger(__name__)
 
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
-
 
 def text_encoders(pipeline: Any) -> dict[str, Any]:
-    """The pipeline's text encoders by name."""
-    encoders = {name: getattr(pipeline, name, None) for name in TEXT_ENCODERS}
+    """The pipeline's text encoders that are loaded, by name."""
+    encoders = {name: getattr(pipeline, name, None) for name in family_of(type(pipeline).__name__).TEXT_ENCODERS}
     return {name: encoder for name, encoder in encoders.items() if encoder is not None}
 
 
@@ -50,16 +48,8 @@ def shortened(text: str, longest: int = 100) -> str:
 
 
 def encode_tokens(pipeline: Any, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Encode prompts as ``encoder_hidden_states`` (prompts, tokens, width).
-
-    For XL these are the penultimate hidden states of both encoders, concatenated, and there are also ``text_embeds``
-    (prompts, pooled), the projection of the second encoder.
-    """
-    if not is_xl(type(pipeline).__name__):
-        return {"encoder_hidden_states": pipeline.text_encoder(tokens["text_encoder"])[0]}
-    outputs = [getattr(pipeline, name)(ids, output_hidden_states=True) for name, ids in tokens.items()]
-    hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
-    return {"encoder_hidden_states": hidden, "text_embeds": outputs[-1][0]}
+    """Encode prompts as the denoiser's conditions, (prompts, ...) each, by name; see the family."""
+    return family_of(type(pipeline).__name__).encode_tokens(pipeline, tokens)
 
 
 def encode_prompts(pipeline: Any, prompts: Sequence[str], device: torch.device | str) -> dict[str, Tensor]:
@@ -67,17 +57,12 @@ def encode_prompts(pipeline: Any, prompts: Sequence[str], device: torch.device |
     return encode_tokens(pipeline, tokenize(pipeline, prompts, device))
 
 
-def guided(pipeline: Any, prompts: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Encoded prompts and the encoded empty prompt (zeros for XL's base model) as arguments of the pipeline."""
-    if getattr(pipeline.config, "force_zeros_for_empty_prompt", False):
-        negative = {name: torch.zeros_like(tensor) for name, tensor in negative.items()}
-    arguments = {
-        "prompt_embeds": prompts["encoder_hidden_states"],
-        "negative_prompt_embeds": negative["encoder_hidden_states"],
-    }
-    if "text_embeds" in prompts:
-        arguments |= {
-            "pooled_prompt_embeds": prompts["text_embeds"],
-            "negative_pooled_prompt_embeds": negative["text_embeds"],
-        }
-    return arguments
+def guided(
+    pipeline: Any, prompts: Mapping[str, Tensor], negative: Mapping[str, Tensor], given: bool = False
+) -> dict[str, Tensor]:
+    """Encoded prompts and negative prompts as arguments of the pipeline.
+
+    Args:
+        given: whether the user gave the negative prompts; otherwise they are empty.
+    """
+    return family_of(type(pipeline).__name__).guided(pipeline, prompts, negative, given)

@@ -14,7 +14,7 @@ from delora_diffusers.errors import InputError
 from delora_diffusers.launching import launched_accelerator
 from delora_diffusers.memory import explain_out_of_memory
 from delora_diffusers.names import is_xl
-from delora_diffusers.pipelines.base_model import load_pipeline
+from delora_diffusers.families.loading import load_pipeline
 from delora_diffusers.pipelines.conditions import text_encoders
 from delora_diffusers.pipelines.noise_schedule import training_schedule
 from delora_diffusers.training import checkpoints, run_folder

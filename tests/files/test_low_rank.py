@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from data.tiny_sd import transformer
 from delora_diffusers import AdapterConfig, attach, detach, load_adapter, save_adapter
 from delora_diffusers.__main__ import main
+from delora_diffusers.families.loading import load_pipeline
 from delora_diffusers.files.low_rank import Factors, balanced, summed, truncated
 from delora_diffusers.pipelines.adapted_pipeline import AdaptedPipeline
-from delora_diffusers.pipelines.base_model import load_pipeline
 from tests.helpers import randomize
 
 SIZES = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 6))

@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from data.tiny_sd import write
 from delora_diffusers import AdapterConfig, InputError, attach, save_adapter
+from delora_diffusers.families.checks import check_model_folder, check_variant
+from delora_diffusers.families.loading import load_pipeline
 from delora_diffusers.files.reading import read_header
 from delora_diffusers.names import recorded_model_name
 from delora_diffusers.pipelines.adapted_pipeline import base_model_of
-from delora_diffusers.pipelines.base_model import check_model_folder, check_variant, load_pipeline
 from delora_diffusers.pipelines.conditions import encode_prompts, tokenize, warn_of_truncation
 from delora_diffusers.pipelines.latents import latent_scale
 from delora_diffusers.pipelines.noise_schedule import check_ddpm, training_schedule
@@ -98,7 +99,7 @@ REFUSED = {
     "class labels": ("unet/config.json", {"num_class_embeds": 10}, "(could not be loaded|num_class_embeds 10)"),
     "nine channels": ("unet/config.json", {"in_channels": 9}, "(could not be loaded|9 input channels)"),
     "no class of unet": ("model_index.json", {"unet": ["diffusers", "NoSuchModel"]}, "could not be loaded"),
-    "another pipeline": ("model_index.json", {"_class_name": "NoSuchPipeline"}, "could not be loaded"),
+    "another pipeline": ("model_index.json", {"_class_name": "NoSuchPipeline"}, "is a NoSuchPipeline and not a Stable"),
     "an inpainting pipeline": (
         "model_index.json",
         {"_class_name": "StableDiffusionInpaintPipeline"},

@@ -25,7 +25,7 @@ MODELS = [folder for folder in sorted(FAMILY.iterdir()) if folder.name.startswit
 
 @pytest.fixture(scope="module")
 def pipeline():
-    from delora_diffusers.pipelines.base_model import load_pipeline
+    from delora_diffusers.families.loading import load_pipeline
 
     return load_pipeline(None)
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from data.tiny_sd import KINDS, write
 from delora_diffusers import AdapterConfig, attach, load_adapter, save_adapter
 from delora_diffusers.__main__ import main
+from delora_diffusers.families.loading import load_pipeline
 from delora_diffusers.methods.config import TEXT_ENCODER_TARGETS
 from delora_diffusers.pipelines.adapted_pipeline import AdaptedPipeline
-from delora_diffusers.pipelines.base_model import load_pipeline
 from delora_diffusers.pipelines.conditions import encode_prompts, text_encoders
 from tests.helpers import randomize, run_in_child, together_flags, train, training_flags, write_photos
 

@@ -1,0 +1,78 @@
+"""Reject what cannot be a base model before anything is loaded. Imports no torch."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from delora_diffusers.errors import InputError
+from delora_diffusers.names import is_miniature, may_be_hub_id
+from delora_diffusers.text_files import read_json
+
+COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>[\w-]+?))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
+)
+"""Names of weight files, with their variant."""
+
+
+def check_model_folder(name_or_path: str | None, variant: str | None = None) -> None:
+    """Reject at once what cannot be a pipeline. A name that is not a local folder may be a hub id and is accepted.
+
+    Raises:
+        InputError
+    """
+    if is_miniature(name_or_path):
+        return
+    assert name_or_path is not None
+    if not name_or_path:
+        raise InputError("--pretrained_model_name_or_path is empty; give a folder or a hub id, or leave it out.")
+    folder = Path(name_or_path)
+    if folder.is_file():
+        raise InputError(
+            f"the base model {name_or_path} is a single file; convert it to a folder with diffusers: "
+            f"StableDiffusionPipeline.from_single_file({name_or_path!r}).save_pretrained('FOLDER')."
+        )
+    if not folder.is_dir():
+        if not may_be_hub_id(name_or_path):
+            raise InputError(f"the base model folder {name_or_path} does not exist; check the path.")
+        return
+    for part in ("model_index.json", "unet/config.json", "vae/config.json", "text_encoder/config.json", "tokenizer"):
+        if not (folder / part).exists():
+            raise InputError(
+                f"the base model folder {name_or_path} has no {part.split('/')[0]}; give a complete Stable "
+                "Diffusion pipeline folder, as pipeline.save_pretrained writes it."
+            )
+    for file in (folder / "model_index.json", *(folder / name / "config.json" for name in COMPONENTS)):
+        config = read_json(file) if file.is_file() else {}
+        if not isinstance(config, dict):
+            raise InputError(f"{file} is not a JSON object; download the base model again.")
+        if config.get("quantization_config") is not None:
+            raise InputError(
+                f"the {file.parent.name} of the base model {name_or_path} is quantized, so its weights cannot be "
+                "adapted; give the model without quantization."
+            )
+    check_variant(name_or_path, (path.relative_to(folder).as_posix() for path in folder.glob("*/*")), variant)
+
+
+def check_variant(name: str, files: Iterable[str], variant: str | None) -> None:
+    """Reject a model whose weights exist only in a variant that was not asked for.
+
+    Args:
+        files: paths relative to the model's folder.
+
+    Raises:
+        InputError: the message gives the variant.
+    """
+    variants: dict[str, set[str | None]] = {}
+    for path in files:
+        component, _, file = path.rpartition("/")
+        match = WEIGHTS.fullmatch(file)
+        if match and component in COMPONENTS:
+            variants.setdefault(component, set()).add(match["variant"])
+    for component, available in variants.items():
+        if None not in available and variant not in available:
+            names = " or ".join(sorted(str(other) for other in available))
+            raise InputError(
+                f"the base model {name} has the weights of its {component} only as variant {names}; pass --variant "
+                f"{sorted(str(other) for other in available)[0]}."
+            )

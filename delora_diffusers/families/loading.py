@@ -1,0 +1,291 @@
+"""Open a base model and load its parts one at a time, so that only what is needed now takes memory."""
+
+import dataclasses
+import gc
+import importlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from delora_diffusers.errors import LOADING_ERRORS, InputError, reason
+from delora_diffusers.families.checks import COMPONENTS, WEIGHTS, check_model_folder, check_variant
+from delora_diffusers.families.table import FAMILIES, Family, family_of
+from delora_diffusers.names import MINIATURE, is_miniature
+from delora_diffusers.text_files import read_json
+
+_MINIATURE_FOLDER = Path(__file__).resolve().parents[2] / "data" / "miniature" / MINIATURE
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenModel:
+    """A base model whose parts are loaded when they are needed, and dropped when they are not.
+
+    Attributes:
+        name: as the user gave it; None for the included miniature.
+        folder: of the pipeline; a hub id has been downloaded.
+        variant: of the weight files.
+        pipeline: diffusers' pipeline with the tokenizers and the scheduler; its models are None until they are loaded.
+        skeletons: each model on the meta device: its modules, shapes and configuration without values.
+    """
+
+    name: str | None
+    folder: Path
+    variant: str | None
+    pipeline: Any
+    skeletons: dict[str, Any]
+
+    @property
+    def family(self) -> Family:
+        """The model's family."""
+        return family_of(type(self.pipeline).__name__)
+
+    @property
+    def text_encoders(self) -> list[str]:
+        """The names of the text encoders that the model has."""
+        return [name for name in self.family.TEXT_ENCODERS if name in self.skeletons]
+
+    def load(
+        self, component: str, dtype: torch.dtype, device: torch.device | str = "cpu", quantization: Any = None
+    ) -> Any:
+        """Load one model into the pipeline, straight in this dtype, frozen.
+
+        Args:
+            component: ``unet``, ``vae``, ``text_encoder`` or ``text_encoder_2``.
+            quantization: diffusers' configuration for a quantized model, or None.
+
+        Raises:
+            InputError: its files are damaged.
+        """
+        options: dict[str, Any] = {"subfolder": component, "torch_dtype": dtype, "variant": self._variant_of(component)}
+        if quantization is not None:
+            # Quantizing is done on the device, weight by weight, which a map of devices asks for.
+            options |= {"quantization_config": quantization, "device_map": {"": device}}
+        try:
+            with _quiet():
+                model = type(self.skeletons[component]).from_pretrained(str(self.folder), **options)
+        except LOADING_ERRORS as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise _loading_error(self.name, self.variant, error) from error
+        missing = next((name for name, tensor in model.state_dict().items() if tensor.is_meta), None)
+        if missing is not None:
+            raise InputError(f"the base model {self.name} has no weight {missing} in its {component}; choose another.")
+        model.requires_grad_(False)
+        if quantization is None:
+            model.to(device, dtype)
+        setattr(self.pipeline, component, model)
+        return model
+
+    def drop(self, *components: str) -> None:
+        """Free the memory of these models, wherever they are."""
+        for component in components:
+            setattr(self.pipeline, component, None)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _variant_of(self, component: str) -> str | None:
+        """The variant, if this model's weights have it."""
+        files = (WEIGHTS.fullmatch(path.name) for path in (self.folder / component).glob("*"))
+        return self.variant if any(match and match["variant"] == self.variant for match in files) else None
+
+
+def open_model(name_or_path: str | None, *, revision: str | None = None, variant: str | None = None) -> OpenModel:
+    """Open a base model without loading its weights.
+
+    Args:
+        name_or_path: a pipeline folder or a hub id; None or ``"mini-sd"`` for the included miniature.
+
+    Raises:
+        InputError: the folder is not a complete pipeline, the hub id cannot be downloaded, or its configuration asks
+            for something that is not supported.
+    """
+    folder = pipeline_folder(name_or_path, revision=revision, variant=variant, pickles=True)
+    kind = read_json(folder / "model_index.json").get("_class_name")
+    if kind not in FAMILIES:
+        known = " or ".join(FAMILIES)
+        raise InputError(f"the base model {name_or_path} is a {kind} and not a {known}; choose another.")
+    from diffusers import DiffusionPipeline
+
+    # This logger warns about "modules that should be kept in float32: []" at every cast.
+    logging.getLogger("diffusers.models.modeling_utils").setLevel(logging.ERROR)
+    try:
+        with _quiet():
+            skeletons = _skeletons(folder)
+            pipeline: Any = DiffusionPipeline.from_pretrained(
+                folder, **skeletons, safety_checker=None, requires_safety_checker=False
+            )
+    except LOADING_ERRORS as error:
+        raise _loading_error(name_or_path, variant, error) from error
+    problem = _unsupported(family_of(kind), skeletons) or _incomplete(skeletons, folder)
+    if problem is not None:
+        raise InputError(f"the base model {name_or_path} {problem}; choose another.")
+    _limit_prompts(pipeline, name_or_path)
+    for component in skeletons:
+        setattr(pipeline, component, None)
+    return OpenModel(name_or_path, folder, variant, pipeline, skeletons)
+
+
+def load_pipeline(name_or_path: str | None, *, revision: str | None = None, variant: str | None = None) -> Any:
+    """Load a complete pipeline on the CPU, in float32.
+
+    Raises:
+        InputError: see ``open_model``.
+    """
+    model = open_model(name_or_path, revision=revision, variant=variant)
+    for component in model.skeletons:
+        model.load(component, torch.float32)
+    return model.pipeline
+
+
+def pipeline_folder(
+    name_or_path: str | None, *, revision: str | None = None, variant: str | None = None, pickles: bool = False
+) -> Path:
+    """The folder of a pipeline. A hub id is downloaded.
+
+    Args:
+        pickles: whether weights may be pickles if there are none in safetensors.
+
+    Raises:
+        InputError: see ``open_model``.
+    """
+    check_model_folder(name_or_path, variant)
+    if name_or_path is None or is_miniature(name_or_path):
+        return _MINIATURE_FOLDER
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    from diffusers import DiffusionPipeline
+
+    try:
+        with _quiet():
+            folder = DiffusionPipeline.download(
+                name_or_path,
+                revision=revision,
+                variant=variant,
+                use_safetensors=None if pickles else True,
+                safety_checker=None,
+            )
+    except LOADING_ERRORS as error:
+        raise _loading_error(name_or_path, variant, error) from error
+    return Path(folder)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Only while loading: the user should see later warnings, such as of a truncated prompt."""
+    import diffusers
+    import transformers
+
+    loggers = (diffusers.utils.logging, transformers.utils.logging)
+    verbosities = [logger.get_verbosity() for logger in loggers]
+    for logger in loggers:
+        logger.set_verbosity_error()
+        logger.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger, verbosity in zip(loggers, verbosities):
+            logger.set_verbosity(verbosity)
+
+
+def _skeletons(folder: Path) -> dict[str, Any]:
+    """The models of a pipeline folder on the meta device, without reading their weights."""
+    skeletons = {}
+    for component, entry in read_json(folder / "model_index.json").items():
+        if component not in COMPONENTS or entry is None or entry[0] is None:
+            continue
+        library, name = entry
+        kind = getattr(importlib.import_module(library), name)
+        with torch.device("meta"):
+            if library == "diffusers":
+                skeletons[component] = kind.from_config(kind.load_config(folder, subfolder=component))
+            else:
+                skeletons[component] = kind(kind.config_class.from_pretrained(folder, subfolder=component))
+    return skeletons
+
+
+def _unsupported(family: Family, skeletons: dict[str, Any]) -> str | None:
+    """What the configuration of a model asks for that diffusers' pipeline or this project would ignore."""
+    missing = [name for name in ("unet", "vae", *family.TEXT_ENCODERS[:1]) if name not in skeletons]
+    if missing:
+        return f"has no {missing[0]}"
+    unet, vae = skeletons["unet"].config, skeletons["vae"].config
+    for name, model in skeletons.items():
+        if getattr(model.config, "quantization_config", None) is not None:
+            return f"has a quantized {name}, whose weights cannot be adapted"
+    if unet.in_channels != vae.latent_channels:
+        return f"has a UNet with {unet.in_channels} input channels for {vae.latent_channels} latent channels"
+    if not isinstance(getattr(vae, "scaling_factor", None), int | float):
+        return f"has an autoencoder with scaling_factor {getattr(vae, 'scaling_factor', None)}, which is no number"
+    if getattr(vae, "shift_factor", None):
+        return f"has an autoencoder with shift_factor {vae.shift_factor}, which a Stable Diffusion pipeline ignores"
+    for name in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type"):
+        if getattr(unet, name, None) is not None:
+            return f"has a UNet with {name} {getattr(unet, name)}, which needs other inputs than a prompt"
+    return family.unsupported(unet, vae)
+
+
+LEGACY_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""Names in the files of older autoencoders, and those that diffusers gives them."""
+NOT_STORED = ("position_ids",)
+"""Last parts of names that files may lack. The libraries initialize all other missing weights at random."""
+
+
+def _incomplete(skeletons: dict[str, Any], folder: Path) -> str | None:
+    """What is missing in the weight files of a folder; None if nothing is."""
+    from delora_diffusers.files.reading import visible_weights, weight_names
+
+    for component, model in skeletons.items():
+        stored = {_plain_name(name) for name in weight_names(folder / component)}
+        if not stored and list(visible_weights(folder / component)):
+            return f"has weights in {folder / component} that cannot be read, so download it again"
+        names = [_plain_name(name) for name in model.state_dict()]
+        missing = [name for name in names if name not in stored and not name.endswith(NOT_STORED)] if stored else []
+        if missing:
+            return f"has no weight {missing[0]} in {folder / component}, nor {len(missing) - 1} others"
+    return None
+
+
+def _plain_name(name: str) -> str:
+    parts = [LEGACY_NAMES.get(part, part) for part in name.removeprefix("text_model.").split(".")]
+    return ".".join(parts)
+
+
+def _limit_prompts(pipeline: Any, name: str | None) -> None:
+    """Give every tokenizer the length that its text encoder reads: some files name none, or a longer one.
+
+    Raises:
+        InputError: a tokenizer does not distinguish words, because its vocabulary is missing.
+    """
+    for suffix in ("", "_2"):
+        tokenizer, encoder = (getattr(pipeline, name + suffix, None) for name in ("tokenizer", "text_encoder"))
+        if tokenizer is not None and encoder is not None:
+            own, longest = tokenizer.model_max_length, encoder.config.max_position_embeddings
+            tokenizer.model_max_length = min(own, longest) if isinstance(own, int) and own > 2 else longest
+            if tokenizer("dog").input_ids == tokenizer("cat").input_ids:
+                raise InputError(f"the base model {name} has a tokenizer without vocabulary; download it again.")
+
+
+def _loading_error(name_or_path: str | None, variant: str | None, error: Exception) -> InputError:
+    if name_or_path is not None and variant is None and not Path(name_or_path).exists():
+        check_variant(name_or_path, _files_on_hub(name_or_path), None)
+    where = "" if name_or_path is None or Path(name_or_path).exists() else "there is no such folder here; "
+    return InputError(
+        f"the base model {name_or_path} could not be loaded ({where}{reason(error)}); "
+        "give --pretrained_model_name_or_path a Stable Diffusion pipeline folder or hub id."
+    )
+
+
+def _files_on_hub(repo_id: str) -> list[str]:
+    """The files of a repository; empty if they cannot be listed."""
+    from huggingface_hub import list_repo_files
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return list_repo_files(repo_id)
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError):  # the error that led here says what is wrong
+        return []
