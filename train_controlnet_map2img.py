@@ -7,6 +7,7 @@
 """
 
 import argparse
+import copy
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -184,6 +185,7 @@ def encode_data(
     accelerator: "Accelerator", pipeline: Any, pairs: list[MapPair], args: argparse.Namespace
 ) -> "DiskCache":
     """Encode latent posteriors, maps and caption embeddings once and keep them on disk."""
+    from delora_diffusers.pipelines.autoencoder import encode
     from delora_diffusers.pipelines.conditions import encode_prompts, warn_of_truncation
     from delora_diffusers.training.disk_cache import build_cache, file_stamp, fingerprint
 
@@ -200,7 +202,7 @@ def encode_data(
         name: str(getattr(args, name)) for name in (*names, "random_flip", "reduce_labels", "dataset_name")
     }
     inputs["files"] = [file_stamp(f) for pair in pairs for f in (pair.image, pair.map) if isinstance(f, Path)]
-    inputs |= {"names": [pair.name for pair in pairs], "captions": captions, "dtype": str(pipeline.unet.dtype)}
+    inputs |= {"names": [pair.name for pair in pairs], "captions": captions, "dtype": str(pipeline.text_encoder.dtype)}
     device, vae = accelerator.device, pipeline.vae
     return build_cache(
         accelerator,
@@ -208,7 +210,7 @@ def encode_data(
         len(pairs),
         Views(pairs, args, (1 + args.random_flip) * crops),
         captions,
-        lambda images: vae.encode(images.to(device, vae.dtype)).latent_dist,
+        lambda images: encode(vae, images.to(device, vae.dtype)),
         lambda texts: encode_prompts(pipeline, texts, device)["encoder_hidden_states"],
     )
 
@@ -243,7 +245,15 @@ def train_on_maps(
     from delora_diffusers.training.loop import train
     from delora_diffusers.training.objective import Losses, NoiseSettings
     from delora_diffusers.training.run_folder import data_digests
-    from delora_diffusers.training.setup import begin_run, load_frozen, save_run, start_accelerator
+    from delora_diffusers.training.setup import (
+        begin_run,
+        load_denoiser,
+        load_part,
+        open_base_model,
+        save_run,
+        start_accelerator,
+        training_dtype,
+    )
     from delora_diffusers.training.validation import MapValidation
 
     data = data_digests(
@@ -251,28 +261,27 @@ def train_on_maps(
     )
     accelerator = start_accelerator(args, data)
     device = accelerator.device
-    pipeline, noise_scheduler = load_frozen(accelerator, args)
-    unet, vae, kind = pipeline.unet, pipeline.vae, type(pipeline).__name__
+    model, noise_scheduler = open_base_model(accelerator, args)
+    pipeline, skeleton, kind = model.pipeline, model.skeletons["unet"], type(model.pipeline).__name__
     if is_xl(kind):
         raise InputError(
             f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} is a Stable Diffusion XL model; "
             "training on maps needs Stable Diffusion 1.x or 2.x."
         )
 
-    # Invalid adapter or control settings are rejected here, before anything is written.
-
+    # Invalid adapter or control settings are rejected here, before anything is written: the adapter is attached to a
+    # model without values first.
     generator = torch.Generator().manual_seed(args.seed)
-    adapters = {"unet": attach(unet, arguments.adapter_config(args), generator)}
+    attach(copy.deepcopy(skeleton), arguments.adapter_config(args), torch.Generator().manual_seed(args.seed))
     if args.controlnet_model_name_or_path:
-        encoder = pretrained_encoder(args.controlnet_model_name_or_path, unet, pipeline.vae_scale_factor)
+        encoder = pretrained_encoder(args.controlnet_model_name_or_path, skeleton, pipeline.vae_scale_factor)
     else:
-        encoder = new_encoder(unet, pipeline.vae_scale_factor, generator)
-    control = attach_control(unet, encoder.to(device), palette)
-    frozen = args.control_learning_rate == 0
-    encoder.requires_grad_(not frozen)
+        encoder = new_encoder(skeleton, pipeline.vae_scale_factor, generator)
     begin_run(accelerator, args, data, "map2img-delora")
 
-    vae.to(device)
+    for name in model.text_encoders:
+        load_part(model, name, accelerator)
+    load_part(model, "vae", accelerator, torch.float32)
     cache = encode_data(accelerator, pipeline, pairs, args)
     examples = []
     for pair in validation_pairs:
@@ -282,14 +291,20 @@ def train_on_maps(
     with torch.no_grad():
         prompts = list(dict.fromkeys(["", *(caption for caption, _, _ in examples)]))
         table = PromptTable(prompts, encode_prompts(pipeline, prompts, device))
-    pipeline.text_encoder = None
-    vae.to("cpu")
+    model.drop(*model.text_encoders)
+    pipeline.vae.to("cpu", training_dtype(accelerator))
+
+    unet = load_denoiser(model, accelerator, args)
+    adapters = {"unet": attach(unet, arguments.adapter_config(args), generator)}
+    control = attach_control(unet, encoder.to(device), palette)
+    frozen = args.control_learning_rate == 0
+    encoder.requires_grad_(not frozen)
 
     batches = MapBatches(
         noise_scheduler,
         NoiseSettings(args.noise_offset, args.snr_gamma),
         cache,
-        latent_scale(vae),
+        latent_scale(pipeline.vae),
         table.lookup([""])["encoder_hidden_states"][0],
         palette,
         args.seed,
@@ -300,7 +315,7 @@ def train_on_maps(
     validate = MapValidation(accelerator, pipeline, table.lookup, control, examples, args)
     caption = (args.default_caption if pairs[0].caption is None else pairs[0].caption) or ""
     files = AdapterFiles(adapters, [args], [caption], {"control": control, "pipeline": kind})
-    trained_encoder, losses = None if frozen else encoder, Losses(unet, control=control)
+    trained_encoder, losses = None if frozen else encoder, Losses(model.family, unet, control=control)
     train(accelerator, adapters, batches, losses, args, validate, trained_encoder, files)
     save_run(accelerator, files, 0, f"{len(pairs)} images and their maps", data)
     accelerator.end_training()

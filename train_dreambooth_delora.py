@@ -9,6 +9,7 @@
 """
 
 import argparse
+import copy
 import functools
 import json
 import os
@@ -21,17 +22,17 @@ from data.subjects import Subject, read_subjects
 from delora_diffusers.dispatch import exit_on_bad_input
 from delora_diffusers.errors import InputError
 from delora_diffusers.families.checks import check_model_folder
-from delora_diffusers.image_files import list_images, load_rgb
+from delora_diffusers.image_files import load_rgb
 from delora_diffusers.methods.config import TEXT_ENCODER_TARGETS
-from delora_diffusers.names import is_miniature, is_xl, recorded_model_name
+from delora_diffusers.names import is_miniature
 from delora_diffusers.outputs import check_run_folder, check_writable, held_folders
 from delora_diffusers.training import arguments
 
 if TYPE_CHECKING:
     import torch
-    from accelerate import Accelerator
 
     from delora_diffusers import Adapter
+    from delora_diffusers.families.loading import OpenModel
     from delora_diffusers.training.encoding import LatentCache
 
 
@@ -175,74 +176,29 @@ def digest_data(args: argparse.Namespace, subjects: Sequence[Subject]) -> dict[s
     return photos | data_digests((str(path.resolve()), [path], None) for path in sorted(given))
 
 
-def attach_adapters(pipeline: Any, subjects: Sequence[Subject], args: argparse.Namespace) -> dict[str, "Adapter"]:
-    """Attach adapters to the UNet and, if they are trained, to the text encoders; returns them by component."""
+def attach_adapters(
+    models: dict[str, Any], subjects: Sequence[Subject], args: argparse.Namespace
+) -> dict[str, "Adapter"]:
+    """Attach adapters to the UNet and to the text encoders that are trained; returns them by component.
+
+    Args:
+        models: the UNet and those text encoders, by component.
+    """
     import torch
 
     from delora_diffusers import attach
-    from delora_diffusers.pipelines.conditions import text_encoders
 
     generators = [torch.Generator().manual_seed(subject.seed) for subject in subjects]
-    adapters = {"unet": attach(pipeline.unet, arguments.adapter_config(args), generators)}
-    if args.train_text_encoder:
-        config = arguments.adapter_config(args, targets=TEXT_ENCODER_TARGETS)
-        for number, (name, text_encoder) in enumerate(text_encoders(pipeline).items(), 1):
+    adapters = {"unet": attach(models["unet"], arguments.adapter_config(args), generators)}
+    config = arguments.adapter_config(args, targets=TEXT_ENCODER_TARGETS)
+    for number, (name, text_encoder) in enumerate(models.items()):
+        if name != "unet":
             adapters[name] = attach(text_encoder, config, torch.Generator().manual_seed(args.seed + number))
-            if args.gradient_checkpointing:
-                text_encoder.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-                text_encoder.train()
     return adapters
 
 
-def generate_class_images(
-    accelerator: "Accelerator", pipeline: Any, subject: Subject, args: argparse.Namespace
-) -> list[Photo]:
-    """The subject's class images. Missing images are generated, split across processes.
-
-    Raises:
-        InputError: the folder contains images that were generated for another prompt, base model or resolution.
-    """
-    from tqdm.auto import tqdm
-
-    from delora_diffusers.files.records import recorded_in, save_with_record
-    from delora_diffusers.memory import explain_out_of_memory
-    from delora_diffusers.pipelines.sampling import sample_images
-
-    folder = subject.class_data_dir or subject.output_dir / "class_images"
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"class-{subject.seed}-{number:05}.png" for number in range(args.num_class_images)]
-    given = [path for path in list_images(folder) if path not in paths]
-    wanted = list(enumerate(paths))[: max(0, args.num_class_images - len(given))]
-    base_model = recorded_model_name(args.pretrained_model_name_or_path)
-    record = {"prompt": subject.class_prompt, "base_model": base_model, "resolution": args.resolution}
-    other = next((p for _, p in wanted if p.exists() and recorded_in(p) not in (None, record)), None)
-    if other is not None:
-        raise InputError(
-            f"{other} was generated for another class prompt, base model or resolution; give a new folder."
-        )
-    # Batches do not depend on where an earlier run stopped, because the last bits of an image depend on its batch.
-    batches = [wanted[i : i + args.sample_batch_size] for i in range(0, len(wanted), args.sample_batch_size)]
-    batches = [batch for batch in batches if not all(path.exists() for _, path in batch)]
-    accelerator.wait_for_everyone()  # all processes list the missing images before any process writes one
-    share = batches[accelerator.process_index :: accelerator.num_processes]
-    for batch in tqdm(share, desc="class images", disable=not accelerator.is_local_main_process or not share):
-        with explain_out_of_memory("generating class images", ["--sample_batch_size 1", "a smaller --resolution"]):
-            images = sample_images(
-                pipeline,
-                [subject.seed * 1_000_003 + number for number, _ in batch],
-                args.resolution,
-                prompt=[subject.class_prompt] * len(batch),
-                num_inference_steps=args.validation_inference_steps,
-            )
-        for (_, path), image in zip(batch, images):
-            if not path.exists():
-                save_with_record(image, path, record)
-    accelerator.wait_for_everyone()
-    return find_photographs(folder)[: args.num_class_images]
-
-
 def encode_photos(
-    pipeline: Any, photos: Sequence[Photo], seed: int, args: argparse.Namespace, device: "torch.device"
+    model: "OpenModel", photos: Sequence[Photo], seed: int, args: argparse.Namespace, device: "torch.device"
 ) -> "LatentCache":
     """Encode all views of the photos with the autoencoder."""
     from delora_diffusers.training.encoding import crop_offsets, encode_images
@@ -250,10 +206,10 @@ def encode_photos(
     offsets = [crop_offsets(seed, number, not args.center_crop) for number in range(len(photos))]
     views = (variants(p.load(), args.resolution, o, args.random_flip) for p, o in zip(photos, offsets))
     sizes = None
-    if is_xl(type(pipeline).__name__):
+    if model.family.HAS_SIZES:
         sizes_of_photos = (view_sizes(p.size(), args.resolution, o, args.random_flip) for p, o in zip(photos, offsets))
         sizes = [size for sizes_of_photo in sizes_of_photos for size in sizes_of_photo]
-    return encode_images(pipeline.vae, views, len(photos), device, sizes=sizes)
+    return encode_images(model.pipeline.vae, views, len(photos), device, sizes=sizes)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -275,53 +231,75 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
     # Imported after the checks, so that bad input is rejected at once.
     import torch
 
-    from delora_diffusers.pipelines.conditions import encode_prompts, text_encoders, tokenize, warn_of_truncation
+    from delora_diffusers.pipelines.conditions import encode_prompts, tokenize, warn_of_truncation
     from delora_diffusers.training.adapter_files import AdapterFiles
     from delora_diffusers.training.batches import SubjectBatches, SubjectData
+    from delora_diffusers.training.class_images import ClassImages, generate_class_images
     from delora_diffusers.training.encoding import PromptTable
     from delora_diffusers.training.loop import train
     from delora_diffusers.training.objective import Losses, NoiseSettings
-    from delora_diffusers.training.setup import begin_run, load_frozen, save_run, start_accelerator
+    from delora_diffusers.training.setup import (
+        begin_run,
+        load_denoiser,
+        load_part,
+        load_text_encoder_to_train,
+        open_base_model,
+        save_run,
+        start_accelerator,
+        training_dtype,
+    )
     from delora_diffusers.training.validation import SubjectValidation
 
     data = digest_data(args, subjects)
     accelerator = start_accelerator(args, data)
     device = accelerator.device
-    pipeline, noise_scheduler = load_frozen(accelerator, args)
-    adapters = attach_adapters(pipeline, subjects, args)
+    model, noise_scheduler = open_base_model(accelerator, args)
+    pipeline = model.pipeline
+    trained = ["unet", *(model.text_encoders if args.train_text_encoder else [])]
+    # A rehearsal on models without values finds what does not fit the base model.
+    attach_adapters({name: copy.deepcopy(model.skeletons[name]) for name in trained}, subjects, args)
     # All checks have passed, and nothing was written before this.
     begin_run(accelerator, args, data, "dreambooth-delora")
 
-    # What stays constant during training is computed once: class images, latent posteriors, prompt embeddings.
-    pipeline.vae.to(device)
-    latents = [encode_photos(pipeline, s.photographs, s.seed, args, device) for s in subjects]
-    class_latents: list[LatentCache | None] = [None] * len(subjects)
-    if args.with_prior_preservation:
-        for adapter in adapters.values():
-            adapter.strength = 0  # class images are generated by the base model
-        class_images = [generate_class_images(accelerator, pipeline, subject, args) for subject in subjects]
-        for adapter in adapters.values():
-            adapter.strength = 1
-        class_latents = [encode_photos(pipeline, i, s.seed, args, device) for i, s in zip(class_images, subjects)]
-    pipeline.vae.to("cpu")
+    # What stays constant during training is computed once, with one part of the model on the device at a time: prompt
+    # embeddings, class images, latent posteriors.
     prompts = [prompt for subject in subjects for prompt in (*subject.prompts, subject.class_prompt or "")]
     prompts = list(dict.fromkeys([*prompts, *args.validation_prompt, ""]))
     if accelerator.is_main_process:
         warn_of_truncation(pipeline, prompts)
+    if args.with_prior_preservation or not args.train_text_encoder:
+        for name in model.text_encoders:
+            load_part(model, name, accelerator)
+        with torch.no_grad():
+            encoded_prompts = PromptTable(prompts, encode_prompts(pipeline, prompts, device))
+        model.drop(*model.text_encoders)
+    if args.with_prior_preservation:
+        folders = [s.class_data_dir or s.output_dir / "class_images" for s in subjects]
+        wanted = [ClassImages(folder, s.class_prompt or "", s.seed) for folder, s in zip(folders, subjects)]
+        generate_class_images(accelerator, model, wanted, encoded_prompts, args)
+    load_part(model, "vae", accelerator, torch.float32)
+    latents = [encode_photos(model, s.photographs, s.seed, args, device) for s in subjects]
+    class_latents: list[LatentCache | None] = [None] * len(subjects)
+    if args.with_prior_preservation:
+        class_images = [find_photographs(folder)[: args.num_class_images] for folder in folders]
+        class_latents = [encode_photos(model, i, s.seed, args, device) for i, s in zip(class_images, subjects)]
+    if args.validation_prompt:
+        pipeline.vae.to("cpu", training_dtype(accelerator))
+    else:
+        model.drop("vae")
+
+    models = {name: load_text_encoder_to_train(model, name, accelerator, args) for name in trained if name != "unet"}
+    models = {"unet": load_denoiser(model, accelerator, args), **models}
+    adapters = attach_adapters(models, subjects, args)
     if args.train_text_encoder:
         table = PromptTable(prompts, tokenize(pipeline, prompts, device))
         conditions_of = functools.partial(encode_prompts, pipeline, device=device)
     else:
-        with torch.no_grad():
-            table = PromptTable(prompts, encode_prompts(pipeline, prompts, device))
+        table = encoded_prompts
         conditions_of = table.lookup
-        for name in text_encoders(pipeline):
-            setattr(pipeline, name, None)
     validate = None
     if args.validation_prompt:
         validate = SubjectValidation(accelerator, pipeline, conditions_of, args)
-    else:
-        pipeline.vae = None
 
     encoded = [
         SubjectData(s.seed, s.prompts, photo_latents, s.class_prompt, prior_latents)
@@ -331,7 +309,7 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
     batches = SubjectBatches(
         noise_scheduler, noise, encoded, table, args.train_batch_size, args.prior_loss_weight, device
     )
-    losses = Losses(pipeline.unet, len(subjects), pipeline if args.train_text_encoder else None)
+    losses = Losses(model.family, pipeline.unet, len(subjects), pipeline if args.train_text_encoder else None)
     settings = [argparse.Namespace(**vars(args) | subject.flag_overrides()) for subject in subjects]
     files = AdapterFiles(adapters, settings, [s.prompts[0] for s in subjects], {"pipeline": type(pipeline).__name__})
     failed = train(accelerator, adapters, batches, losses, args, validate, files=files)

@@ -18,6 +18,7 @@ import train_dreambooth_delora
 from data.photographs import find_photographs, variants
 from delora_diffusers import detach, load_adapter
 from delora_diffusers.families.loading import load_pipeline
+from delora_diffusers.families.table import family_of
 from delora_diffusers.methods.table import METHODS
 from delora_diffusers.pipelines.conditions import encode_prompts
 from delora_diffusers.training.encoding import encode_images
@@ -55,12 +56,19 @@ class FixedLoss:
         if adapter is not None:
             load_adapter(self.pipeline.unet, adapter)
         count, total = len(self.latents), 0.0
+        family = family_of(type(self.pipeline).__name__)
         text = encode_prompts(self.pipeline, [PROMPT] * count, "cpu")["encoder_hidden_states"]
         for seed in range(self.samples):
             generator = torch.Generator().manual_seed(seed)
             latents = self.latents.sample(range(count), generator, seed)
             batch = noised(self.scheduler, latents, generator)
-            total += denoising_losses(self.pipeline.unet, **batch, encoder_hidden_states=text, subjects=1).item()
+            total += denoising_losses(
+                family,
+                self.pipeline.unet,
+                **batch,
+                encoder_hidden_states=text,
+                subjects=1,
+            ).item()
         if adapter is not None:
             detach(self.pipeline.unet)
         return total / self.samples

@@ -28,12 +28,17 @@ def explain_out_of_memory(
     """
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _explained(activity, remedies, checkpoint()) from error
-    except RuntimeError as error:
-        if not any(sign in str(error) for sign in SIGNS):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
         raise _explained(activity, remedies, checkpoint()) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on the GPU or the CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
 
 
 def _explained(activity: str, remedies: Sequence[str], checkpoint: Path | None) -> InputError:

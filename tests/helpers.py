@@ -128,6 +128,7 @@ def fixed_loss(model: Path, photographs: Path, adapter: Path) -> tuple[float, fl
     from data.photographs import find_photographs, variants
     from delora_diffusers import load_adapter
     from delora_diffusers.families.loading import load_pipeline
+    from delora_diffusers.families.table import family_of
     from delora_diffusers.pipelines.conditions import encode_prompts
     from delora_diffusers.training.encoding import encode_images
     from delora_diffusers.training.objective import denoising_losses, noised
@@ -140,6 +141,7 @@ def fixed_loss(model: Path, photographs: Path, adapter: Path) -> tuple[float, fl
     cache = encode_images(pipeline.vae, views, len(views), torch.device("cpu"))
     losses = []
     with torch.no_grad():
+        family = family_of(type(pipeline).__name__)
         text = encode_prompts(pipeline, ["a photo of sks dog"] * len(photos), torch.device("cpu"))[
             "encoder_hidden_states"
         ]
@@ -150,7 +152,7 @@ def fixed_loss(model: Path, photographs: Path, adapter: Path) -> tuple[float, fl
                 generator = torch.Generator().manual_seed(seed)
                 latents = cache.sample(range(len(photos)), generator, seed)
                 batch = noised(scheduler, latents, generator)
-                total += denoising_losses(pipeline.unet, **batch, encoder_hidden_states=text).item()
+                total += denoising_losses(family, pipeline.unet, **batch, encoder_hidden_states=text).item()
             losses.append(total / 12)
     return losses[0], losses[1]
 

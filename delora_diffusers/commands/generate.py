@@ -256,24 +256,85 @@ def _write_results(planned: list[Planned], new: int) -> None:
 def _generate(
     options: argparse.Namespace, base_model: "BaseModel", adapters: list[Path], batches: list[Batch], accelerator: Any
 ) -> None:
-    """Generate the images of these batches and write them with their records."""
-    import diffusers
-    import torch
+    """Generate the images of these batches and write them with their records.
+
+    One part of the base model at a time is on the device: the text encoders until all prompts are encoded, then the
+    denoiser, and beside it the autoencoder, which is small.
+    """
     from PIL import Image
     from tqdm.auto import tqdm
 
     from delora_diffusers.atomic import atomic_write
+    from delora_diffusers.families.loading import open_model
     from delora_diffusers.files.records import save_with_record
     from delora_diffusers.maps import crop_square, read_map
     from delora_diffusers.memory import explain_out_of_memory
-    from delora_diffusers.pipelines.adapted_pipeline import AdaptedPipeline
-    from delora_diffusers.families.loading import load_pipeline
-    from delora_diffusers.pipelines.noise_schedule import check_ddpm
+    from delora_diffusers.pipelines.adapted_pipeline import AdaptedModel, use_control
+    from delora_diffusers.pipelines.conditions import warn_of_truncation
+    from delora_diffusers.pipelines.encoded_prompts import EncodedPrompts
     from delora_diffusers.pipelines.sampling import sample_images
+    from delora_diffusers.precision import dtype_of
 
-    pipeline = load_pipeline(base_model.name, revision=base_model.revision, variant=base_model.variant)
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    adapted = AdaptedPipeline(pipeline, adapters, accelerator.device, dtype)
+    model = open_model(base_model.name, revision=base_model.revision, variant=base_model.variant)
+    pipeline, device, dtype = model.pipeline, accelerator.device, dtype_of(accelerator.mixed_precision)
+    _set_scheduler(pipeline, options, base_model)
+    savings = ["--batch_size 1", "--mixed_precision bf16 or fp16", "a smaller --resolution"]
+    if accelerator.is_main_process:
+        warn_of_truncation(pipeline, list(dict.fromkeys(record["prompt"] for b in batches for record in b.records)))
+    with explain_out_of_memory("loading the base model", savings[1:2]):
+        prompts = EncodedPrompts(model, adapters, options.negative_prompt, device, dtype)
+        for batch in batches:
+            for record in batch.records:
+                prompts.encode(record["prompt"], _scaled(batch))
+        prompts.finish()
+        unet = AdaptedModel(model.load("unet", dtype, device), "unet", adapters)
+        model.load("vae", dtype, device)
+    side = options.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    in_use: list[tuple[Path, float]] | None = None
+    for batch in tqdm(batches, desc="generating", disable=not accelerator.is_local_main_process):
+        request, records, missing = batch
+        adapters_of_batch = _scaled(batch)
+        if adapters_of_batch != in_use:
+            in_use = adapters_of_batch
+            unet.use(in_use)
+            use_control(pipeline.unet, in_use)
+        maps = None
+        if options.map_dir is not None:
+            maps = [crop_square(read_map(Path(r["map_source"]), r["map_source"]), side) for r in records]
+        with explain_out_of_memory(f"generating {len(records)} images of {side} x {side} pixels at once", savings):
+            images = sample_images(
+                pipeline,
+                [record["seed"] for record in records],
+                options.resolution if maps is None else side,
+                maps=maps,
+                num_inference_steps=options.num_inference_steps,
+                guidance_scale=options.guidance_scale,
+                **prompts.arguments([record["prompt"] for record in records], adapters_of_batch, device),
+            )
+        for record, image in zip(records, images):
+            if record not in missing:
+                continue
+            save_with_record(image, request.output_dir / record["file_name"], record)
+        for record, semantic in zip(records, maps or []):
+            with atomic_write(request.output_dir / record["map"]) as temporary:
+                Image.fromarray(semantic).save(temporary, format="PNG")
+
+
+def _scaled(batch: Batch) -> list[tuple[Path, float]]:
+    """The adapters of a batch with their weights times its strength."""
+    return [(path, weight * batch.records[0]["strength"]) for path, weight in batch.request.adapters]
+
+
+def _set_scheduler(pipeline: Any, options: argparse.Namespace, base_model: "BaseModel") -> None:
+    """Use the scheduler that was asked for.
+
+    Raises:
+        InputError: it does not fit the base model or the number of steps.
+    """
+    import diffusers
+
+    from delora_diffusers.pipelines.noise_schedule import check_ddpm
+
     if options.scheduler is not None:
         check_ddpm(pipeline.scheduler, base_model.name)
         kind = getattr(diffusers, SCHEDULERS[options.scheduler])
@@ -289,33 +350,3 @@ def _generate(
         raise InputError(
             f"--num_inference_steps {options.num_inference_steps} does not work ({reason(error)})."
         ) from error
-    side = options.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    in_use = None
-    savings = ["--batch_size 1", "--mixed_precision bf16 or fp16", "a smaller --resolution"]
-    for request, records, missing in tqdm(batches, desc="generating", disable=not accelerator.is_local_main_process):
-        scaled = [(path, weight * records[0]["strength"]) for path, weight in request.adapters]
-        if scaled != in_use:
-            adapted.use(scaled)
-            in_use = scaled
-        maps = None
-        if options.map_dir is not None:
-            maps = [crop_square(read_map(Path(r["map_source"]), r["map_source"]), side) for r in records]
-        with explain_out_of_memory(f"generating {len(records)} images of {side} x {side} pixels at once", savings):
-            images = sample_images(
-                pipeline,
-                [record["seed"] for record in records],
-                options.resolution if maps is None else side,
-                maps=maps,
-                prompt=[record["prompt"] for record in records],
-                # None if empty: XL's base model then uses zeros.
-                negative_prompt=[options.negative_prompt] * len(records) if options.negative_prompt else None,
-                num_inference_steps=options.num_inference_steps,
-                guidance_scale=options.guidance_scale,
-            )
-        for record, image in zip(records, images):
-            if record not in missing:
-                continue
-            save_with_record(image, request.output_dir / record["file_name"], record)
-        for record, semantic in zip(records, maps or []):
-            with atomic_write(request.output_dir / record["map"]) as temporary:
-                Image.fromarray(semantic).save(temporary, format="PNG")

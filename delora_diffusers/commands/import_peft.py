@@ -26,8 +26,8 @@ def run(options: argparse.Namespace) -> None:
     check_new(options.output_dir, "--output_dir")
     from torch import nn
 
-    from delora_diffusers.files.formats import read_peft_delora
     from delora_diffusers.families.loading import load_pipeline
+    from delora_diffusers.files.formats import read_peft_delora
 
     name = options.pretrained_model_name_or_path
     pipeline = load_pipeline(name, revision=options.revision, variant=options.variant)

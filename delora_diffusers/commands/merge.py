@@ -16,9 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     adapters = weighted_adapters(options)
     check_new(options.output_dir, "--output_dir")
+    from delora_diffusers.families.loading import pipeline_folder
     from delora_diffusers.files.merging import merge_folder
     from delora_diffusers.pipelines.adapted_pipeline import base_model_of
-    from delora_diffusers.families.loading import pipeline_folder
 
     base = base_model_of(options.adapter, options.pretrained_model_name_or_path, options.revision, options.variant)
     folder = pipeline_folder(base.name, revision=base.revision, variant=base.variant)

@@ -1,4 +1,4 @@
-"""A pipeline with saved adapters written into its weights, so that sampling is as fast as with the base model."""
+"""Models with saved adapters written into their weights, so that sampling is as fast as with the base model."""
 
 import dataclasses
 import os
@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from delora_diffusers.adapter.attach import adapted_parameters
+from delora_diffusers.adapter.attach import adapted_parameters, attached_adapter
 from delora_diffusers.adapter.control import attached_control, detach_control
 from delora_diffusers.adapter.detach import detach
 from delora_diffusers.adapter.modules import named_modules
+from delora_diffusers.adapter.quantized import is_quantized
 from delora_diffusers.errors import InputError
 from delora_diffusers.files.loading import load_adapter, load_control
 from delora_diffusers.files.reading import adapter_path, parse_config, read_header
@@ -60,17 +61,84 @@ def base_model_of(
     return BaseModel(base, revision or header.get("revision"), variant or header.get("variant"))
 
 
-class AdaptedPipeline:
-    """A pipeline that can switch between sets of adapters.
+class AdaptedModel:
+    """One model of a pipeline, whose weights can be switched between sets of adapters.
 
-    Its weights are ``W + sum_i s_i (W_i' - W)``, summed in float32 and rounded once. They are linear in each strength
+    The weights are ``W + sum_i s_i (W_i' - W)``, computed in float32 and rounded once. They are linear in each strength
     and do not depend on the order of the adapters, up to rounding. Each term keeps its bound, so the sum is bounded by
     the sum of the bounds times the strengths: two DeLoRA adapters may together move as far as each of them alone,
     added up.
 
     Args:
-        pipeline: in float32, without adapters; it is moved to the device and cast.
-        adapters: every adapter that ``use`` will be given; the pretrained weights that they adapt are kept in float32.
+        model: without adapters, in the dtype and on the device that it is used in. If it is quantized, its weights stay
+            as they are and a single adapter can be attached to them.
+        component: its name in the adapters' files.
+        adapters: every adapter that ``use`` will be given; a copy of the weights that they adapt is kept on the CPU.
+    """
+
+    def __init__(self, model: nn.Module, component: str, adapters: Iterable[Path]):
+        self.model = model
+        self.component = component
+        self._quantized = any(is_quantized(module) for module in model.modules())
+        self._masters: dict[tuple[str, str], Tensor] = {}
+        modules = dict(named_modules(model))
+        for adapter in adapters if not self._quantized else ():
+            values = read_header(adapter)["config"].get(component)
+            if values is not None:
+                for name, parameter in adapted_parameters(model, parse_config(adapter_path(adapter), values)):
+                    if (name, parameter) not in self._masters:
+                        master = modules[name].get_parameter(parameter).detach()
+                        self._masters[name, parameter] = master.to("cpu", copy=True)
+
+    @torch.no_grad()
+    def use(self, adapters: Sequence[Weighted]) -> None:
+        """Write the weights of these adapters into the model; without adapters, the pretrained weights.
+
+        Raises:
+            InputError: an adapter does not fit the model, or several are given and the model is quantized.
+        """
+        selected = [pair for pair in adapters if self.component in read_header(pair[0])["config"]]
+        if self._quantized:
+            self._attach(selected)
+            return
+        modules = dict(named_modules(self.model))
+        names = {module: name for name, module in modules.items()}
+
+        def parameter_at(site: tuple[str, str]) -> nn.Parameter:
+            return modules[site[0]].get_parameter(site[1])
+
+        for site, master in self._masters.items():
+            parameter_at(site).data.copy_(master)
+        adapted: dict[tuple[str, str], Tensor] = {}
+        for path, strength in selected:
+            adapter = load_adapter(self.model, path, self.component)
+            adapter.strength = strength
+            for name, module, parameter in adapter.sites():
+                site = (names[module], parameter)
+                if len(selected) == 1:
+                    adapted[site] = adapter.weight(name)
+                else:
+                    sum_so_far = adapted[site] if site in adapted else self._masters[site].to(parameter_at(site).device)
+                    adapted[site] = sum_so_far.float() + adapter.delta_weight(name)
+            detach(self.model)
+        for site, weight in adapted.items():
+            parameter_at(site).data.copy_(weight)
+
+    def _attach(self, selected: Sequence[Weighted]) -> None:
+        if attached_adapter(self.model) is not None:
+            detach(self.model)
+        if len(selected) > 1:
+            raise InputError("several adapters cannot be mixed in a quantized model; leave out --base_precision.")
+        for path, strength in selected:
+            load_adapter(self.model, path, self.component).strength = strength
+
+
+class AdaptedPipeline:
+    """A complete pipeline that can switch between sets of adapters; see ``AdaptedModel``.
+
+    Args:
+        pipeline: without adapters; it is moved to the device and cast.
+        adapters: every adapter that ``use`` will be given.
     """
 
     def __init__(
@@ -80,65 +148,57 @@ class AdaptedPipeline:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ):
-        self.pipeline = pipeline
-        self._masters: dict[str, dict[tuple[str, str], Tensor]] = {}
-        for adapter in adapters:
-            for component, values in read_header(adapter)["config"].items():
-                masters = self._masters.setdefault(component, {})
-                model = self._model(component, adapter)
-                modules = dict(named_modules(model))
-                for name, parameter in adapted_parameters(model, parse_config(adapter_path(adapter), values)):
-                    masters[name, parameter] = modules[name].get_parameter(parameter).detach().clone()
-        pipeline.to(device, dtype)
+        self.pipeline = pipeline.to(device, dtype)
+        adapters = list(adapters)
+        self._models = [
+            AdaptedModel(adapted_component(pipeline, component, adapters), component, adapters)
+            for component in adapted_components(adapters)
+        ]
 
-    def _model(self, component: str, adapter: Path) -> nn.Module:
-        model = getattr(self.pipeline, component, None)
-        if model is None:
-            raise InputError(
-                f"{adapter} adapts {component}, but a {type(self.pipeline).__name__} has no {component}; give the "
-                "adapter's base model."
-            )
-
-        return model
-
-    @torch.no_grad()
     def use(self, adapters: Sequence[Weighted]) -> None:
         """Write the weights of these adapters into the pipeline; without adapters, the pretrained weights.
 
         Raises:
             InputError: an adapter does not fit the model, or one of several adapters follows maps.
         """
-        headers = [read_header(adapter) for adapter, _ in adapters]
-        if len(adapters) > 1:
-            for (adapter, _), header in zip(adapters, headers):
-                if "control_encoder" in header:
-                    raise InputError(f"{adapter} follows maps and cannot be mixed; give it as the only adapter.")
-        for component, masters in self._masters.items():
-            model = getattr(self.pipeline, component)
-            device, dtype = next(model.parameters()).device, model.dtype
-            modules = dict(named_modules(model))
-            for (name, parameter), master in masters.items():
-                modules[name].get_parameter(parameter).data = master.to(device, copy=True)
-            selected = [pair for pair, header in zip(adapters, headers) if component in header["config"]]
-            adapted: dict[tuple[str, str], Tensor] = {}
-            for path, strength in selected:
-                adapter = load_adapter(model, path, component)
-                adapter.strength = strength
-                module_names = {module: name for name, module in modules.items()}
-                for name, module, parameter in adapter.sites():
-                    site = (module_names[module], parameter)
-                    if len(selected) == 1:
-                        adapted[site] = adapter.weight(name)
-                    else:
-                        weight = adapted[site] if site in adapted else masters[site].to(device)
-                        adapted[site] = weight + adapter.delta_weight(name)
-                detach(model)
-            for name, parameter in masters:
-                weight = modules[name].get_parameter(parameter)
-                weight.data = adapted.get((name, parameter), weight.data).to(dtype)
-        if attached_control(self.pipeline.unet) is not None:
-            detach_control(self.pipeline.unet)
-        if len(adapters) == 1:
-            control = load_control(self.pipeline.unet, adapters[0][0])
-            if control is not None:
-                control.strength = adapters[0][1]
+        for model in self._models:
+            model.use(adapters)
+        use_control(self.pipeline.unet, adapters)
+
+
+def adapted_components(adapters: Iterable[Path]) -> list[str]:
+    """The components that any of the adapters adapts."""
+    return list(dict.fromkeys(name for adapter in adapters for name in read_header(adapter)["config"]))
+
+
+def adapted_component(pipeline: Any, component: str, adapters: Iterable[Path]) -> nn.Module:
+    """A component of a pipeline.
+
+    Raises:
+        InputError: the pipeline does not have it.
+    """
+    model = getattr(pipeline, component, None)
+    if model is None:
+        adapter = next(adapter for adapter in adapters if component in read_header(adapter)["config"])
+        raise InputError(
+            f"{adapter} adapts {component}, but a {type(pipeline).__name__} has no {component}; give the adapter's "
+            "base model."
+        )
+    return model
+
+
+def use_control(unet: nn.Module, adapters: Sequence[Weighted]) -> None:
+    """Attach the control signal of an adapter that follows maps, in place of any other.
+
+    Raises:
+        InputError: there are several adapters, and one follows maps.
+    """
+    if attached_control(unet) is not None:
+        detach_control(unet)
+    for adapter, _ in adapters if len(adapters) > 1 else ():
+        if "control_encoder" in read_header(adapter):
+            raise InputError(f"{adapter} follows maps and cannot be mixed; give it as the only adapter.")
+    if len(adapters) == 1:
+        control = load_control(unet, adapters[0][0])
+        if control is not None:
+            control.strength = adapters[0][1]

@@ -30,15 +30,15 @@ def tokenize(pipeline: Any, prompts: Sequence[str], device: torch.device | str) 
 
 
 def warn_of_truncation(pipeline: Any, prompts: Sequence[str]) -> None:
-    """Log the captions that are longer than the text encoder reads, and what it does not read of the first."""
+    """Log the prompts that are longer than the text encoder reads, and what it does not read of the first."""
     tokenizer = pipeline.tokenizer
     longest = tokenizer.model_max_length
     cut = [(prompt, ids) for prompt in prompts if len(ids := tokenizer(prompt, verbose=False).input_ids) > longest]
     if cut:
         prompt, ids = cut[0]
         unread = tokenizer.decode(ids[longest - 1 :], skip_special_tokens=True)
-        more = f"; {len(cut) - 1} more captions are too long" if len(cut) > 1 else ""
-        message = f"truncated: the caption {shortened(prompt)!r} has {len(ids)} tokens, of which {longest} are read"
+        more = f"; {len(cut) - 1} more prompts are too long" if len(cut) > 1 else ""
+        message = f"truncated: the prompt {shortened(prompt)!r} has {len(ids)} tokens, of which {longest} are read"
         logger.warning(printable(f"{message}; not read: {shortened(unread)!r}{more}."))
 
 
@@ -58,11 +58,17 @@ def encode_prompts(pipeline: Any, prompts: Sequence[str], device: torch.device |
 
 
 def guided(
-    pipeline: Any, prompts: Mapping[str, Tensor], negative: Mapping[str, Tensor], given: bool = False
-) -> dict[str, Tensor]:
+    pipeline: Any,
+    prompts: Mapping[str, Tensor],
+    negative: Mapping[str, Tensor],
+    given: bool = False,
+    count: int = 1,
+) -> dict[str, Any]:
     """Encoded prompts and negative prompts as arguments of the pipeline.
 
     Args:
         given: whether the user gave the negative prompts; otherwise they are empty.
+        count: images per prompt; each prompt is repeated as a whole batch.
     """
-    return family_of(type(pipeline).__name__).guided(pipeline, prompts, negative, given)
+    arguments = family_of(type(pipeline).__name__).guided(pipeline, prompts, negative, given)
+    return {name: tensor.repeat(count, *[1] * (tensor.ndim - 1)) for name, tensor in arguments.items()}

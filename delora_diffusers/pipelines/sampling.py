@@ -6,11 +6,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from delora_diffusers.adapter.control import as_signal, attached_control
 from delora_diffusers.errors import InputError
-from delora_diffusers.pipelines.latents import latent_scale
+from delora_diffusers.pipelines.autoencoder import decode
 
 
 @torch.no_grad()
@@ -55,18 +54,4 @@ def sample_images(
         raise InputError(
             f"the UNet gave values that are not finite in {dtype}; {remedy} --strength or --guidance_scale."
         )
-    return pipeline.image_processor.postprocess(_decode(pipeline.vae, latents), output_type="pil")
-
-
-def _decode(vae: Any, latents: Tensor) -> Tensor:
-    """Images (batch, 3, height, width) of the UNet's latents; in float32 if the autoencoder overflows in its dtype."""
-    if vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
-        vae.to(torch.float32)  # Stable Diffusion XL's autoencoder overflows in fp16
-    scale = latent_scale(vae)
-    decoded = vae.decode(scale.unscaled(latents.to(vae.dtype)), return_dict=False)[0]
-    if vae.dtype != torch.float32 and not torch.isfinite(decoded).all():
-        vae.to(torch.float32)
-        decoded = vae.decode(scale.unscaled(latents.float()), return_dict=False)[0]
-    if not torch.isfinite(decoded).all():
-        raise InputError("the autoencoder gave values that are not finite; use another base model.")
-    return decoded
+    return pipeline.image_processor.postprocess(decode(pipeline.vae, latents), output_type="pil")

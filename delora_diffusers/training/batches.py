@@ -63,12 +63,13 @@ class SubjectBatches:
         generator = order.generator(subject.seed, microbatch, self.device)
         seed = order.mixed_seed(subject.seed, microbatch, 1)
         photos = order.sample_indices(subject.seed, microbatch, self.batch_size, len(subject.latents))
-        latents, sizes = subject.latents.sample(photos, generator, seed), subject.latents.sizes_of(photos, seed)
+        latents = subject.latents.sample(photos, generator, seed)
+        sizes = subject.latents.sizes_of(photos, seed, self.device)
         prompts, weights = [subject.prompts[photo] for photo in photos], None
         if subject.class_latents is not None:
             images = order.sample_indices(subject.seed + 1, microbatch, self.batch_size, len(subject.class_latents))
             latents = torch.cat((latents, subject.class_latents.sample(images, generator, seed + 1)))
-            sizes += subject.class_latents.sizes_of(images, seed + 1)
+            sizes += subject.class_latents.sizes_of(images, seed + 1, self.device)
             prompts += [subject.class_prompt or ""] * len(images)
             # Each half of the batch contributes its mean loss, and the two means are added.
             weights = torch.tensor([2.0] * len(photos) + [2.0 * self.prior_loss_weight] * len(images))

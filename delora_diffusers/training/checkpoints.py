@@ -1,5 +1,6 @@
 """Checkpoints that are written completely or not at all, and what must not change when a run is continued."""
 
+import argparse
 import json
 import os
 import shutil
@@ -177,6 +178,16 @@ def _same_path(before: Any, now: Any) -> bool:
     """Whether two flags name the same existing file or folder, one perhaps relative."""
     both = isinstance(before, str) and isinstance(now, str) and os.path.exists(before) and os.path.exists(now)
     return both and os.path.samefile(before, now)
+
+
+def keep_earlier_path(args: argparse.Namespace) -> None:
+    """Continue a run on the path that it started on: before ``--path auto`` existed, the default was ``fast``."""
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    file = (args.output_dir if checkpoint is None else checkpoint.parent) / CONFIG_NAME
+    config = read_json(file) if file.is_file() else {}
+    before = config.get("arguments") if isinstance(config, dict) else None
+    if isinstance(before, dict) and args.path == "auto" and before.get("path") == "fast":
+        args.path = "fast"
 
 
 def check_same_run(

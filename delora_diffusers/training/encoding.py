@@ -9,13 +9,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from delora_diffusers.memory import explain_out_of_memory
+from delora_diffusers.pipelines.autoencoder import PIXELS_AT_ONCE, encode
 from delora_diffusers.pipelines.latents import LatentScale, latent_scale
 from delora_diffusers.training import order
 
 
 @dataclasses.dataclass
 class LatentCache:
-    """Latent posteriors of every view of every image, on the training device.
+    """Latent posteriors of every view of every image, on the CPU, pinned if there is a GPU.
 
     Attributes:
         mean, std: (views, channels, height, width), float32.
@@ -39,22 +40,27 @@ class LatentCache:
 
         Args:
             images: indices.
-            generator: samples the latents, on the cache's device.
+            generator: samples the latents, on the training device.
             seed: chooses the views.
         """
         views = self._views(images, seed)
-        mean, std = self.mean[views], self.std[views]
+        mean, std = (_rows_on(tensor, views, generator.device) for tensor in (self.mean, self.std))
         noise = torch.randn(mean.shape, generator=generator, device=mean.device)
         return self.scale.scaled(mean + std * noise)
 
-    def sizes_of(self, images: Sequence[int], seed: int) -> list[Tensor]:
+    def sizes_of(self, images: Sequence[int], seed: int, device: torch.device) -> list[Tensor]:
         """Size conditions of the views that ``sample`` chooses, (batch, 6); empty if the model takes none."""
-        return [] if self.sizes is None else [self.sizes[self._views(images, seed)]]
+        return [] if self.sizes is None else [_rows_on(self.sizes, self._views(images, seed), device)]
 
-    def _views(self, images: Sequence[int], seed: int) -> Tensor:
-        """Indices of the views that ``sample`` chooses, (batch,)."""
+    def _views(self, images: Sequence[int], seed: int) -> list[int]:
+        """Indices of the views that ``sample`` chooses."""
         random = np.random.default_rng(seed)
-        return device_index([int(random.integers(self.first[i], self.first[i + 1])) for i in images], self.mean.device)
+        return [int(random.integers(self.first[i], self.first[i + 1])) for i in images]
+
+
+def _rows_on(tensor: Tensor, rows: Sequence[int], device: torch.device) -> Tensor:
+    """Rows of a tensor on the CPU, (rows, ...), on a device; copied one by one, since each is pinned memory."""
+    return torch.stack([tensor[row].to(device, non_blocking=True) for row in rows])
 
 
 def device_index(rows: Sequence[int], device: torch.device) -> Tensor:
@@ -81,10 +87,6 @@ class PromptTable:
         return {name: tensor[rows] for name, tensor in self.tensors.items()}
 
 
-PIXELS_AT_ONCE = 4 * 512 * 512
-"""Four views of 512 x 512 pixels, or one of 1,024 x 1,024: activations of the autoencoder need much memory."""
-
-
 @torch.no_grad()
 def encode_images(
     vae,
@@ -96,19 +98,18 @@ def encode_images(
     """Encode the views of each image with the autoencoder, in batches of at most ``PIXELS_AT_ONCE``.
 
     Args:
-        vae: an ``AutoencoderKL`` on ``device``.
+        vae: an ``AutoencoderKL`` on ``device``, in float32: this is done once, and nothing else is on the device.
         images: the views of each image, (resolution, resolution, 3) uint8 each; consumed one image at a time.
         count: number of images, for the progress bar.
-        device: where the cache is stored.
         sizes: of all views, see ``LatentCache``; None if the model takes none.
     """
     means, stds, first, pending = [], [], [0], []
 
-    def encode(views: list[np.ndarray]) -> None:
+    def encode_views(views: list[np.ndarray]) -> None:
         pixels = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).to(device, vae.dtype) / 127.5 - 1
-        posterior = vae.encode(pixels).latent_dist
-        means.append(posterior.mean.float())
-        stds.append(posterior.std.float())
+        posterior = encode(vae, pixels)
+        means.append(posterior.mean.float().cpu())
+        stds.append(posterior.std.float().cpu())
 
     with explain_out_of_memory("encoding the images", ["a smaller --resolution"]):
         for views in tqdm(images, total=count, desc="encoding images", leave=False):
@@ -116,12 +117,16 @@ def encode_images(
             pending += views
             batch_size = max(1, PIXELS_AT_ONCE // pending[0][..., 0].size)
             while len(pending) >= batch_size:
-                encode(pending[:batch_size])
+                encode_views(pending[:batch_size])
                 pending = pending[batch_size:]
         if pending:
-            encode(pending)
-    size_conditions = None if sizes is None else torch.tensor(sizes, device=device)
-    return LatentCache(torch.cat(means), torch.cat(stds), first, latent_scale(vae), size_conditions)
+            encode_views(pending)
+    size_conditions = None if sizes is None else _pinned(torch.tensor(sizes))
+    return LatentCache(_pinned(torch.cat(means)), _pinned(torch.cat(stds)), first, latent_scale(vae), size_conditions)
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    return tensor.pin_memory() if torch.cuda.is_available() else tensor
 
 
 def crop_offsets(seed: int, image: int, random_crop: bool, count: int = 16) -> list[float] | None:

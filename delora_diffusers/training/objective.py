@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from delora_diffusers.adapter.control import Control
+from delora_diffusers.families.table import Family
 from delora_diffusers.pipelines.conditions import encode_tokens, text_encoders
 
 
@@ -74,15 +75,14 @@ def noised(
 
 
 def denoising_losses(
+    family: Family,
     unet,
     noisy: Tensor,
     timesteps: Tensor,
     target: Tensor,
     weights: Tensor,
-    encoder_hidden_states: Tensor,
-    text_embeds: Tensor | None = None,
-    time_ids: Tensor | None = None,
     subjects: int = 1,
+    **conditions: Tensor,
 ) -> Tensor:
     """Weighted squared error of the UNet's prediction, (subjects,), float32; deterministic.
 
@@ -90,16 +90,12 @@ def denoising_losses(
         unet: predicts epsilon or v, according to ``noise_scheduler.config.prediction_type``.
         noisy, target: (batch, channels, height, width), float32.
         timesteps, weights: (batch,).
-        encoder_hidden_states: (batch, tokens, width).
-        text_embeds, time_ids: (batch, pooled) and (batch, 6), for Stable Diffusion XL.
         subjects: number of subjects in the batch, with equally many samples each, ordered by subject.
+        conditions: (batch, ...) each, as the family's ``predict`` takes them.
     """
-    dtype = next(unet.parameters()).dtype
-    added = None
-    if text_embeds is not None:
-        added = {"text_embeds": text_embeds.to(dtype), "time_ids": time_ids}
-    hidden = encoder_hidden_states.to(dtype)
-    prediction = unet(noisy.to(dtype), timesteps, hidden, added_cond_kwargs=added, return_dict=False)[0]
+    dtype = unet.dtype
+    floating = {n: tensor.to(dtype) if tensor.is_floating_point() else tensor for n, tensor in conditions.items()}
+    prediction = family.predict(unet, noisy.to(dtype), timesteps, **floating)
     errors = (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
     return (errors * weights).view(subjects, -1).mean(dim=1)
 
@@ -109,11 +105,12 @@ class Losses:
     """Computes the losses of a micro-batch from its tensors, given by name.
 
     Attributes:
-        unet: with its adapter. subjects: number of subjects trained at once.
+        family: of the base model. unet: with its adapter. subjects: number of subjects trained at once.
         pipeline: has the text encoders if they are trained; the batch then contains tokens instead of embeddings.
         control: the control signal, which receives the batch's maps.
     """
 
+    family: Family
     unet: torch.nn.Module
     subjects: int = 1
     pipeline: Any = None
@@ -126,4 +123,4 @@ class Losses:
             self.control.see(batch.pop("maps"))
         if self.pipeline is not None:
             batch |= encode_tokens(self.pipeline, {name: batch.pop(name) for name in text_encoders(self.pipeline)})
-        return denoising_losses(self.unet, **batch, subjects=self.subjects)  # pyright: ignore[reportArgumentType]
+        return denoising_losses(self.family, self.unet, **batch, subjects=self.subjects)

@@ -11,12 +11,12 @@ from diffusers import AutoencoderKL, DDPMScheduler
 from torch.utils.checkpoint import checkpoint
 
 from delora_diffusers.errors import InputError
+from delora_diffusers.families.loading import OpenModel, open_model
 from delora_diffusers.launching import launched_accelerator
 from delora_diffusers.memory import explain_out_of_memory
 from delora_diffusers.names import is_xl
-from delora_diffusers.families.loading import load_pipeline
-from delora_diffusers.pipelines.conditions import text_encoders
 from delora_diffusers.pipelines.noise_schedule import training_schedule
+from delora_diffusers.precision import dtype_of
 from delora_diffusers.training import checkpoints, run_folder
 from delora_diffusers.training.adapter_files import AdapterFiles
 
@@ -32,6 +32,7 @@ def start_accelerator(args: argparse.Namespace, data: dict[str, str]) -> Acceler
             accelerate is configured for something that is not supported.
     """
     if args.resume_from_checkpoint is not None:
+        checkpoints.keep_earlier_path(args)
         checkpoints.check_same_run(args.output_dir, args.resume_from_checkpoint, run_folder.settings(args), data)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it on start-up
@@ -46,46 +47,68 @@ def start_accelerator(args: argparse.Namespace, data: dict[str, str]) -> Acceler
     return accelerator
 
 
-def load_frozen(accelerator: Accelerator, args: argparse.Namespace) -> tuple[Any, DDPMScheduler]:
-    """Load the base model's pipeline, frozen, and its noise schedule.
+def training_dtype(accelerator: Accelerator) -> torch.dtype:
+    """The dtype of the frozen models."""
+    return dtype_of(accelerator.mixed_precision)
 
-    The UNet and the text encoders are on the device in the training precision; the autoencoder is on the CPU in
-    float32.
+
+def open_base_model(accelerator: Accelerator, args: argparse.Namespace) -> tuple[OpenModel, DDPMScheduler]:
+    """Open the base model, of which no weights are loaded yet, and its noise schedule.
 
     Raises:
-        InputError: the model cannot be loaded.
+        InputError: it is not a model that can be trained.
     """
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     with accelerator.main_process_first():
-        pipeline = load_pipeline(args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant)
-    scheduler = training_schedule(pipeline.scheduler, args.pretrained_model_name_or_path)
-    _check_trainable(pipeline, args.pretrained_model_name_or_path)
-    pipeline.vae.requires_grad_(False)
-    with explain_out_of_memory("loading the base model", ["--mixed_precision bf16 or fp16", "a smaller base model"]):
-        for model in (pipeline.unet, *text_encoders(pipeline).values()):
-            model.requires_grad_(False)
-            model.to(accelerator.device, dtype)
+        model = open_model(args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant)
+    scheduler = training_schedule(model.pipeline.scheduler, args.pretrained_model_name_or_path)
+    _check_trainable(model)
+    return model, scheduler
+
+
+def load_part(model: OpenModel, component: str, accelerator: Accelerator, dtype: torch.dtype | None = None) -> Any:
+    """Load a text encoder or the autoencoder onto the device, in the training precision unless a dtype is given."""
+    with explain_out_of_memory(f"loading the base model's {component}", SMALLER):
+        return model.load(component, dtype or training_dtype(accelerator), accelerator.device)
+
+
+def load_denoiser(model: OpenModel, accelerator: Accelerator, args: argparse.Namespace) -> Any:
+    """Load the denoiser onto the device in the training precision, with gradient checkpointing if it is asked for."""
+    with explain_out_of_memory("loading the base model's unet", SMALLER):
+        unet = model.load("unet", training_dtype(accelerator), accelerator.device)
     if args.gradient_checkpointing:
-        pipeline.unet.enable_gradient_checkpointing(run_checkpointed)
-        pipeline.unet.train()
-    return pipeline, scheduler
+        unet.enable_gradient_checkpointing(run_checkpointed)
+        unet.train()
+    return unet
 
 
-def _check_trainable(pipeline: Any, name: str) -> None:
+def load_text_encoder_to_train(model: OpenModel, name: str, accelerator: Accelerator, args: argparse.Namespace) -> Any:
+    """Load a text encoder onto the device, with gradient checkpointing if it is asked for."""
+    encoder = load_part(model, name, accelerator)
+    if args.gradient_checkpointing:
+        encoder.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        encoder.train()
+    return encoder
+
+
+SMALLER = ["--mixed_precision bf16 or fp16", "a smaller base model"]
+"""What helps if a part of the base model does not fit."""
+
+
+def _check_trainable(model: OpenModel) -> None:
     """Reject a base model that can be sampled but not trained as it was.
 
     Raises:
         InputError
     """
-    problem = None
-    if not isinstance(pipeline.vae, AutoencoderKL):
-        problem = f"has a {type(pipeline.vae).__name__}, whose latents have no distribution"
-    if getattr(pipeline.unet.config, "time_cond_proj_dim", None) is not None:
+    problem, unet, vae = None, model.skeletons["unet"], model.skeletons["vae"]
+    if not isinstance(vae, AutoencoderKL):
+        problem = f"has a {type(vae).__name__}, whose latents have no distribution"
+    if getattr(unet.config, "time_cond_proj_dim", None) is not None:
         problem = "was distilled to take the guidance scale as an input"
-    if any(getattr(encoder.config, "use_attention_mask", None) for encoder in text_encoders(pipeline).values()):
+    if any(getattr(model.skeletons[name].config, "use_attention_mask", None) for name in model.text_encoders):
         problem = "has a text encoder that masks the padding of prompts"
     if problem is not None:
-        raise InputError(f"the base model {name} {problem}; choose another to train on.")
+        raise InputError(f"the base model {model.name} {problem}; choose another to train on.")
 
 
 def run_checkpointed(module: torch.nn.Module, *inputs: Any) -> Any:

@@ -71,15 +71,11 @@ class SubjectValidation:
 
     def _sample(self, prompt: str) -> list[Image.Image]:
         seeds = list(range(self.args.seed, self.args.seed + self.args.num_validation_images))
-        conditions = guided(self.pipeline, self.conditions_of([prompt]), self.conditions_of([""]))
-        arguments: dict[str, Any] = {
-            name: tensor.repeat(len(seeds), *[1] * (tensor.ndim - 1)) for name, tensor in conditions.items()
-        }
         return sample_images(
             self.pipeline,
             seeds,
             self.args.resolution,
-            **arguments,
+            **guided(self.pipeline, self.conditions_of([prompt]), self.conditions_of([""]), count=len(seeds)),
             num_inference_steps=self.args.validation_inference_steps,
             guidance_scale=self.args.guidance_scale,
         )

@@ -216,8 +216,8 @@ def test_a_caption_that_is_cut_is_said(tiny_sd, caplog):
     assert caplog.messages == []
     warn_of_truncation(pipeline, ["a dog", "a photo of sks dog " + "very " * 90 + "red", "b " * 300])
     (message,) = caplog.messages
-    assert message.startswith("truncated: the caption 'a photo of sks dog very") and "77 are read" in message
-    assert "1 more captions are too long" in message
+    assert message.startswith("truncated: the prompt 'a photo of sks dog very") and "77 are read" in message
+    assert "1 more prompts are too long" in message
 
 
 def rename_to_variant(model: Path, folder: Path, variant: str = "fp16") -> Path:
