@@ -239,6 +239,7 @@ def train_on_maps(
     from delora_diffusers.adapter.control import new_encoder, pretrained_encoder
     from delora_diffusers.pipelines.conditions import encode_prompts
     from delora_diffusers.pipelines.latents import latent_scale
+    from delora_diffusers.pipelines.offload import offload_blocks
     from delora_diffusers.training.adapter_files import AdapterFiles
     from delora_diffusers.training.batches import MapBatches
     from delora_diffusers.training.encoding import PromptTable
@@ -295,7 +296,10 @@ def train_on_maps(
     pipeline.vae.to("cpu", training_dtype(accelerator))
 
     unet = load_denoiser(model, accelerator, args)
-    adapters = {"unet": attach(unet, arguments.adapter_config(args), generator)}
+    compute_device = device if args.offload else None
+    adapters = {"unet": attach(unet, arguments.adapter_config(args), generator, compute_device)}
+    if args.offload:
+        offload_blocks(unet, device)
     control = attach_control(unet, encoder.to(device), palette)
     frozen = args.control_learning_rate == 0
     encoder.requires_grad_(not frozen)

@@ -177,19 +177,23 @@ def digest_data(args: argparse.Namespace, subjects: Sequence[Subject]) -> dict[s
 
 
 def attach_adapters(
-    models: dict[str, Any], subjects: Sequence[Subject], args: argparse.Namespace
+    models: dict[str, Any],
+    subjects: Sequence[Subject],
+    args: argparse.Namespace,
+    compute_device: "torch.device | None" = None,
 ) -> dict[str, "Adapter"]:
     """Attach adapters to the UNet and to the text encoders that are trained; returns them by component.
 
     Args:
         models: the UNet and those text encoders, by component.
+        compute_device: where the UNet computes, if its weights are offloaded.
     """
     import torch
 
     from delora_diffusers import attach
 
     generators = [torch.Generator().manual_seed(subject.seed) for subject in subjects]
-    adapters = {"unet": attach(models["unet"], arguments.adapter_config(args), generators)}
+    adapters = {"unet": attach(models["unet"], arguments.adapter_config(args), generators, compute_device)}
     config = arguments.adapter_config(args, targets=TEXT_ENCODER_TARGETS)
     for number, (name, text_encoder) in enumerate(models.items()):
         if name != "unet":
@@ -232,6 +236,7 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
     import torch
 
     from delora_diffusers.pipelines.conditions import encode_prompts, tokenize, warn_of_truncation
+    from delora_diffusers.pipelines.offload import offload_blocks
     from delora_diffusers.training.adapter_files import AdapterFiles
     from delora_diffusers.training.batches import SubjectBatches, SubjectData
     from delora_diffusers.training.class_images import ClassImages, generate_class_images
@@ -290,7 +295,9 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
 
     models = {name: load_text_encoder_to_train(model, name, accelerator, args) for name in trained if name != "unet"}
     models = {"unet": load_denoiser(model, accelerator, args), **models}
-    adapters = attach_adapters(models, subjects, args)
+    adapters = attach_adapters(models, subjects, args, device if args.offload else None)
+    if args.offload:
+        offload_blocks(models["unet"], device)
     if args.train_text_encoder:
         table = PromptTable(prompts, tokenize(pipeline, prompts, device))
         conditions_of = functools.partial(encode_prompts, pipeline, device=device)

@@ -8,6 +8,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 from torch.nn.utils import parametrize
 
+from delora_diffusers.adapter.base_weights import weight_shape
 from delora_diffusers.adapter.modules import named_modules, unwrap
 from delora_diffusers.adapter.paths import choose_path
 from delora_diffusers.adapter.projections import Projection
@@ -43,7 +44,10 @@ class Attachment:
 
 
 def attach(
-    model: nn.Module, config: AdapterConfig, generator: torch.Generator | Sequence[torch.Generator] | None = None
+    model: nn.Module,
+    config: AdapterConfig,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    compute_device: torch.device | None = None,
 ) -> Adapter:
     """Adapt the targeted linear modules of a model and freeze everything else.
 
@@ -58,6 +62,8 @@ def attach(
         generator: CPU generator for the random initialization; None means torch's global generator. A sequence has
             one per subject: ``model(...)`` then takes batches with the same number of samples per subject, ordered by
             subject.
+        compute_device: where the model computes, if it keeps weights elsewhere and brings them there when they are
+            needed; None if its weights stay where they are.
 
     Returns:
         The adapter. Only its parameters are trainable, and ``model(...)`` now computes with W'.
@@ -70,7 +76,7 @@ def attach(
     if attached_adapter(model) is not None:
         raise InputError("the model already has an adapter attached; call detach(model) or merge(model) first.")
     if EVERYTHING in config.targets:
-        return _attach(model, config, [], _every_parameter(model), generator)
+        return _attach(model, config, [], _every_parameter(model), generator, compute_device)
     linears = find_targets(model, config.targets)
     attentions = {
         name: module
@@ -88,7 +94,7 @@ def attach(
         ]
         by_attention += [AdaptedAttention(prefix, attention, projections)] if projections else []
     standalone = [Projection((name,), (linear,)) for name, linear in linears.items()]
-    return _attach(model, config, by_attention, standalone, generator)
+    return _attach(model, config, by_attention, standalone, generator, compute_device)
 
 
 def _every_parameter(model: nn.Module) -> list[Projection]:
@@ -115,12 +121,14 @@ def _attach(
     by_attention: list[AdaptedAttention],
     standalone: list[Projection],
     generator: torch.Generator | Sequence[torch.Generator] | None,
+    compute_device: torch.device | None,
 ) -> Adapter:
     """Build the adapter and attach it: one processor per attention, a parametrization or hook per standalone module."""
     attention_projections = [projection for adapted in by_attention for projection in adapted.projections]
     generators = generator if isinstance(generator, Sequence) else [generator or torch.default_generator]
     projections = attention_projections + standalone
-    path = choose_path(config, projections, len(generators))
+    offloaded = compute_device is not None
+    path = choose_path(config, projections, len(generators), offloaded)
     if len(generators) > 1 and (standalone or path != "fast"):
         reason = f"the path is {path}"
         if standalone:
@@ -129,7 +137,9 @@ def _attach(
             f"several subjects can be trained together only with attention targets on the fast path, but {reason}."
         )
     quantized = any(is_quantized(module) for projection in projections for module in projection.linears)
-    adapter = Adapter(config, projections, generators, path, resident=not quantized)
+    adapter = Adapter(config, projections, generators, path, resident=not quantized and not offloaded)
+    if offloaded:
+        adapter.to(compute_device)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
     handles: list[Handle] = []
@@ -243,7 +253,7 @@ def _same_input(attention: Attention, members: dict[str, nn.Linear]) -> list[lis
     for name, linear in members.items():
         if groups and name in FUSED and not (attention.is_cross_attention and groups[-1] == ["to_q"]):
             previous = members[groups[-1][-1]]
-            if previous.weight.shape == linear.weight.shape and (previous.bias is None) == (linear.bias is None):
+            if weight_shape(previous) == weight_shape(linear) and (previous.bias is None) == (linear.bias is None):
                 groups[-1].append(name)
                 continue
         groups.append([name])

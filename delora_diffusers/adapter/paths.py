@@ -14,11 +14,13 @@ LEAN_FROM = 128 * 2**20
 """Bytes of adapted weights from which ``auto`` is lean. The fast path keeps twice as much for the backward."""
 
 
-def choose_path(config: AdapterConfig, projections: Sequence[Projection], subjects: int) -> str:
+def choose_path(
+    config: AdapterConfig, projections: Sequence[Projection], subjects: int, offloaded: bool = False
+) -> str:
     """The path on which these projections are computed: ``fast``, ``lean`` or ``split``.
 
     Raises:
-        InputError: the model is quantized, and the method or path cannot adapt that.
+        InputError: the model is quantized or offloaded, and the method or path cannot adapt that.
     """
     method = METHODS[config.method]
     if any(is_quantized(module) for projection in projections for module in projection.linears):
@@ -30,8 +32,15 @@ def choose_path(config: AdapterConfig, projections: Sequence[Projection], subjec
         if config.path == "fast":
             raise InputError("path is 'fast', but the model is quantized; use 'split', 'lean' or 'auto'.")
         return "split" if config.path == "auto" else config.path
+    if offloaded and (config.path == "fast" or not method.has_factors):
+        raise InputError(
+            f"the model's weights are offloaded, which {method.title} on the fast path cannot adapt; use DeLoRA or "
+            "LoRA on the lean or split path."
+        )
     if config.path != "auto":
         return config.path
+    if offloaded:
+        return "lean"
     if subjects > 1 or not method.has_factors or adapted_bytes(projections) < LEAN_FROM:
         return "fast"
     return "lean"

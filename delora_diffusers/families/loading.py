@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import importlib
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,9 +64,10 @@ class OpenModel:
         options: dict[str, Any] = {"subfolder": component, "torch_dtype": dtype, "variant": self._variant_of(component)}
         if quantization is not None:
             # Quantizing is done on the device, weight by weight, which a map of devices asks for.
-            options |= {"quantization_config": quantization, "device_map": {"": device}}
+            options |= {"quantization_config": quantization, "device_map": {"": torch.device(device)}}
         try:
-            with _quiet():
+            with _quiet(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torchao's, about what is not used here
                 model = type(self.skeletons[component]).from_pretrained(str(self.folder), **options)
         except LOADING_ERRORS as error:
             if isinstance(error, torch.OutOfMemoryError):

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from delora_diffusers.errors import InputError
-from delora_diffusers.methods.config import EVERYTHING, PATHS, STARTS, UNET_TARGETS, WEIGHT_NORMS, AdapterConfig
+from delora_diffusers.families.quantization import PACKAGES, add_base_precision_argument, check_base_precision
+from delora_diffusers.methods.config import (
+    EVERYTHING,
+    PATHS,
+    SPLIT_DTYPES,
+    STARTS,
+    UNET_TARGETS,
+    WEIGHT_NORMS,
+    AdapterConfig,
+)
 from delora_diffusers.methods.table import LAMBDA_LEARNING_RATE, METHODS
 from delora_diffusers.names import MINIATURE, is_miniature
 from delora_diffusers.outputs import check_run_folder
@@ -57,6 +66,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--revision", help="branch, tag or commit on the hub")
     group.add_argument("--variant", help="file variant, for example fp16")
+    add_base_precision_argument(group)
 
 
 def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +98,15 @@ def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
         "ff.net.0.proj, everything for DreamBooth with --method full",
     )
     group.add_argument(
-        "--path", choices=PATHS, default=defaults.path, help="how adapted layers are computed: docs/performance.md"
+        "--path",
+        choices=PATHS,
+        default=defaults.path,
+        help="how adapted layers are computed; default: auto, which depends on the model: docs/performance.md",
+    )
+    group.add_argument(
+        "--split_dtype",
+        choices=SPLIT_DTYPES,
+        help="dtype of the update's product on the split path; default: float32, or the model's if it is quantized",
     )
 
 
@@ -102,6 +120,12 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gradient_accumulation_steps", type=positive_int, default=1, help="batches per optimizer step")
     group.add_argument(
         "--gradient_checkpointing", action="store_true", help="recompute activations in the backward to save memory"
+    )
+    group.add_argument(
+        "--offload",
+        action="store_true",
+        help="keep the blocks of the denoiser in host memory and bring them to the GPU in turn; slower; turns on "
+        "--gradient_checkpointing",
     )
     group.add_argument(
         "--learning_rate",
@@ -250,6 +274,7 @@ def adapter_config(args: argparse.Namespace, **changes: Any) -> AdapterConfig:
         coft_eps=args.coft_eps,
         targets=tuple(args.targets),
         path=args.path,
+        split_dtype=args.split_dtype,
     )
     return AdapterConfig(**(values | changes))
 
@@ -264,6 +289,7 @@ def with_defaults(
         maps: whether the defaults are those for semantic maps.
     """
     args = argparse.Namespace(**vars(args))
+    args.gradient_checkpointing = args.gradient_checkpointing or args.offload
     if args.learning_rate is None:
         args.learning_rate = (learning_rates or {}).get(args.method, METHODS[args.method].default_rate(maps))
     if args.targets is None:
@@ -297,6 +323,30 @@ def _check_numbers(args: argparse.Namespace) -> None:
             raise InputError(f"--{name} {value} is not between {smallest:g} and {largest:g}; choose another value.")
 
 
+def _check_memory_flags(args: argparse.Namespace) -> None:
+    """Reject a base precision or offloading that cannot be used with the other flags."""
+    check_base_precision(args)
+    title = METHODS[args.method].title
+    if args.base_precision in PACKAGES and not METHODS[args.method].has_factors:
+        raise InputError(
+            f"--base_precision {args.base_precision} quantizes the model, which {title} cannot adapt; use --method "
+            "delora or lora, or --base_precision bf16."
+        )
+    if args.base_precision in PACKAGES and args.path == "fast":
+        raise InputError(f"--base_precision {args.base_precision} needs --path split or lean; leave out --path.")
+    if not args.offload:
+        return
+    if not METHODS[args.method].has_factors:
+        raise InputError(f"--offload needs a low-rank method, which {title} is not; use --method delora or lora.")
+    for flag, given, remedy in (
+        ("--cuda_graph", args.cuda_graph, "leave out one of them"),
+        ("--path fast", args.path == "fast", "leave out --path"),
+        (f"--base_precision {args.base_precision}", args.base_precision in PACKAGES, "leave out one of them"),
+    ):
+        if given:
+            raise InputError(f"--offload moves weights while training, which {flag} does not allow; {remedy}.")
+
+
 def check_training_arguments(args: argparse.Namespace) -> None:
     """Reject bad values before anything is loaded.
 
@@ -314,6 +364,7 @@ def check_training_arguments(args: argparse.Namespace) -> None:
             f"--lr_scheduler piecewise_constant needs --lr_step_rules such as 1:500,0.1, not {args.lr_step_rules!r}."
         )
     adapter_config(args)
+    _check_memory_flags(args)
     for requested, flag, package in (
         (args.use_8bit_adam, "--use_8bit_adam", "bitsandbytes"),
         (args.report_to == "wandb", "--report_to wandb", "wandb"),

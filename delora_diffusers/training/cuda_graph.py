@@ -5,6 +5,7 @@ the CPU to launch them. A CUDA graph launches all of them at once. It reads and 
 batches are copied into its inputs and gradients are accumulated in place.
 """
 
+import gc
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -15,7 +16,8 @@ from delora_diffusers.adapter.tensors import Adapter
 from delora_diffusers.errors import InputError
 
 Batch = Mapping[str, Tensor]
-"""Tensors of a micro-batch by name, on the device, with the same shapes in every micro-batch of a run."""
+"""Tensors of a micro-batch by name, on the device, with the same shapes in every micro-batch of a run. They are new in
+every micro-batch: those with which the graph is recorded become its inputs and are overwritten."""
 
 EAGER_FIRST = 3
 """Micro-batches that run before recording, so that kernels choose their workspaces and gradients are allocated."""
@@ -84,8 +86,11 @@ class MicroBatches:
         return losses
 
     def _record(self, batch: Batch) -> None:
-        self._inputs = {name: tensor.clone() for name, tensor in batch.items()}
+        self._inputs = dict(batch)
+        # What the first micro-batches left in PyTorch's cache cannot be used by the graph, which has a pool of its own.
+        gc.collect()
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
         try:
             # Capture only this thread: with several processes, another thread monitors their communication.

@@ -64,7 +64,8 @@ def train(
     gradients.broadcast_parameters(accelerator, parameters)
     start = _resume(accelerator, args)
     monitor = LossMonitor(accelerator.device, subjects)
-    capture = can_capture(accelerator, list(adapters.values())) if args.cuda_graph is None else args.cuda_graph
+    capturable = can_capture(accelerator, list(adapters.values())) and not args.offload
+    capture = capturable if args.cuda_graph is None else args.cuda_graph
     accumulate_gradients = MicroBatches(accelerator, list(adapters.values()), losses_of, capture)
     # A run may have been killed between this checkpoint and its validation images.
     overdue = validate is not None and start > 0 and _is_validated(start, args) and not validate.is_done(start)

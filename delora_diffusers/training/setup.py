@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from delora_diffusers.errors import InputError
 from delora_diffusers.families.loading import OpenModel, open_model
+from delora_diffusers.families.quantization import check_base_precision, quantization_config
 from delora_diffusers.launching import launched_accelerator
 from delora_diffusers.memory import explain_out_of_memory
 from delora_diffusers.names import is_xl
@@ -72,9 +73,15 @@ def load_part(model: OpenModel, component: str, accelerator: Accelerator, dtype:
 
 
 def load_denoiser(model: OpenModel, accelerator: Accelerator, args: argparse.Namespace) -> Any:
-    """Load the denoiser onto the device in the training precision, with gradient checkpointing if it is asked for."""
+    """Load the denoiser in the training precision or the one asked for, with gradient checkpointing if asked for.
+
+    It is on the device, or on the CPU with ``--offload``: ``offload_blocks`` moves it when it has its adapter.
+    """
+    check_base_precision(args, accelerator.device.type)
+    device = "cpu" if args.offload else accelerator.device
+    dtype = torch.bfloat16 if args.base_precision == "bf16" else training_dtype(accelerator)
     with explain_out_of_memory("loading the base model's unet", SMALLER):
-        unet = model.load("unet", training_dtype(accelerator), accelerator.device)
+        unet = model.load("unet", dtype, device, quantization_config(args.base_precision, dtype))
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing(run_checkpointed)
         unet.train()
@@ -90,7 +97,7 @@ def load_text_encoder_to_train(model: OpenModel, name: str, accelerator: Acceler
     return encoder
 
 
-SMALLER = ["--mixed_precision bf16 or fp16", "a smaller base model"]
+SMALLER = ["--mixed_precision bf16 or fp16", "--base_precision nf4", "--offload", "a smaller base model"]
 """What helps if a part of the base model does not fit."""
 
 
