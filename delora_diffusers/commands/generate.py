@@ -11,6 +11,12 @@ from delora_diffusers.commands.arguments import (
     weighted_adapters,
 )
 from delora_diffusers.errors import InputError, reason
+from delora_diffusers.families.quantization import (
+    PACKAGES,
+    add_base_precision_argument,
+    check_base_precision,
+    quantization_config,
+)
 from delora_diffusers.names import MINIATURE, is_miniature
 from delora_diffusers.outputs import check_writable, held_outputs
 from delora_diffusers.text_files import is_text, read_lines
@@ -84,6 +90,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resolution", type=int, help="side length in pixels; default: the base model's")
     parser.add_argument("--batch_size", type=int, default=4, help="images per batch; default: 4")
     parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's setting")
+    add_base_precision_argument(parser)
+    parser.add_argument(
+        "--offload",
+        action="store_true",
+        help="keep the blocks of the denoiser in host memory; needs less, and is slower",
+    )
     parser.add_argument("--output_dir", type=Path, help="folder for the images")
 
 
@@ -148,6 +160,7 @@ def check_maps(options: argparse.Namespace, requests: list[Any]) -> bool:
 
 def run(options: argparse.Namespace) -> None:
     _check_numbers(options)
+    check_base_precision(options)
     if options.prompts_file is not None:
         read_prompts(options)  # rejects a bad file before torch is imported
 
@@ -261,6 +274,7 @@ def _generate(
     One part of the base model at a time is on the device: the text encoders until all prompts are encoded, then the
     denoiser, and beside it the autoencoder, which is small.
     """
+    import torch
     from PIL import Image
     from tqdm.auto import tqdm
 
@@ -272,9 +286,11 @@ def _generate(
     from delora_diffusers.pipelines.adapted_pipeline import AdaptedModel, use_control
     from delora_diffusers.pipelines.conditions import warn_of_truncation
     from delora_diffusers.pipelines.encoded_prompts import EncodedPrompts
+    from delora_diffusers.pipelines.offload import offload_blocks
     from delora_diffusers.pipelines.sampling import sample_images
     from delora_diffusers.precision import dtype_of
 
+    _check_placement(options, batches, accelerator.device)
     model = open_model(base_model.name, revision=base_model.revision, variant=base_model.variant)
     pipeline, device, dtype = model.pipeline, accelerator.device, dtype_of(accelerator.mixed_precision)
     _set_scheduler(pipeline, options, base_model)
@@ -287,7 +303,10 @@ def _generate(
             for record in batch.records:
                 prompts.encode(record["prompt"], _scaled(batch))
         prompts.finish()
-        unet = AdaptedModel(model.load("unet", dtype, device), "unet", adapters)
+        unet_dtype = torch.bfloat16 if options.base_precision == "bf16" else dtype
+        quantization = quantization_config(options.base_precision, unet_dtype)
+        unet = model.load("unet", unet_dtype, "cpu" if options.offload else device, quantization)
+        adapted = AdaptedModel(unet, "unet", adapters)
         model.load("vae", dtype, device)
     side = options.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     in_use: list[tuple[Path, float]] | None = None
@@ -296,7 +315,9 @@ def _generate(
         adapters_of_batch = _scaled(batch)
         if adapters_of_batch != in_use:
             in_use = adapters_of_batch
-            unet.use(in_use)
+            adapted.use(in_use)
+            if options.offload:
+                offload_blocks(unet, device)
             use_control(pipeline.unet, in_use)
         maps = None
         if options.map_dir is not None:
@@ -318,6 +339,19 @@ def _generate(
         for record, semantic in zip(records, maps or []):
             with atomic_write(request.output_dir / record["map"]) as temporary:
                 Image.fromarray(semantic).save(temporary, format="PNG")
+
+
+def _check_placement(options: argparse.Namespace, batches: list[Batch], device: Any) -> None:
+    """Reject a base precision or offloading that does not work on this device or with these adapters.
+
+    Raises:
+        InputError
+    """
+    check_base_precision(options, device.type)
+    if options.offload and options.base_precision in PACKAGES:
+        raise InputError(f"--offload and --base_precision {options.base_precision} exclude each other; give only one.")
+    if options.offload and len({tuple(_scaled(batch)) for batch in batches}) > 1:
+        raise InputError("--offload works with one set of adapters at one strength; run generate once for each.")
 
 
 def _scaled(batch: Batch) -> list[tuple[Path, float]]:
