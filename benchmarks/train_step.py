@@ -1,6 +1,7 @@
 """Time and peak memory of one training step on a UNet of Stable Diffusion 1.5's shape with random weights, on a GPU.
 
     python -m benchmarks.train_step [--model sd15|sdxl] [--targets attention|maps|feed-forward] [--batch_sizes 1 4 16]
+        [--checkpointing]
 
 A step is forward, loss and backward and, if there is something to train, gradient clipping and fused AdamW. The
 latents are those of 512-pixel images (1,024 for SDXL); the frozen UNet is in bfloat16. Times are medians of many steps
@@ -26,6 +27,8 @@ from torch import nn
 from benchmarks.reporting import print_and_save
 from delora_diffusers import AdapterConfig, attach
 from delora_diffusers.methods.config import MAP_TARGETS, UNET_TARGETS
+from delora_diffusers.training.cuda_graph import EAGER_FIRST
+from delora_diffusers.training.setup import run_checkpointed
 
 RANK = 16
 TARGETS = {"attention": UNET_TARGETS, "maps": MAP_TARGETS, "feed-forward": (*MAP_TARGETS, "ff.net.2")}
@@ -113,7 +116,7 @@ GRAPH_VARIANTS: dict[str, Prepare] = {
     "PEFT LoRA, bf16 adapters, CUDA graph": VARIANTS["PEFT LoRA, bf16 adapters"],
 }
 """Forward and backward are recorded as a CUDA graph and replayed, as in the training scripts."""
-FLOOR = next(iter(VARIANTS))
+FLOOR, PEFT = next(iter(VARIANTS)), "PEFT LoRA, bf16 adapters"
 
 
 class Trial:
@@ -127,8 +130,12 @@ class Trial:
         device: str = "cuda",
         shape: str = "sd15",
         cuda_graph: bool = False,
+        checkpointing: bool = False,
     ):
-        self.unet = build_unet(device, shape)
+        self.unet: Any = build_unet(device, shape)
+        if checkpointing:
+            self.unet.enable_gradient_checkpointing(run_checkpointed)
+            self.unet.train()
         self.parameters, autocast = prepare(self.unet, targets)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True) if self.parameters else None
         size, width = (batch_size, 4, *LATENT_SIZES[shape]), SHAPES[shape]["cross_attention_dim"]
@@ -177,21 +184,23 @@ class Trial:
         else:
             self.latents.grad.zero_()  # pyright: ignore[reportOptionalMemberAccess]
 
-    def peak_gib(self, allocated: int, reserved: int, steps: int = 5) -> float:
-        """Peak GiB allocated during a step, or with a CUDA graph, all GiB reserved for it.
+    def peak_gib(self, allocated: int, reserved: int, steps: int = 5) -> tuple[float, float]:
+        """Peak GiB allocated during a step, and GiB reserved for it. With a CUDA graph the peak is that of recording it.
 
         Args:
             allocated, reserved: bytes of the other trials, which do not count.
         """
-        for _ in range(steps):
+        eager = EAGER_FIRST if self.micro_batches is not None else 0
+        for _ in range(eager):
             self.step()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-        if self.micro_batches is not None:
-            return (torch.cuda.memory_reserved() - reserved) / 2**30
         torch.cuda.reset_peak_memory_stats()
-        self.step()
-        return (torch.cuda.max_memory_allocated() - allocated) / 2**30
+        for _ in range(steps):
+            self.step()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - allocated
+        return peak / 2**30, (torch.cuda.memory_reserved() - reserved) / 2**30
 
     def milliseconds(self, steps: int) -> list[float]:
         """The times of consecutive steps, measured by CUDA events so that nothing waits between the steps."""
@@ -205,17 +214,28 @@ class Trial:
 
 
 def measure(
-    targets: tuple[str, ...], batch_size: int, rounds: int, steps: int, shape: str, only: list[str] | None
-) -> dict[str, tuple[float, float]]:
-    """Median time of a step in ms and its peak memory in GiB, by variant; the variants take turns in every round."""
+    targets: tuple[str, ...],
+    batch_size: int,
+    rounds: int,
+    steps: int,
+    shape: str,
+    only: list[str] | None,
+    checkpointing: bool,
+) -> dict[str, tuple[float, float, float]]:
+    """Median time of a step in ms, and its peak and reserved memory in GiB, by variant; the variants take turns in every
+    round."""
     trials, memory = {}, {}
     for name, prepare in (VARIANTS | GRAPH_VARIANTS).items():
         if only and name != FLOOR and not any(part in name for part in only):
             continue
+        if checkpointing and prepare is floor:
+            continue  # without trainable tensors nothing would be recomputed
         gc.collect()
         torch.cuda.empty_cache()
         others = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
-        trials[name] = Trial(prepare, targets, batch_size, shape=shape, cuda_graph=name in GRAPH_VARIANTS)
+        trials[name] = Trial(
+            prepare, targets, batch_size, shape=shape, cuda_graph=name in GRAPH_VARIANTS, checkpointing=checkpointing
+        )
         memory[name] = trials[name].peak_gib(*others)
     times: dict[str, list[float]] = {name: [] for name in trials}
     gc.collect()
@@ -225,7 +245,7 @@ def measure(
             trial.step()
             times[name] += trial.milliseconds(steps)
     gc.enable()
-    return {name: (statistics.median(times[name]), memory[name]) for name in trials}
+    return {name: (statistics.median(times[name]), *memory[name]) for name in trials}
 
 
 def main() -> None:
@@ -236,6 +256,7 @@ def main() -> None:
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=8, help="steps per variant and round")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     logging.set_verbosity_error()
@@ -243,15 +264,21 @@ def main() -> None:
     rows: dict[str, list] = {}
     for batch_size in options.batch_sizes:
         targets = TARGETS[options.targets]
-        results = measure(targets, batch_size, options.rounds, options.steps, options.model, options.only)
-        for name, (milliseconds, gib) in results.items():
-            rows.setdefault(name, []).append((milliseconds, gib))
-            print(f"batch {batch_size:2}  {name:32} {milliseconds:7.1f} ms  {gib:6.2f} GiB", flush=True)
-    base = rows[FLOOR]
-    head = " | ".join(f"batch {size}: ms | / floor | GiB" for size in options.batch_sizes)
-    lines = [f"| | {head} |", "| --- |" + " ---: |" * (3 * len(options.batch_sizes))]
+        settings = (options.rounds, options.steps, options.model, options.only, options.checkpointing)
+        for name, cell in measure(targets, batch_size, *settings).items():
+            rows.setdefault(name, []).append(cell)
+            print(f"batch {batch_size:2}  {name:40} {cell[0]:7.1f} ms  {cell[1]:6.2f} {cell[2]:6.2f} GiB", flush=True)
+    reference = PEFT if options.checkpointing else FLOOR
+    base = rows[reference]
+    head = " | ".join(
+        f"batch {size}: ms | / {reference.split(':')[0]} | GiB | reserved" for size in options.batch_sizes
+    )
+    lines = [f"| | {head} |", "| --- |" + " ---: |" * (4 * len(options.batch_sizes))]
     for name, cells in rows.items():
-        text = " | ".join(f"{ms:.1f} | {ms / base[i][0]:.2f} | {gib:.2f}" for i, (ms, gib) in enumerate(cells))
+        text = " | ".join(
+            f"{ms:.1f} | {ms / base[i][0]:.2f} | {peak:.2f} | {reserved:.2f}"
+            for i, (ms, peak, reserved) in enumerate(cells)
+        )
         lines.append(f"| {name} | {text} |")
     import diffusers
     import peft
