@@ -64,6 +64,8 @@ class Stack(nn.Module):
             if resident:
                 grouped = ([(module, part.parameter) for module in part.linears] for part in projections)
                 self.weights = [StackedWeights(sites) for sites in grouped]
+                for weights in self.weights:  # now, so that the first step needs no more memory than the others
+                    weights.tensor()
             initialize = low_rank_functions(config.method).initialize
             starts = [initialize(_OneByOne(self.sites), config, generator) for generator in generators]
         device = base_parameter(*self.sites[0]).device
