@@ -95,8 +95,8 @@ class Stack(nn.Module):
         return stacked
 
     def base_weight(self, index: int) -> Tensor:
-        """The pretrained weight of one module, (1, out, in) or (1, ...), dense."""
-        return dense_weight(*self.sites[index])[None]
+        """The pretrained weight of one module, (1, out, in) or (1, ...), dense, on the adapter's device."""
+        return dense_weight(*self.sites[index])[None].to(next(iter(self.trainable.values())).device)
 
     def release(self) -> None:
         """Give each module of the model a separate weight again."""
