@@ -244,6 +244,7 @@ def train_on_maps(
     from delora_diffusers.training.batches import MapBatches
     from delora_diffusers.training.encoding import PromptTable
     from delora_diffusers.training.loop import train
+    from delora_diffusers.training.memory_report import plan_of, report_memory
     from delora_diffusers.training.objective import Losses, NoiseSettings
     from delora_diffusers.training.run_folder import data_digests
     from delora_diffusers.training.setup import (
@@ -278,6 +279,8 @@ def train_on_maps(
         encoder = pretrained_encoder(args.controlnet_model_name_or_path, skeleton, pipeline.vae_scale_factor)
     else:
         encoder = new_encoder(skeleton, pipeline.vae_scale_factor, generator)
+    plan = plan_of(args, arguments.adapter_config(args), accelerator.mixed_precision, 1)
+    report_memory(accelerator, model, plan)
     begin_run(accelerator, args, data, "map2img-delora")
 
     for name in model.text_encoders:

@@ -242,6 +242,7 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
     from delora_diffusers.training.class_images import ClassImages, generate_class_images
     from delora_diffusers.training.encoding import PromptTable
     from delora_diffusers.training.loop import train
+    from delora_diffusers.training.memory_report import plan_of, report_memory
     from delora_diffusers.training.objective import Losses, NoiseSettings
     from delora_diffusers.training.setup import (
         begin_run,
@@ -263,6 +264,11 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
     trained = ["unet", *(model.text_encoders if args.train_text_encoder else [])]
     # A rehearsal on models without values finds what does not fit the base model.
     attach_adapters({name: copy.deepcopy(model.skeletons[name]) for name in trained}, subjects, args)
+    report_memory(
+        accelerator,
+        model,
+        plan_of(args, arguments.adapter_config(args), accelerator.mixed_precision, len(subjects)),
+    )
     # All checks have passed, and nothing was written before this.
     begin_run(accelerator, args, data, "dreambooth-delora")
 

@@ -160,7 +160,7 @@ class Trial:
 
             from delora_diffusers.training.cuda_graph import MicroBatches
 
-            self.micro_batches = MicroBatches(Accelerator(), [], self.loss_of, capture=True)
+            self.micro_batches = MicroBatches(Accelerator(), [], self.parameters, self.loss_of, capture=True)
 
     def loss_of(
         self, timesteps: torch.Tensor, text: torch.Tensor, target: torch.Tensor, latents: torch.Tensor | None = None
@@ -185,7 +185,7 @@ class Trial:
             self.latents.grad.zero_()  # pyright: ignore[reportOptionalMemberAccess]
 
     def peak_gib(self, allocated: int, reserved: int, steps: int = 5) -> tuple[float, float]:
-        """Peak GiB allocated during a step, and GiB reserved for it. With a CUDA graph the peak is that of recording it.
+        """Peak GiB allocated during a step, or while it is recorded as a CUDA graph, and GiB reserved for it.
 
         Args:
             allocated, reserved: bytes of the other trials, which do not count.
@@ -222,8 +222,7 @@ def measure(
     only: list[str] | None,
     checkpointing: bool,
 ) -> dict[str, tuple[float, float, float]]:
-    """Median time of a step in ms, and its peak and reserved memory in GiB, by variant; the variants take turns in every
-    round."""
+    """Median ms of a step, and its peak and reserved memory in GiB, by variant; the variants take turns."""
     trials, memory = {}, {}
     for name, prepare in (VARIANTS | GRAPH_VARIANTS).items():
         if only and name != FLOOR and not any(part in name for part in only):

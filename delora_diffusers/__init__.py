@@ -1,5 +1,6 @@
 """DeLoRA for diffusers: attach, train, save, load and merge adapters for Stable Diffusion models."""
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from delora_diffusers.errors import InputError
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
     from delora_diffusers.files.loading import load_adapter, load_control
     from delora_diffusers.files.writing import save_adapter
     from delora_diffusers.pipelines.adapted_pipeline import AdaptedPipeline
+
+# Where torchao is installed, importing diffusers warns about a file format and about registrations in torchao itself.
+for _name in ("diffusers.quantizers.torchao.torchao_quantizer", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 _MODULES = {
     "AdaptedPipeline": "pipelines.adapted_pipeline",

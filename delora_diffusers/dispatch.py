@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from types import ModuleType
 
 from delora_diffusers.errors import InputError, printable
+from delora_diffusers.memory import ANYWHERE, is_out_of_memory, out_of_memory_sentence
 
 INACCESSIBLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS, errno.ENOSPC)
 """Errors of the file system that the user can correct, wherever they occur."""
@@ -36,11 +37,15 @@ def run_command(
 
 @contextmanager
 def exit_on_bad_input() -> Iterator[None]:
-    """Exit with code 1 and one sentence for bad input; any other error keeps its traceback."""
+    """Exit with code 1 and one sentence for bad input and for lack of memory; other errors keep their traceback."""
     try:
         yield
     except InputError as error:
         sys.exit(f"error: {error}")
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        sys.exit(f"error: {out_of_memory_sentence('running this command', ANYWHERE)}")
     except OSError as error:
         if error.errno not in INACCESSIBLE or error.filename is None:
             raise

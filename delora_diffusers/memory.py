@@ -1,15 +1,16 @@
-"""Turn running out of memory into a sentence that says what helps."""
+"""Turn running out of memory into a sentence that says what helps. Imports no torch before that."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from delora_diffusers.errors import InputError
 
 SIGNS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 """What the errors of libraries say that have no type of their own for it."""
+
+ANYWHERE = ("--mixed_precision bf16 or fp16", "a smaller batch size", "a smaller --resolution")
+"""What helps wherever memory runs out."""
 
 
 @contextmanager
@@ -31,20 +32,23 @@ def explain_out_of_memory(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise _explained(activity, remedies, checkpoint()) from error
+        raise InputError(out_of_memory_sentence(activity, remedies, checkpoint())) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on the GPU or the CPU."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
 
 
-def _explained(activity: str, remedies: Sequence[str], checkpoint: Path | None) -> InputError:
+def out_of_memory_sentence(activity: str, remedies: Sequence[str], checkpoint: Path | None = None) -> str:
+    """What ran out of memory, and what helps; see ``explain_out_of_memory``."""
+    import torch
+
     memory = "memory ran out"
     if torch.cuda.is_available():
         free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
         memory = f"the GPU's memory ran out, with {free:.1f} of {total:.1f} GiB free"
     last = "" if checkpoint is None else f" The last good checkpoint is {checkpoint}."
-    return InputError(f"{memory}, while {activity}; in the order of their effect, use {', '.join(remedies)}.{last}")
+    return f"{memory}, while {activity}; in the order of their effect, use {', '.join(remedies)}.{last}"

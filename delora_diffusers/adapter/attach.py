@@ -138,7 +138,7 @@ def _attach(
         )
     quantized = any(is_quantized(module) for projection in projections for module in projection.linears)
     adapter = Adapter(config, projections, generators, path, resident=not quantized and not offloaded)
-    if offloaded:
+    if compute_device is not None and next(adapter.parameters()).device != compute_device:
         adapter.to(compute_device)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)

@@ -1,17 +1,46 @@
-"""Describe an adapter file: base model, method, settings, training, size, and lambda and distance by layer."""
+"""Describe an adapter file, or the memory that training on a base model needs.
+
+Of an adapter: base model, method, settings, training, size, and lambda and distance by layer.
+"""
 
 import argparse
 from pathlib import Path
+
+from delora_diffusers.errors import InputError
 
 BAR = 30
 """Length of the longest bar, in characters."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("adapter", type=Path, help="output folder, the file in it, or hub id")
+    parser.add_argument("adapter", type=Path, nargs="?", help="output folder, the file in it, or hub id")
+    parser.add_argument(
+        "--memory", metavar="MODEL", help="instead: what training on this base model needs of a GPU's memory, by flags"
+    )
+    parser.add_argument("--resolution", type=int, help="side length in pixels for --memory; default: the model's")
 
 
 def run(options: argparse.Namespace) -> None:
+    if (options.adapter is None) == (options.memory is None):
+        raise InputError("give either an adapter to describe, or a base model with --memory.")
+    if options.memory is not None:
+        _print_memory(options.memory, options.resolution)
+    else:
+        _describe(options)
+
+
+def _print_memory(name: str, resolution: int | None) -> None:
+    from delora_diffusers.families.loading import open_model
+    from delora_diffusers.training.memory_report import memory_table
+
+    model = open_model(name)
+    side = resolution or model.skeletons["unet"].config.sample_size * model.pipeline.vae_scale_factor
+    if side < 8 or side % 8:
+        raise InputError(f"--resolution {side} is not a multiple of 8; use a multiple of 8.")
+    print(memory_table(model, side))
+
+
+def _describe(options: argparse.Namespace) -> None:
     from delora_diffusers.errors import printable
     from delora_diffusers.files.low_rank import low_rank_factors
     from delora_diffusers.files.reading import adapter_path, parse_config, read_adapter

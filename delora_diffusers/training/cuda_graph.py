@@ -2,7 +2,7 @@
 
 A step of Stable Diffusion launches some two thousand kernels, and below a batch size of about 16 a fast GPU waits for
 the CPU to launch them. A CUDA graph launches all of them at once. It reads and writes fixed memory addresses, so
-batches are copied into its inputs and gradients are accumulated in place.
+batches are copied into its inputs, and gradients are written, or accumulated, in place.
 """
 
 import gc
@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.nn import Parameter
 
 from delora_diffusers.adapter.tensors import Adapter
 from delora_diffusers.errors import InputError
@@ -29,6 +30,7 @@ class MicroBatches:
     Args:
         accelerator: scales the loss for accumulation and for fp16.
         adapters: their adapted weights are computed before each forward.
+        parameters: everything that is trained.
         losses_of: returns each subject's loss in a batch, (subjects,); it must not be random or wait for the device.
         capture: whether to record a graph. If so, gradients must be set to zero, not to None, between steps.
     """
@@ -37,11 +39,13 @@ class MicroBatches:
         self,
         accelerator: Accelerator,
         adapters: Sequence[Adapter],
+        parameters: Sequence[Parameter],
         losses_of: Callable[..., Tensor],
         capture: bool,
     ):
         self.accelerator = accelerator
         self.adapters = adapters
+        self.parameters = parameters
         self.losses_of = losses_of
         self.capture = capture
         self._eager_left = EAGER_FIRST
@@ -87,6 +91,10 @@ class MicroBatches:
 
     def _record(self, batch: Batch) -> None:
         self._inputs = dict(batch)
+        if self.accelerator.gradient_accumulation_steps == 1:
+            # Then the graph allocates the gradients itself, at its end, in memory that activations no longer need.
+            for parameter in self.parameters:
+                parameter.grad = None
         # What the first micro-batches left in PyTorch's cache cannot be used by the graph, which has a pool of its own.
         gc.collect()
         torch.cuda.synchronize()

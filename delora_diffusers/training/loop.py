@@ -66,7 +66,7 @@ def train(
     monitor = LossMonitor(accelerator.device, subjects)
     capturable = can_capture(accelerator, list(adapters.values())) and not args.offload
     capture = capturable if args.cuda_graph is None else args.cuda_graph
-    accumulate_gradients = MicroBatches(accelerator, list(adapters.values()), losses_of, capture)
+    accumulate_gradients = MicroBatches(accelerator, list(adapters.values()), parameters, losses_of, capture)
     # A run may have been killed between this checkpoint and its validation images.
     overdue = validate is not None and start > 0 and _is_validated(start, args) and not validate.is_done(start)
     accelerator.wait_for_everyone()  # all processes have checked before the first one writes
