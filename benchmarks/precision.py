@@ -1,6 +1,6 @@
 """What rounding W' to the model's dtype costs: errors of one projection by size of its update, and trained subjects.
 
-``python -m benchmarks.precision layers`` compares outputs and gradients of the fast and the split path with float64.
+``python -m benchmarks.precision layers`` compares outputs and gradients of each path with float64.
 ``python -m benchmarks.precision subjects OUT_DIR`` trains mini-sd in several precisions on 8 unseen subjects with 3
 seeds, generates with every adapter in float32 and compares scores and distances. Finished runs are kept, so the same
 command continues after an interruption.
@@ -21,8 +21,12 @@ from delora_diffusers.atomic import write_text
 WAYS: dict[str, dict[str, Any]] = {
     "float32": {"mixed_precision": "no", "path": "fast"},
     "bf16, fast path": {"mixed_precision": "bf16", "path": "fast"},
+    "bf16, lean path": {"mixed_precision": "bf16", "path": "lean"},
     "bf16, split path": {"mixed_precision": "bf16", "path": "split"},
     "fp16, fast path": {"mixed_precision": "fp16", "path": "fast"},
+    "bf16 on int8": {"mixed_precision": "bf16", "base_precision": "int8"},
+    "bf16 on fp8": {"mixed_precision": "bf16", "base_precision": "fp8"},
+    "bf16 on nf4": {"mixed_precision": "bf16", "base_precision": "nf4"},
 }
 SEEDS = (0, 1, 2)
 SIZES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -105,7 +109,7 @@ def layers_table() -> str:
     ]
     for dtype in ("bfloat16", "float16"):
         for size in SIZES:
-            for path in ("fast", "split"):
+            for path in ("fast", "lean", "split"):
                 errors = [layer_errors(width, size, dtype, path, device) for width in WIDTHS]
                 cells = " | ".join(f"{max(by_column[column] for by_column in errors):.1e}" for column in columns)
                 lines.append(f"| {dtype} | {size:g} | {path} | {cells} |")

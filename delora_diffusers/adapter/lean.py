@@ -48,6 +48,10 @@ class _LeanLinear(torch.autograd.Function):
         needs_x, _, needs_b, needs_a, _ = ctx.needs_input_grad
         grad_x = grad @ _adapted(ctx.weight, b, a) if needs_x else None
         tokens = x.reshape(-1, x.shape[-1])
+        if len(a) == 1:  # the general case below, with fewer operations to launch
+            rows = grad.reshape(-1, grad.shape[-1])
+            grad_b = (rows.mT @ (tokens @ a[0].mT))[None] if needs_b else None
+            return grad_x, None, grad_b, ((rows @ b[0]).mT @ tokens)[None] if needs_a else None, None
         by_module = grad.reshape(-1, *b.shape[:2])  # (tokens, g, out)
         grad_a = grad_b = None
         if needs_b:
