@@ -164,6 +164,8 @@ def _attach(
         if not adapter.prepared:
             adapter.refresh()
         adapter.prepared = False
+        if path == "lean":
+            adapter.release_after_use(torch.is_grad_enabled() and getattr(model, "is_gradient_checkpointing", False))
 
     handles.append(model.register_forward_pre_hook(refresh_once))  # pyright: ignore[reportArgumentType]
     # nn.Module's __setattr__ would register the adapter as a submodule, which would change the model's state dict and

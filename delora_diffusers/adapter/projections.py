@@ -1,7 +1,7 @@
 """Adapted projections: a linear module, or several that read the same input, computed with the adapted weight."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,9 @@ class Projection:
         self.weight: Tensor | None = None
         self.a: Tensor | None = None  # (g, k, in), not on the fast path
         self.b: Tensor | None = None  # (g, out, k), not on the fast path
+        # Sets a and b again. If given, they are released after a use, because gradient checkpointing repeats it.
+        self.restore: Callable[[], None] | None = None
+        self.restored = False
 
     def __call__(self, x: Tensor, first: int = 0, count: int | None = None) -> Sequence[Tensor]:
         """The outputs (..., out) of ``count`` modules starting at index ``first``, computed as one product.
@@ -39,7 +42,11 @@ class Projection:
         Args:
             x: (..., in).
         """
+        if self.a is None and self.restore is not None:
+            self.restore()
         weight, a, b, linears = self.weight, self.a, self.b, self.linears
+        if self.restore is not None and not self.restored:
+            self.a = self.b = None
         assert weight is not None or a is not None, "the adapter has no weights yet; call adapter.refresh() first"
         if count is not None and count != len(linears):
             # Slice only if necessary: the backward of a slice fills a full-size tensor with zeros.

@@ -8,6 +8,7 @@ An adapter can train several subjects at once on one frozen model. Each stack th
 subject, then those of the second and so on, and batches are ordered by subject in the same way.
 """
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -239,6 +240,27 @@ class Adapter(nn.Module):
             adapted = adapted.unflatten(0, (self.subjects, -1))
         for projection, weight in zip(stack.projections, adapted.split(rows, dim=1 if several_subjects else 0)):
             projection.weight = weight
+
+    def release_after_use(self, checkpointed: bool) -> None:
+        """Let each projection release its factors in the forward, if gradient checkpointing will repeat its product.
+
+        Otherwise all factors would be in memory at the end of the forward, where the most memory is needed.
+        """
+        for stack in self.stacks:
+            for projection in stack.projections:
+                projection.restore = functools.partial(self._restore_factors, stack) if checkpointed else None
+                projection.restored = False
+
+    @torch.no_grad()
+    def _restore_factors(self, stack: Stack) -> None:
+        # Only values are needed, since gradients flow through the factors of the forward. But they must ask for a
+        # gradient as those do, so that the recomputation saves the same tensors.
+        with torch.autocast(next(stack.parameters()).device.type, enabled=False):
+            self._refresh(stack.base_weights(), stack)
+        for projection in stack.projections:
+            assert projection.a is not None and projection.b is not None
+            projection.a, projection.b = projection.a.requires_grad_(), projection.b.requires_grad_()
+            projection.restored = True
 
     def _factor_dtype(self, stack: Stack) -> torch.dtype:
         """The dtype in which the factors are multiplied; their own is float32."""

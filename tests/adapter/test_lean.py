@@ -96,6 +96,25 @@ def test_nothing_as_large_as_a_weight_is_kept_for_the_backward(unet, unet_inputs
     assert new and not [tensor.shape for tensor in new if tuple(tensor.shape) in shapes]
 
 
+def test_checkpointed_blocks_release_their_factors_in_the_forward(unet, unet_inputs):
+    """With all of them alive at the end of the forward, SDXL would need 0.08 GiB more."""
+    unet.enable_gradient_checkpointing(run_checkpointed)
+    unet.train()
+    adapter = attach(unet, AdapterConfig(rank=2, path="lean"))
+    randomize(adapter)
+    projections = [projection for stack in adapter.stacks for projection in stack.projections]
+    sample = unet(*unet_inputs).sample
+    assert all(projection.a is None for projection in projections)
+    sample.sum().backward()
+    with torch.no_grad():
+        torch.testing.assert_close(unet(*unet_inputs).sample, sample, atol=1e-5, rtol=1e-4)
+    assert all(projection.a is not None for projection in projections)
+    unet.eval()
+    unet.disable_gradient_checkpointing()
+    torch.testing.assert_close(unet(*unet_inputs).sample, sample, atol=1e-5, rtol=1e-4)
+    assert all(projection.a is not None for projection in projections)
+
+
 def test_the_saved_adapter_merges_and_detaches_as_on_the_fast_path(unet, unet_inputs):
     with torch.no_grad():
         base = unet(*unet_inputs).sample
