@@ -24,13 +24,14 @@ def run(options: argparse.Namespace) -> None:
     if not options.peft_dir.is_dir():
         raise InputError(f"--peft_dir {options.peft_dir} is not a folder; give a folder that PEFT saved.")
     check_new(options.output_dir, "--output_dir")
+    import torch
     from torch import nn
 
-    from delora_diffusers.families.loading import load_pipeline
+    from delora_diffusers.families.loading import open_model
     from delora_diffusers.files.formats import read_peft_delora
 
     name = options.pretrained_model_name_or_path
-    pipeline = load_pipeline(name, revision=options.revision, variant=options.variant)
-    weights = {n: m.weight.detach() for n, m in pipeline.unet.named_modules() if isinstance(m, nn.Linear)}
+    unet = open_model(name, revision=options.revision, variant=options.variant).load("unet", torch.float32)
+    weights = {n: m.weight.detach() for n, m in unet.named_modules() if isinstance(m, nn.Linear)}
 
     print(f"wrote {read_peft_delora(options.peft_dir, weights, recorded_model_name(name), options.output_dir)}")

@@ -10,8 +10,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from delora_diffusers.adapter.tensors import Adapter
+from delora_diffusers.families.quantization import PACKAGES
 from delora_diffusers.launching import has_bf16
 from delora_diffusers.memory import explain_out_of_memory
+from delora_diffusers.methods.table import METHODS
 from delora_diffusers.names import checkpoint_step, list_checkpoints
 from delora_diffusers.training import checkpoints, gradients
 from delora_diffusers.training.adapter_files import AdapterFiles
@@ -115,10 +117,14 @@ def train(
 def memory_savings(accelerator: Accelerator, args: argparse.Namespace) -> list[str]:
     """The flags that save memory in training and are not yet used, the largest saving first."""
     precision = "bf16" if torch.cuda.is_available() and has_bf16() else "fp16"
+    low_rank = METHODS[args.method].has_factors
     savings = {
         "--gradient_checkpointing": not args.gradient_checkpointing,
         f"--mixed_precision {precision}": accelerator.mixed_precision == "no",
         "--train_batch_size 1 with --gradient_accumulation_steps": args.train_batch_size > 1,
+        "--base_precision nf4": low_rank and args.base_precision not in PACKAGES and not args.offload,
+        "--offload": low_rank and args.base_precision not in PACKAGES and not args.offload,
+        "--path lean": low_rank and args.path == "fast",
         "a smaller --resolution": True,
         "--no-cuda_graph": args.cuda_graph is not False,
         "a smaller --rank": True,
