@@ -249,7 +249,7 @@ def train_on_maps(
     from delora_diffusers.training.run_folder import data_digests
     from delora_diffusers.training.setup import (
         begin_run,
-        load_denoiser,
+        load_denoiser_to_train,
         load_part,
         open_base_model,
         save_run,
@@ -298,7 +298,7 @@ def train_on_maps(
     model.drop(*model.text_encoders)
     pipeline.vae.to("cpu", training_dtype(accelerator))
 
-    unet = load_denoiser(model, accelerator, args)
+    unet = load_denoiser_to_train(model, accelerator, args)
     compute_device = device if args.offload else None
     adapters = {"unet": attach(unet, arguments.adapter_config(args), generator, compute_device)}
     if args.offload:

@@ -22,6 +22,7 @@ from data.subjects import Subject, read_subjects
 from delora_diffusers.dispatch import exit_on_bad_input
 from delora_diffusers.errors import InputError
 from delora_diffusers.families.checks import check_model_folder
+from delora_diffusers.families.quantization import PACKAGES
 from delora_diffusers.image_files import load_rgb
 from delora_diffusers.methods.config import TEXT_ENCODER_TARGETS
 from delora_diffusers.names import is_miniature
@@ -89,6 +90,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     for flag in (*single, "validation_prompt"):
         if getattr(args, flag):
             raise InputError(f"--{flag} applies to a single subject; leave out either it or --subjects_file.")
+    if args.offload or args.base_precision in PACKAGES:
+        flag = "--offload" if args.offload else f"--base_precision {args.base_precision}"
+        raise InputError(f"{flag} trains a single subject at a time; leave out either it or --subjects_file.")
     if args.mixed_precision == "fp16":
         raise InputError("--mixed_precision fp16 scales the losses of all subjects together; use bf16 or no.")
 
@@ -246,7 +250,7 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
     from delora_diffusers.training.objective import Losses, NoiseSettings
     from delora_diffusers.training.setup import (
         begin_run,
-        load_denoiser,
+        load_denoiser_to_train,
         load_part,
         load_text_encoder_to_train,
         open_base_model,
@@ -300,7 +304,7 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
         model.drop("vae")
 
     models = {name: load_text_encoder_to_train(model, name, accelerator, args) for name in trained if name != "unet"}
-    models = {"unet": load_denoiser(model, accelerator, args), **models}
+    models = {"unet": load_denoiser_to_train(model, accelerator, args), **models}
     adapters = attach_adapters(models, subjects, args, device if args.offload else None)
     if args.offload:
         offload_blocks(models["unet"], device)

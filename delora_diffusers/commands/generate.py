@@ -350,6 +350,21 @@ def _check_placement(options: argparse.Namespace, batches: list[Batch], device: 
     check_base_precision(options, device.type)
     if options.offload and options.base_precision in PACKAGES:
         raise InputError(f"--offload and --base_precision {options.base_precision} exclude each other; give only one.")
+    from delora_diffusers.files.reading import adapter_path, parse_config, read_header
+    from delora_diffusers.methods.table import METHODS
+
+    for batch in batches if options.base_precision in PACKAGES else ():
+        if len(batch.request.adapters) > 1:
+            raise InputError(
+                f"several adapters cannot be mixed on a model in {options.base_precision}; leave out --base_precision."
+            )
+        for path, _ in batch.request.adapters:
+            config = read_header(path)["config"].get("unet")
+            if config is not None and not METHODS[parse_config(adapter_path(path), config).method].has_factors:
+                raise InputError(
+                    f"{path} is not low-rank, so it cannot be used with --base_precision {options.base_precision}; "
+                    "leave that out."
+                )
     if options.offload and len({tuple(_scaled(batch)) for batch in batches}) > 1:
         raise InputError("--offload works with one set of adapters at one strength; run generate once for each.")
 

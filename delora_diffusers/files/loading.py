@@ -1,5 +1,6 @@
 """Load saved adapters and control signals into a model."""
 
+import dataclasses
 import os
 
 import numpy as np
@@ -10,6 +11,7 @@ from delora_diffusers.adapter.attach import attach
 from delora_diffusers.adapter.control import Control, attach_control, saved_encoder
 from delora_diffusers.adapter.detach import detach
 from delora_diffusers.adapter.modules import named_modules, unwrap
+from delora_diffusers.adapter.quantized import is_quantized
 from delora_diffusers.adapter.tensors import Adapter
 from delora_diffusers.errors import InputError
 from delora_diffusers.files.reading import CONTROL_PREFIX, adapter_path, parse_config, read_adapter
@@ -35,6 +37,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, component: str = "un
     prefix = component + "."
     saved = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     config = parse_config(file, header["config"][component])
+    if config.path == "fast" and any(is_quantized(module) for module in unwrap(model).modules()):
+        config = dataclasses.replace(config, path="auto")  # how it was trained does not matter to the file's tensors
     saved = _match_names(saved, model)
     adapter = attach(model, config, torch.Generator())
     try:

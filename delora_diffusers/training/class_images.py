@@ -16,9 +16,10 @@ from delora_diffusers.image_files import list_images
 from delora_diffusers.memory import explain_out_of_memory
 from delora_diffusers.names import recorded_model_name
 from delora_diffusers.pipelines.conditions import guided
+from delora_diffusers.pipelines.offload import offload_blocks
 from delora_diffusers.pipelines.sampling import sample_images
 from delora_diffusers.training.encoding import PromptTable
-from delora_diffusers.training.setup import load_part
+from delora_diffusers.training.setup import load_denoiser, load_part
 
 Numbered = list[tuple[int, Path]]
 """(number, file) of images."""
@@ -51,7 +52,9 @@ def generate_class_images(
     shares = [(subject, _share(accelerator, subject, args)) for subject in subjects]
     accelerator.wait_for_everyone()  # all processes list the missing images before any process writes one
     if any(share for _, share in shares):
-        load_part(model, "unet", accelerator)
+        unet = load_denoiser(model, accelerator, args)
+        if args.offload:
+            offload_blocks(unet, accelerator.device)
         load_part(model, "vae", accelerator)
         for subject, share in shares:
             _generate(model.pipeline, subject, share, table, args, not accelerator.is_local_main_process or not share)

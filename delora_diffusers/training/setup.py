@@ -59,6 +59,7 @@ def open_base_model(accelerator: Accelerator, args: argparse.Namespace) -> tuple
     Raises:
         InputError: it is not a model that can be trained.
     """
+    check_base_precision(args, accelerator.device.type)
     with accelerator.main_process_first():
         model = open_model(args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant)
     scheduler = training_schedule(model.pipeline.scheduler, args.pretrained_model_name_or_path)
@@ -73,15 +74,20 @@ def load_part(model: OpenModel, component: str, accelerator: Accelerator, dtype:
 
 
 def load_denoiser(model: OpenModel, accelerator: Accelerator, args: argparse.Namespace) -> Any:
-    """Load the denoiser in the training precision or the one asked for, with gradient checkpointing if asked for.
+    """Load the denoiser in the training precision or the one asked for.
 
     It is on the device, or on the CPU with ``--offload``: ``offload_blocks`` moves it when it has its adapter.
     """
-    check_base_precision(args, accelerator.device.type)
     device = "cpu" if args.offload else accelerator.device
     dtype = torch.bfloat16 if args.base_precision == "bf16" else training_dtype(accelerator)
     with explain_out_of_memory("loading the base model's unet", SMALLER):
         unet = model.load("unet", dtype, device, quantization_config(args.base_precision, dtype))
+    return unet
+
+
+def load_denoiser_to_train(model: OpenModel, accelerator: Accelerator, args: argparse.Namespace) -> Any:
+    """Load the denoiser as ``load_denoiser`` does, with gradient checkpointing if it is asked for."""
+    unet = load_denoiser(model, accelerator, args)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing(run_checkpointed)
         unet.train()

@@ -1,13 +1,10 @@
 """Base models are loaded one part at a time, straight in their dtype; prompts are encoded before the denoiser loads."""
 
-import gc
 import hashlib
+import importlib
 import inspect
 import json
-import os
 import shutil
-import subprocess
-import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +29,7 @@ from delora_diffusers.pipelines import encoded_prompts
 from delora_diffusers.pipelines.adapted_pipeline import AdaptedPipeline, Weighted
 from delora_diffusers.pipelines.conditions import encode_prompts, text_encoders
 from delora_diffusers.pipelines.encoded_prompts import EncodedPrompts
-from tests.helpers import ROOT, map_flags, randomize, run_in_child, training_flags, write_map_folders
+from tests.helpers import map_flags, randomize, run_in_child, training_flags, write_map_folders
 from tests.hub_server import serve_hub
 
 CPU = torch.device("cpu")
@@ -88,7 +85,7 @@ class Record:
     def watch(self, patch: pytest.MonkeyPatch) -> None:
         """Record the calls of ``OpenModel.load`` and ``drop``, sampling, and the start of training."""
         from delora_diffusers.pipelines import sampling
-        from delora_diffusers.training import class_images, loop
+        from delora_diffusers.training import class_images, loop, validation
 
         load, drop, sample, train = OpenModel.load, OpenModel.drop, sampling.sample_images, loop.train
 
@@ -116,8 +113,8 @@ class Record:
 
         patch.setattr(OpenModel, "load", loading)
         patch.setattr(OpenModel, "drop", dropping)
-        patch.setattr(sampling, "sample_images", sampling_images)
-        patch.setattr(class_images, "sample_images", sampling_images)
+        for module in (sampling, class_images, validation):
+            patch.setattr(module, "sample_images", sampling_images)
         patch.setattr(loop, "train", training)
         for library in (ModelMixin, PreTrainedModel):
             self._watch_reading(patch, library)
@@ -136,8 +133,6 @@ class Record:
 
 def record_script(script: str, flags: list[str], file: Path) -> None:
     """Run a training script and write what it loads."""
-    import importlib
-
     record = Record()
     with pytest.MonkeyPatch.context() as patch:
         record.watch(patch)
@@ -279,26 +274,25 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("script", ["train_dreambooth_delora", "train_controlnet_map2img"])
-@pytest.mark.parametrize("case", list(BAD))
-@pytest.mark.parametrize("with_text", [False, True])
-def test_settings_that_do_not_fit_are_refused_before_anything_is_loaded(
-    tiny_sd, photographs, tmp_path, monkeypatch, script, case, with_text
-):
-    import importlib
+@pytest.fixture
+def loading_fails(monkeypatch):
+    """Loading any part of a base model fails the test."""
 
-    def refuse(model: OpenModel, component: str, *_: object, **__: object) -> None:
-        pytest.fail(f"{component} is loaded")
+    def refuse(*_: object, **__: object) -> None:
+        pytest.fail("a part of the base model is loaded")
 
     monkeypatch.setattr(OpenModel, "load", refuse)
     for library in (ModelMixin, PreTrainedModel):
         monkeypatch.setattr(library, "from_pretrained", refuse)
+
+
+@pytest.mark.parametrize("script", ["train_dreambooth_delora", "train_controlnet_map2img"])
+@pytest.mark.parametrize("case", list(BAD))
+@pytest.mark.usefixtures("loading_fails")
+def test_settings_that_do_not_fit_are_refused_before_anything_is_loaded(tiny_sd, photographs, tmp_path, script, case):
     flags, message = BAD[case]
     if script == "train_dreambooth_delora":
-        flags = [*flags, *(["--train_text_encoder"] if with_text else [])]
         flags = training_flags(tiny_sd, photographs, tmp_path / "out", *flags)
-    elif with_text:
-        pytest.skip("training on maps does not train text encoders")
     else:
         flags = map_flags(tiny_sd, write_map_folders(tmp_path / "pairs"), tmp_path / "out", *flags)
     before = sorted(tmp_path.rglob("*"))
@@ -307,30 +301,23 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_loaded(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_setting_that_fits_the_unet_but_no_text_encoder_is_refused_before_anything_is_loaded(
-    tmp_path, photographs, monkeypatch
-):
-    """The text encoders of this model are narrower than its UNet."""
-    model = write(tmp_path / "sd", kind="sd1")
-    config = json.loads((model / "text_encoder" / "config.json").read_text())
-    assert config["hidden_size"] == 32
+@pytest.mark.usefixtures("loading_fails")
+def test_what_does_not_fit_the_text_encoder_is_refused_before_anything_is_loaded(tiny_sd, photographs, tmp_path):
+    """16 blocks divide the widths of the UNet, but not that of this text encoder."""
     import train_dreambooth_delora as script
 
-    loaded: list[str] = []
-    monkeypatch.setattr(OpenModel, "load", lambda _, component, *__: loaded.append(component))
-    # 32 divides neither 3 nor 5, but with --blocks only the text encoder's 12 heads' widths would differ.
+    model = shutil.copytree(tiny_sd, tmp_path / "narrow")
+    file = model / "text_encoder" / "config.json"
     narrow = {"hidden_size": 24, "intermediate_size": 48, "num_attention_heads": 2}
-    (model / "text_encoder" / "config.json").write_text(json.dumps(config | narrow))
-    pipeline_config = AdapterConfig(method="oft", blocks=16)
-    assert pipeline_config.number_of_blocks == 16
+    file.write_text(json.dumps(json.loads(file.read_text()) | narrow))
     flags = ["--method", "oft", "--blocks", "16", "--train_text_encoder"]
     before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr("delora_diffusers.families.loading._incomplete", lambda *_: None)
     with pytest.raises(InputError, match="blocks is 16, which does not divide a projection of width 24"):
         script.main(training_flags(model, photographs, tmp_path / "out", *flags))
-    assert loaded == [] and sorted(tmp_path.rglob("*")) == before
+    assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=short)
 def test_each_part_is_read_in_its_dtype(models, monkeypatch, dtype):
     record = Record()
@@ -341,6 +328,7 @@ def test_each_part_is_read_in_its_dtype(models, monkeypatch, dtype):
         assert dtypes_of(loaded) == short(dtype) and getattr(model.pipeline, component) is loaded
         assert {short(tensor.dtype) for tensor in loaded.buffers() if tensor.is_floating_point()} <= {short(dtype)}
         assert not loaded.training
+        loaded.__dict__["itself"] = loaded  # a reference cycle, as hooks make them
         del loaded
         model.drop(component)
         assert record.events[-1] == (f"drop {component}", "")
@@ -403,37 +391,38 @@ def test_a_variant_that_only_one_part_has(tiny_sd, tmp_path, keep):
             open_model(str(folder))
 
 
-def print_digests(name: str, variant: str | None) -> None:
-    """Open a model and print a digest of each part's values, and the folder that it is in."""
-    model = open_model(name, variant=variant)
-    values = {}
+def digests(name: str, variant: str | None) -> tuple[str, dict[str, str]]:
+    """The folder of a model, and a digest of the values of each of its parts."""
+    model, values = open_model(name, variant=variant), {}
     for component in model.skeletons:
         tensors = model.load(component, torch.float32).state_dict()
         content = b"".join(key.encode() + tensors[key].numpy().tobytes() for key in sorted(tensors))
         values[component] = hashlib.sha256(content).hexdigest()
         model.drop(component)
-    print(json.dumps([str(model.folder), values]))
+    return str(model.folder), values
+
+
+def digests_of_hub_ids(names: dict[str, str | None], endpoint: str, cache: Path, file: Path) -> None:
+    """Write the digests of these hub ids and variants."""
+    from huggingface_hub import constants, hf_api
+
+    # The environment was read when huggingface_hub was imported, which happened before this process was forked.
+    constants.HF_HUB_OFFLINE, constants.ENDPOINT, hf_api.api.endpoint = False, endpoint, endpoint
+    constants.HUGGINGFACE_CO_URL_TEMPLATE = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    constants.HF_HUB_CACHE, constants.HF_HUB_DISABLE_XET = str(cache), True
+    file.write_text(json.dumps({name: digests(name, variant) for name, variant in names.items()}))
 
 
 @pytest.mark.integration
-def test_hub_ids_are_downloaded_and_loaded_part_by_part(models, tmp_path, capsys):
+def test_hub_ids_are_downloaded_and_loaded_part_by_part(models, tmp_path):
     half = with_half_unet(models["sd1"], tmp_path / "half", keep=True)
-    runs = {"tiny/sd": (models["sd1"], None), "tiny/sdxl": (models["sdxl"], None), "tiny/half": (half, "fp16")}
-    code = "\n".join(
-        ["from tests.families.test_loading import print_digests"]
-        + [f"print_digests({name!r}, {variant!r})" for name, (_, variant) in runs.items()]
-    )
-    with serve_hub({name: folder for name, (folder, _) in runs.items()}) as (endpoint, requests):
-        environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
-        environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
-        command = [sys.executable, "-c", code]
-        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    for line, (name, (folder, variant)) in zip(result.stdout.splitlines(), runs.items(), strict=True):
-        downloaded, values = json.loads(line)
+    folders = {"tiny/sdxl": models["sdxl"], "tiny/half": half}
+    variants = {name: "fp16" if name == "tiny/half" else None for name in folders}
+    with serve_hub(folders) as (endpoint, requests):
+        run_in_child(digests_of_hub_ids, variants, endpoint, tmp_path / "cache", tmp_path / "digests")
+    for name, (downloaded, values) in json.loads((tmp_path / "digests").read_text()).items():
         assert Path(downloaded).is_relative_to(tmp_path / "cache"), name
-        print_digests(str(folder), variant)
-        assert json.loads(capsys.readouterr().out) == [str(folder), values], name
+        assert digests(str(folders[name]), variants[name])[1] == values, name
     files = {request.split("/resolve/")[1].split("/", 1)[1] for request in requests if "tiny/half/resolve/" in request}
     assert "unet/diffusion_pytorch_model.fp16.safetensors" in files
     assert "unet/diffusion_pytorch_model.safetensors" not in files
@@ -531,6 +520,7 @@ def test_negative_prompts_are_those_of_the_stock_pipeline(models, tmp_path, kind
     assert all((tensor.abs().max() == 0) == is_zero for name, tensor in ours.items() if name.startswith("negative"))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_embedding_does_not_depend_on_its_batch(models, kind):
     prompts = ["a dog", "a cat in the snow", "", "very " * 30]
