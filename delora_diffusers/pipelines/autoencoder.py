@@ -1,5 +1,6 @@
 """Encode and decode images; in tiles if an image is large or memory runs out."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,15 +12,21 @@ from delora_diffusers.pipelines.latents import latent_scale
 
 PIXELS_AT_ONCE = 512 * 512
 """One image of this size, or several smaller ones, are encoded and decoded at a time: activations need much memory."""
-TILED_FROM = 1536 * 1536
-"""Pixels from which an image is always encoded and decoded in tiles."""
+TILED_FROM = 1536
+"""Side in pixels from which an image is always encoded and decoded in tiles."""
 TILE = 512
-"""Side of a tile in pixels. Neighbouring tiles overlap by a quarter and are blended."""
+"""Side of a tile in pixels; of smaller images it is half of their side. Neighbouring tiles overlap by a quarter and are blended."""
 
 
-def encode(vae: Any, pixels: Tensor) -> Any:
-    """The posterior of images (batch, 3, height, width), -1 to 1, in the autoencoder's dtype and on its device."""
-    return _tiled_if_needed(vae, pixels.shape[-2] * pixels.shape[-1], lambda: vae.encode(pixels).latent_dist)
+def encode(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """The posterior's mean and standard deviation (batch, channels, height, width) of images (batch, 3, ...), -1 to 1,
+    in the autoencoder's dtype and on its device."""
+    side = max(pixels.shape[-2:])
+    posteriors = [
+        _tiled_if_needed(vae, side, lambda batch=batch: vae.encode(batch).latent_dist)
+        for batch in pixels.split(max(1, PIXELS_AT_ONCE // (pixels.shape[-2] * pixels.shape[-1])))
+    ]
+    return torch.cat([p.mean for p in posteriors]), torch.cat([p.std for p in posteriors])
 
 
 def decode(vae: Any, latents: Tensor) -> Tensor:
@@ -41,10 +48,11 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
 
 def _decode(vae: Any, latents: Tensor) -> Tensor:
     unscaled = latent_scale(vae).unscaled(latents.to(vae.dtype))
-    pixels = latents.shape[-2] * latents.shape[-1] * _factor(vae) ** 2
-    images = []
-    for batch in unscaled.split(max(1, PIXELS_AT_ONCE // pixels)):
-        images.append(_tiled_if_needed(vae, pixels, lambda batch=batch: vae.decode(batch, return_dict=False)[0]))
+    height, width = (size * _factor(vae) for size in latents.shape[-2:])
+    images = [
+        _tiled_if_needed(vae, max(height, width), lambda batch=batch: vae.decode(batch, return_dict=False)[0])
+        for batch in unscaled.split(max(1, PIXELS_AT_ONCE // (height * width)))
+    ]
     return torch.cat(images)
 
 
@@ -53,23 +61,21 @@ def _factor(vae: Any) -> int:
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
-def _tiled_if_needed(vae: Any, pixels: int, run: Any) -> Any:
-    """Run the autoencoder; in tiles if the image is large, or else if memory runs out."""
-    if pixels < TILED_FROM or not hasattr(vae, "enable_tiling"):
+def _tiled_if_needed(vae: Any, side: int, run: Callable[[], Any]) -> Any:
+    """Run the autoencoder; in tiles if the longer side of the images is large, or else if memory runs out."""
+    can_tile = hasattr(vae, "use_tiling")
+    if side < TILED_FROM or not can_tile:
         try:
             return run()
         except RuntimeError as error:
-            if not is_out_of_memory(error) or not hasattr(vae, "enable_tiling"):
+            if not is_out_of_memory(error) or not can_tile:
                 raise
         torch.cuda.empty_cache()  # outside the handler, whose traceback keeps the activations
-    _set_tiles(vae)
+    tile = TILE if side > TILE else side // 2
+    vae.tile_latent_min_size = tile // _factor(vae)
+    vae.tile_sample_min_size = vae.tile_latent_min_size * _factor(vae)
     vae.enable_tiling()
     try:
         return run()
     finally:
         vae.disable_tiling()
-
-
-def _set_tiles(vae: Any) -> None:
-    vae.tile_sample_min_size = TILE
-    vae.tile_latent_min_size = TILE // _factor(vae)

@@ -52,9 +52,9 @@ def generate_class_images(
     shares = [(subject, _share(accelerator, subject, args)) for subject in subjects]
     accelerator.wait_for_everyone()  # all processes list the missing images before any process writes one
     if any(share for _, share in shares):
-        unet = load_denoiser(model, accelerator, args)
+        load_denoiser(model, accelerator, args)
         if args.offload:
-            offload_blocks(unet, accelerator.device)
+            offload_blocks(model.pipeline.unet, accelerator.device)
         load_part(model, "vae", accelerator)
         for subject, share in shares:
             _generate(model.pipeline, subject, share, table, args, not accelerator.is_local_main_process or not share)

@@ -91,7 +91,7 @@ def build_cache(
     count: int,
     views: Views,
     captions: Sequence[str],
-    encode_images: Callable[[Tensor], Any],
+    encode_images: Callable[[Tensor], tuple[Tensor, Tensor]],
     encode_captions: Callable[[list[str]], Tensor],
 ) -> DiskCache:
     """Compute the missing shards, split across processes, and open the cache.
@@ -101,7 +101,7 @@ def build_cache(
         count: number of pairs.
         views: returns equally many views for every pair.
         captions: one per pair.
-        encode_images: returns the posterior of images (batch, 3, side, side), -1 to 1.
+        encode_images: returns the posterior's mean and standard deviation of images (batch, 3, side, side), -1 to 1.
         encode_captions: returns embeddings (captions, tokens, width).
     """
     shards = range((count + SHARD - 1) // SHARD)
@@ -113,9 +113,9 @@ def build_cache(
         tensors: dict[str, list[Tensor]] = {"mean": [], "std": [], "maps": []}
         for pair in members:
             images, maps = (np.stack(arrays) for arrays in zip(*views(pair)))
-            posterior = encode_images(torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1)
-            tensors["mean"].append(posterior.mean.float().cpu())
-            tensors["std"].append(posterior.std.float().cpu())
+            mean, std = encode_images(torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1)
+            tensors["mean"].append(mean.float().cpu())
+            tensors["std"].append(std.float().cpu())
             tensors["maps"].append(torch.from_numpy(maps))
         contents = {name: torch.cat(parts).contiguous() for name, parts in tensors.items()}
         contents["embeddings"] = encode_captions([captions[pair] for pair in members]).cpu().contiguous()

@@ -107,9 +107,9 @@ def encode_images(
 
     def encode_views(views: list[np.ndarray]) -> None:
         pixels = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).to(device, vae.dtype) / 127.5 - 1
-        posterior = encode(vae, pixels)
-        means.append(posterior.mean.float().cpu())
-        stds.append(posterior.std.float().cpu())
+        mean, std = encode(vae, pixels)
+        means.append(mean.float().cpu())
+        stds.append(std.float().cpu())
 
     with explain_out_of_memory("encoding the images", ["a smaller --resolution"]):
         for views in tqdm(images, total=count, desc="encoding images", leave=False):

@@ -59,12 +59,12 @@ class SubjectValidation:
     def __call__(self, step: int) -> None:
         """Write the grid for this step, and one image per prompt for the model card."""
         if self.accelerator.is_main_process:
-            vae_device = self.pipeline.vae.device
+            parked = (self.pipeline.vae.device, self.pipeline.vae.dtype)
             self.pipeline.vae.to(self.accelerator.device)
             savings = ["--num_validation_images 1", "a smaller --resolution", "no --validation_prompt"]
             with explain_out_of_memory("generating validation images", savings):
                 rows = [(prompt, self._sample(prompt)) for prompt in self.args.validation_prompt]
-            self.pipeline.vae.to(vae_device)
+            self.pipeline.vae.to(*parked)
             save_samples(self.args.output_dir / "samples", rows)
             save_grid(self.accelerator, rows, self.args.output_dir, step)
         self.accelerator.wait_for_everyone()
@@ -105,7 +105,7 @@ class MapValidation:
     def __call__(self, step: int) -> None:
         """Write the grid for this step."""
         if self.accelerator.is_main_process:
-            vae_device = self.pipeline.vae.device
+            parked = (self.pipeline.vae.device, self.pipeline.vae.dtype)
             self.pipeline.vae.to(self.accelerator.device)
             captions, maps, targets = (list(column) for column in zip(*self.examples))
             savings = ["--num_validation_images 1", "a smaller --resolution"]
@@ -119,7 +119,7 @@ class MapValidation:
                     num_inference_steps=self.args.validation_inference_steps,
                     guidance_scale=self.args.guidance_scale,
                 )
-            self.pipeline.vae.to(vae_device)
+            self.pipeline.vae.to(*parked)
             painted = [Image.fromarray(paint(values, self.control.palette)) for values in maps]
             columns = zip(captions, painted, images, targets)
             rows = [(f"{caption}: map, generated, real", [semantic, *pair]) for caption, semantic, *pair in columns]

@@ -146,6 +146,7 @@ def test_autocast(unet, unet_inputs):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in adapter.parameters())
 
 
+@pytest.mark.integration
 def test_compiled(unet, unet_inputs):
     adapter = attach(unet, AdapterConfig(rank=4, targets=EVERYTHING, path="lean"))
     randomize(adapter)
