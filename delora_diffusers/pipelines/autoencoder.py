@@ -15,7 +15,7 @@ PIXELS_AT_ONCE = 512 * 512
 TILED_FROM = 1536
 """Side in pixels from which an image is always encoded and decoded in tiles."""
 TILE = 512
-"""Side of a tile in pixels; of smaller images it is half of their side. Neighbouring tiles overlap by a quarter and are blended."""
+"""Side of a tile in pixels; half of the image's if that is smaller. Neighbours overlap by a quarter and are blended."""
 
 
 def encode(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
