@@ -48,7 +48,17 @@ def out_of_memory_sentence(activity: str, remedies: Sequence[str], checkpoint: P
 
     memory = "memory ran out"
     if torch.cuda.is_available():
-        free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
+        free, total = free_bytes() / 2**30, torch.cuda.mem_get_info()[1] / 2**30
         memory = f"the GPU's memory ran out, with {free:.1f} of {total:.1f} GiB free"
     last = "" if checkpoint is None else f" The last good checkpoint is {checkpoint}."
     return f"{memory}, while {activity}; in the order of their effect, use {', '.join(remedies)}.{last}"
+
+
+def free_bytes() -> int:
+    """GPU memory that this process can still allocate, within its limit if it has one."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda: 1.0)()
+    return min(free + unused, int(fraction * total) - torch.cuda.memory_allocated())

@@ -17,6 +17,7 @@ from delora_diffusers.errors import InputError
 from delora_diffusers.families.loading import OpenModel
 from delora_diffusers.families.quantization import BYTES, PACKAGES, UNQUANTIZED
 from delora_diffusers.launching import has_bf16
+from delora_diffusers.memory import free_bytes
 from delora_diffusers.methods.config import TEXT_ENCODER_TARGETS, AdapterConfig
 from delora_diffusers.methods.table import METHODS
 from delora_diffusers.pipelines.offload import repeated_blocks
@@ -32,6 +33,8 @@ from delora_diffusers.training.objective import denoising_losses
 from delora_diffusers.training.setup import run_checkpointed
 
 GIB = 2**30
+MARGIN = 1.03
+"""PyTorch reserves at least this multiple of the memory that it allocates."""
 TOO_SMALL_TO_MATTER = 100_000_000
 """Weights of a denoiser below which nothing is estimated: it fits any GPU."""
 
@@ -149,14 +152,6 @@ def _bytes_saved(unet: nn.Module, plan: Plan) -> int:
     return 0
 
 
-def free_bytes() -> int:
-    """GPU memory that this process can still allocate, within its limit if it has one."""
-    free, total = torch.cuda.mem_get_info()
-    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda: 1.0)()
-    return min(free + unused, int(fraction * total) - torch.cuda.memory_allocated())
-
-
 def report_memory(accelerator: Accelerator, model: OpenModel, plan: Plan) -> None:
     """Print what training will need of the GPU's memory and what is free.
 
@@ -166,7 +161,7 @@ def report_memory(accelerator: Accelerator, model: OpenModel, plan: Plan) -> Non
     if accelerator.device.type != "cuda" or _weights(model) < TOO_SMALL_TO_MATTER:
         return
     memory, free = step_memory(model, plan), free_bytes()
-    if memory.total + LIBRARIES > free:
+    if MARGIN * memory.total + LIBRARIES > free:
         helps = ", ".join(f"{flag} (saves {saved / GIB:.1f} GiB)" for flag, saved in savings(model, plan, memory.total))
         raise InputError(
             f"a training step needs about {memory.total / GIB:.1f} GiB of GPU memory, but {free / GIB:.1f} GiB are "
