@@ -46,7 +46,7 @@ def initial_lambda(weight: Tensor | update.Matrices, config: AdapterConfig) -> T
     if config.weight_norm == "none":
         norms = update.weight_norm(weight, "frobenius")
         assert norms is not None
-        return RELATIVE_BOUND * norms.cpu()
+        return RELATIVE_BOUND * (norms if norms.is_meta else norms.cpu())
     width = math.sqrt(in_features) if config.weight_norm == "column" else 1.0
     return torch.full((n,), RELATIVE_BOUND * width)
 

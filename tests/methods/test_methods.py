@@ -374,3 +374,12 @@ def test_invalid_arguments(unet):
         AdapterConfig(method="dora", path="split")
     with pytest.raises(InputError, match=r"targets is \*, but DeLoRA adapts linear modules"):
         AdapterConfig(targets=("*",))
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("weight_norm", ["column", "frobenius", "none"])
+def test_every_method_attaches_to_a_model_without_values(unet, method, weight_norm):
+    """So training scripts find what does not fit a model before they load it."""
+    skeleton = unet.to("meta")
+    adapter = attach(skeleton, make_config(method, weight_norm=weight_norm))
+    assert all(parameter.is_meta for parameter in adapter.parameters())
