@@ -46,9 +46,13 @@ def fresh_accelerator():
     """Reset accelerate's state, which otherwise lasts as long as the process."""
     from accelerate.state import AcceleratorState, GradientState
 
+    def reset() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    reset()
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset()
 
 
 def short(dtype: torch.dtype | None) -> str:
