@@ -226,7 +226,7 @@ class Trial:
         generating = [
             *(*GENERATE, f"--adapter={out}", "--prompt=a photo of sks toy in the snow"),
             *("--num_images=1", "--num_inference_steps=4", f"--mixed_precision={precision}"),
-            *(f"--output_dir={out / 'pictures'}", *self.arguments(line, GENERATE)),
+            *(f"--output_dir={out / 'images'}", *self.arguments(line, GENERATE)),
         ]
         start = time.perf_counter()
         reports = {"training": run(training, cap, logs / f"line-{number}-training.log", self.timeout)}
@@ -236,8 +236,8 @@ class Trial:
             else:
                 log = logs / f"line-{number}-generating.log"
                 reports["generating"] = run(generating, cap, log, self.timeout)
-                if not reports["generating"]["error"] and not list((out / "pictures").glob("[0-9]*.png")):
-                    reports["generating"]["error"] = f"no image was written to {out / 'pictures'}"
+                if not reports["generating"]["error"] and not list((out / "images").glob("[0-9]*.png")):
+                    reports["generating"]["error"] = f"no image was written to {out / 'images'}"
         return {**reports, "seconds": time.perf_counter() - start}
 
 

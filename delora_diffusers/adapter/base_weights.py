@@ -1,7 +1,6 @@
 """The pretrained weights that an adapter changes: parametrized or not, dense or quantized."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +21,7 @@ def base_parameter(module: nn.Module, name: str = "weight") -> Tensor:
 
 def dense_weight(module: nn.Module, name: str = "weight") -> Tensor:
     """The pretrained parameter of a module, (out, in) if linear; dequantized in the dtype it is computed in."""
-    weight: Any = base_parameter(module, name).detach()
-    return dequantized(module) if is_quantized(module) else weight
+    return dequantized(module) if is_quantized(module) else base_parameter(module, name).detach()
 
 
 def weight_shape(module: nn.Module, name: str = "weight") -> tuple[int, ...]:

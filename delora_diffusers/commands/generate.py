@@ -274,7 +274,6 @@ def _generate(
     One part of the base model at a time is on the device: the text encoders until all prompts are encoded, then the
     denoiser, and beside it the autoencoder, which is small.
     """
-    import torch
     from PIL import Image
     from tqdm.auto import tqdm
 
@@ -288,22 +287,23 @@ def _generate(
     from delora_diffusers.pipelines.encoded_prompts import EncodedPrompts
     from delora_diffusers.pipelines.offload import offload_blocks
     from delora_diffusers.pipelines.sampling import sample_images
-    from delora_diffusers.precision import dtype_of
+    from delora_diffusers.precision import denoiser_dtype, dtype_of
 
     _check_placement(options, batches, accelerator.device)
     model = open_model(base_model.name, revision=base_model.revision, variant=base_model.variant)
     pipeline, device, dtype = model.pipeline, accelerator.device, dtype_of(accelerator.mixed_precision)
     _set_scheduler(pipeline, options, base_model)
-    savings = ["--batch_size 1", "--mixed_precision bf16 or fp16", "a smaller --resolution"]
+    smaller = ["--mixed_precision bf16 or fp16", "--base_precision nf4", "--offload"]
+    savings = ["--batch_size 1", *smaller, "a smaller --resolution"]
     if accelerator.is_main_process:
         warn_of_truncation(pipeline, list(dict.fromkeys(record["prompt"] for b in batches for record in b.records)))
-    with explain_out_of_memory("loading the base model", savings[1:2]):
+    with explain_out_of_memory("loading the base model", smaller):
         prompts = EncodedPrompts(model, adapters, options.negative_prompt, device, dtype)
         for batch in batches:
             for record in batch.records:
                 prompts.encode(record["prompt"], _scaled(batch))
         prompts.finish()
-        unet_dtype = torch.bfloat16 if options.base_precision == "bf16" else dtype
+        unet_dtype = denoiser_dtype(options.base_precision, accelerator.mixed_precision)
         quantization = quantization_config(options.base_precision, unet_dtype)
         unet = model.load("unet", unet_dtype, "cpu" if options.offload else device, quantization)
         adapted = AdaptedModel(unet, "unet", adapters)

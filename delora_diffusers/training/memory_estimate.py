@@ -4,7 +4,7 @@ The step runs on tensors that have shapes but no values, which takes seconds eve
 allocation and release of memory is counted:
 
     with shapes_only():
-        unet = build_model(UNet2DConditionModel, config, torch.bfloat16)
+        unet = build_model(lambda: UNet2DConditionModel.from_config(config), torch.bfloat16)
         adapter = attach(unet, AdapterConfig(rank=16))
         noisy, timesteps, text = torch.empty(...), torch.empty(...), torch.empty(...)
         memory = estimate_step([unet], [adapter], lambda: unet(noisy, timesteps, text).sample.float().pow(2).mean())
@@ -19,7 +19,7 @@ import dataclasses
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -70,15 +70,14 @@ def shapes_only() -> Iterator[None]:
         yield
 
 
-def build_model(model_class: Any, config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
-    """The frozen model with this diffusers configuration, in this dtype. Call it inside ``shapes_only``."""
+def build_model(build: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
+    """The model that a function builds, frozen and in this dtype. Call it inside ``shapes_only``."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        model = model_class.from_config(dict(config))
+        return build().requires_grad_(False)
     finally:
         torch.set_default_dtype(before)
-    return model.requires_grad_(False)
 
 
 def estimate_step(

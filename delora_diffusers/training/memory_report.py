@@ -21,7 +21,7 @@ from delora_diffusers.memory import free_bytes
 from delora_diffusers.methods.config import TEXT_ENCODER_TARGETS, AdapterConfig
 from delora_diffusers.methods.table import METHODS
 from delora_diffusers.pipelines.offload import repeated_blocks
-from delora_diffusers.precision import dtype_of
+from delora_diffusers.precision import denoiser_dtype, dtype_of
 from delora_diffusers.training.memory_estimate import (
     LIBRARIES,
     StepMemory,
@@ -30,11 +30,11 @@ from delora_diffusers.training.memory_estimate import (
     shapes_only,
 )
 from delora_diffusers.training.objective import denoising_losses
-from delora_diffusers.training.setup import run_checkpointed
+from delora_diffusers.training.setup import checkpoint_denoiser, checkpoint_text_encoder
 
 GIB = 2**30
 MARGIN = 1.03
-"""PyTorch reserves at least this multiple of the memory that it allocates."""
+"""A step is refused if this multiple of its peak is not free, since PyTorch reserves more than it allocates."""
 TOO_SMALL_TO_MATTER = 100_000_000
 """Weights of a denoiser below which nothing is estimated: it fits any GPU."""
 
@@ -68,7 +68,7 @@ def plan_of(args: argparse.Namespace, adapter: AdapterConfig, mixed_precision: s
     return Plan(
         batch_size=args.train_batch_size * (2 if prior else 1) * subjects,
         resolution=args.resolution,
-        dtype=torch.bfloat16 if args.base_precision == "bf16" else dtype_of(mixed_precision),
+        dtype=denoiser_dtype(args.base_precision, mixed_precision),
         adapter=adapter,
         base_precision=args.base_precision,
         checkpointing=args.gradient_checkpointing,
@@ -82,8 +82,12 @@ def plan_of(args: argparse.Namespace, adapter: AdapterConfig, mixed_precision: s
 def step_memory(model: OpenModel, plan: Plan) -> StepMemory:
     """The memory of a training step, from shapes alone; takes seconds."""
     with shapes_only():
-        unet = build_model(type(model.skeletons["unet"]), model.skeletons["unet"].config, plan.dtype)
-        encoders = {name: _text_encoder(model.skeletons[name], plan.dtype) for name in model.text_encoders}
+        skeletons = model.skeletons
+        unet: Any = build_model(lambda: type(skeletons["unet"]).from_config(skeletons["unet"].config), plan.dtype)
+        encoders: dict[str, Any] = {
+            name: build_model(lambda skeleton=skeletons[name]: type(skeleton)(skeleton.config), plan.dtype)
+            for name in model.text_encoders
+        }
         config = plan.adapter
         if plan.base_precision in PACKAGES and config.path == "auto":
             config = dataclasses.replace(config, path="split", split_dtype="model")
@@ -93,7 +97,9 @@ def step_memory(model: OpenModel, plan: Plan) -> StepMemory:
             text_config = dataclasses.replace(plan.adapter, targets=TEXT_ENCODER_TARGETS)
             adapters += [attach(encoder, text_config) for encoder in encoders.values()]
         if plan.checkpointing:
-            _checkpoint(unet, *(encoders.values() if plan.text_encoder else ()))
+            checkpoint_denoiser(unet)
+            for encoder in encoders.values() if plan.text_encoder else ():
+                checkpoint_text_encoder(encoder)
         tokens = {
             name: torch.zeros(plan.batch_size, encoder.config.max_position_embeddings, dtype=torch.long)
             for name, encoder in encoders.items()
@@ -111,23 +117,6 @@ def step_memory(model: OpenModel, plan: Plan) -> StepMemory:
         memory = estimate_step(models, adapters, loss, plan.eight_bit)
     weights = memory.weights - _bytes_saved(unet, plan)
     return dataclasses.replace(memory, weights=weights)
-
-
-def _text_encoder(skeleton: Any, dtype: torch.dtype) -> Any:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        return type(skeleton)(skeleton.config).requires_grad_(False)
-    finally:
-        torch.set_default_dtype(before)
-
-
-def _checkpoint(unet: Any, *encoders: Any) -> None:
-    unet.enable_gradient_checkpointing(run_checkpointed)
-    unet.train()
-    for encoder in encoders:
-        encoder.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-        encoder.train()
 
 
 def _batch(model: OpenModel, plan: Plan) -> dict[str, torch.Tensor]:

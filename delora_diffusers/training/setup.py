@@ -17,7 +17,7 @@ from delora_diffusers.launching import launched_accelerator
 from delora_diffusers.memory import explain_out_of_memory
 from delora_diffusers.names import is_xl
 from delora_diffusers.pipelines.noise_schedule import training_schedule
-from delora_diffusers.precision import dtype_of
+from delora_diffusers.precision import denoiser_dtype, dtype_of
 from delora_diffusers.training import checkpoints, run_folder
 from delora_diffusers.training.adapter_files import AdapterFiles
 
@@ -79,7 +79,7 @@ def load_denoiser(model: OpenModel, accelerator: Accelerator, args: argparse.Nam
     It is on the device, or on the CPU with ``--offload``: ``offload_blocks`` moves it when it has its adapter.
     """
     device = "cpu" if args.offload else accelerator.device
-    dtype = torch.bfloat16 if args.base_precision == "bf16" else training_dtype(accelerator)
+    dtype = denoiser_dtype(args.base_precision, accelerator.mixed_precision)
     with explain_out_of_memory("loading the base model's unet", SMALLER):
         unet = model.load("unet", dtype, device, quantization_config(args.base_precision, dtype))
     return unet
@@ -89,8 +89,7 @@ def load_denoiser_to_train(model: OpenModel, accelerator: Accelerator, args: arg
     """Load the denoiser as ``load_denoiser`` does, with gradient checkpointing if it is asked for."""
     unet = load_denoiser(model, accelerator, args)
     if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing(run_checkpointed)
-        unet.train()
+        checkpoint_denoiser(unet)
     return unet
 
 
@@ -98,9 +97,20 @@ def load_text_encoder_to_train(model: OpenModel, name: str, accelerator: Acceler
     """Load a text encoder onto the device, with gradient checkpointing if it is asked for."""
     encoder = load_part(model, name, accelerator)
     if args.gradient_checkpointing:
-        encoder.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-        encoder.train()
+        checkpoint_text_encoder(encoder)
     return encoder
+
+
+def checkpoint_denoiser(denoiser: Any) -> None:
+    """Turn on gradient checkpointing, which needs the training mode."""
+    denoiser.enable_gradient_checkpointing(run_checkpointed)
+    denoiser.train()
+
+
+def checkpoint_text_encoder(encoder: Any) -> None:
+    """Turn on gradient checkpointing, which needs the training mode."""
+    encoder.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    encoder.train()
 
 
 SMALLER = ["--mixed_precision bf16 or fp16", "--base_precision nf4", "--offload", "a smaller base model"]

@@ -50,7 +50,7 @@ def write_large_unet(model: Path, folder: Path, shard: str) -> tuple[Path, float
 
 
 def load(folder: str, dtype: torch.dtype, connection: Connection) -> None:
-    """Load the UNet when told to, and say when it is loaded."""
+    """Load the UNet on request, and say when it is loaded."""
     model = open_model(folder)
     model.load("vae", torch.float32)  # what is imported and allocated once is not counted
     connection.send(os.getpid())

@@ -41,7 +41,7 @@ def unet_step(
 ) -> StepMemory:
     """The memory of a step with latents (batch, channels, height, width); without settings, of the UNet alone."""
     with shapes_only():
-        unet: Any = build_model(UNet2DConditionModel, config, dtype)
+        unet: Any = build_model(lambda: UNet2DConditionModel.from_config(config), dtype)
         adapters = [attach(unet, AdapterConfig(**settings))] if settings else []
         if checkpointing:
             unet.enable_gradient_checkpointing(run_checkpointed)
