@@ -1,0 +1,194 @@
+"""What each family's prompts become, and that each family implements the interface."""
+
+import inspect
+import json
+import shutil
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from delora_diffusers.families.checks import COMPONENTS
+from delora_diffusers.families.loading import load_pipeline, open_model
+from delora_diffusers.families.table import FAMILIES, Family, family_of
+from delora_diffusers.pipelines import encoded_prompts
+from delora_diffusers.pipelines.adapted_pipeline import AdaptedPipeline, Weighted
+from delora_diffusers.pipelines.conditions import encode_prompts, text_encoders
+from delora_diffusers.pipelines.encoded_prompts import EncodedPrompts
+
+CPU = torch.device("cpu")
+KINDS = ("sd1", "sdxl")
+
+
+def encoded(
+    model: Path, adapters: list[Path], sets: list[list[Weighted]], prompts: list[str], negative: str = ""
+) -> EncodedPrompts:
+    """Prompts encoded with each set of adapters, the sets in turn."""
+    result = EncodedPrompts(open_model(str(model)), adapters, negative, CPU, torch.float32)
+    for prompt in prompts:
+        for weighted in sets:
+            result.encode(prompt, weighted)
+    result.finish()
+    return result
+
+
+@contextmanager
+def counted(patch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The prompts that the text encoders read."""
+    original, read = encoded_prompts.encode_prompts, []
+
+    def counting(pipeline: Any, prompts: Any, device: Any):
+        read.extend(prompts)
+        return original(pipeline, prompts, device)
+
+    patch.setattr(encoded_prompts, "encode_prompts", counting)
+    yield read
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_are_encoded_with_each_set_of_adapters(models, adapters, monkeypatch, kind):
+    first, second = adapters[kind, True]
+    sets: list[list[Weighted]] = [
+        [],
+        [(first, 1.0)],
+        [(first, 0.5)],
+        [(second, 1.0)],
+        [(first, 1.0), (second, 0.5)],
+    ]
+    prompts, negative = ["a dog", "a cat in the snow"], "blue"
+    with counted(monkeypatch) as read:
+        result = encoded(models[kind], [first, second], sets, prompts, negative)
+    assert sorted(read) == sorted(["a dog", "a cat in the snow", "blue"] * len(sets))
+    adapted = AdaptedPipeline(load_pipeline(str(models[kind])), [first, second])
+    seen: list[torch.Tensor] = []
+    for weighted in sets:
+        adapted.use(weighted)
+        arguments = result.arguments(prompts, weighted, CPU)
+        for text, row in zip((*prompts, negative), (0, 1, 0)):
+            prefix = "negative_" if text == negative else ""
+            conditions = encode_prompts(adapted.pipeline, [text], CPU)
+            assert torch.equal(arguments[f"{prefix}prompt_embeds"][row], conditions["encoder_hidden_states"][0])
+            if kind == "sdxl":
+                assert torch.equal(arguments[f"{prefix}pooled_prompt_embeds"][row], conditions["text_embeds"][0])
+        embedding = arguments["prompt_embeds"]
+        assert all((embedding - other).abs().max() > 1e-3 for other in seen)
+        seen.append(embedding)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_are_encoded_once_if_no_text_encoder_is_adapted(models, adapters, monkeypatch, kind):
+    first, second = adapters[kind, False]
+    sets: list[list[Weighted]] = [[(first, 1.0)], [(second, 1.0)]]
+    with counted(monkeypatch) as read:
+        result = encoded(models[kind], [first, second], sets, ["a dog", "a cat"])
+    assert sorted(read) == ["", "a cat", "a dog"]
+    one, other = (result.arguments(["a dog", "a cat"], weighted, CPU) for weighted in sets)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert result.model.pipeline.text_encoder is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("negative", ["", "blue"])
+@pytest.mark.parametrize("zeros", [True, False])
+def test_negative_prompts_are_those_of_the_stock_pipeline(models, tmp_path, kind, negative, zeros):
+    from diffusers import DiffusionPipeline
+
+    folder = shutil.copytree(models[kind], tmp_path / "model")
+    if kind == "sdxl":
+        index = json.loads((folder / "model_index.json").read_text())
+        (folder / "model_index.json").write_text(json.dumps(index | {"force_zeros_for_empty_prompt": zeros}))
+    stock = DiffusionPipeline.from_pretrained(folder)
+    names = ["prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"]
+    theirs = stock.encode_prompt(
+        "a dog", device=CPU, num_images_per_prompt=1, do_classifier_free_guidance=True, negative_prompt=negative or None
+    )
+    ours = encoded(folder, [], [[]], ["a dog"], negative).arguments(["a dog"], [], CPU)
+    assert list(ours) == names[: len(theirs)]
+    for name, expected in zip(names, theirs):
+        torch.testing.assert_close(ours[name], expected, atol=1e-6, rtol=1e-5)
+    is_zero = kind == "sdxl" and zeros and not negative
+    assert all((tensor.abs().max() == 0) == is_zero for name, tensor in ours.items() if name.startswith("negative"))
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_embedding_does_not_depend_on_its_batch(models, kind):
+    prompts = ["a dog", "a cat in the snow", "", "very " * 30]
+    together = encoded(models[kind], [], [[]], prompts, "blue")
+    batch = together.arguments(prompts, [], CPU)
+    reverse = together.arguments(prompts[::-1], [], CPU)
+    for row, prompt in enumerate(prompts):
+        alone = encoded(models[kind], [], [[]], [prompt], "blue").arguments([prompt], [], CPU)
+        for name, tensor in batch.items():
+            assert torch.equal(tensor[row], alone[name][0]), name
+            assert torch.equal(reverse[name][-1 - row], alone[name][0]), name
+
+
+def test_encoded_prompts_have_the_dtype_of_the_denoiser(models):
+    prompts = EncodedPrompts(open_model(str(models["sdxl"])), [], "", CPU, torch.bfloat16)
+    prompts.encode("a dog", [])
+    held = [weakref.ref(encoder) for encoder in text_encoders(prompts.model.pipeline).values()]
+    assert len(held) == 2
+    prompts.finish()
+    assert [ref() for ref in held] == [None, None]
+    arguments = prompts.arguments(["a dog"], [], CPU)
+    assert {tensor.dtype for tensor in arguments.values()} == {torch.bfloat16}
+
+
+def interface() -> dict[str, inspect.Signature]:
+    methods = {name: value for name, value in vars(Family).items() if inspect.isfunction(value) and name[0] != "_"}
+    signatures = {}
+    for name, method in methods.items():
+        signature = inspect.signature(method, eval_str=True)
+        signatures[name] = signature.replace(parameters=list(signature.parameters.values())[1:])  # without self
+    return signatures
+
+
+@pytest.mark.parametrize("pipeline_class", list(FAMILIES))
+def test_a_family_implements_the_interface(pipeline_class):
+    module: Any = family_of(pipeline_class)
+    functions = {
+        name: value
+        for name, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == module.__name__ and name[0] != "_"
+    }
+    expected = interface()
+    assert set(functions) == set(expected) == {"unsupported", "encode_tokens", "guided", "predict"}
+    for name, function in functions.items():
+        actual = inspect.signature(function, eval_str=True)
+        if name == "predict":  # takes its conditions by name
+            assert actual.return_annotation == expected[name].return_annotation
+            *_, conditions = expected[name].parameters.values()
+            positional = [p for p in actual.parameters.values() if p.kind is not inspect.Parameter.KEYWORD_ONLY]
+            keywords = [p for p in actual.parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+            assert positional == list(expected[name].parameters.values())[:-1]
+            assert {p.annotation for p in keywords} == {conditions.annotation}
+            assert all(p.default is inspect.Parameter.empty for p in keywords)
+        else:
+            assert actual == expected[name], name
+    constants = {name for name in vars(module) if name.isupper()}
+    assert constants == set(Family.__annotations__) == {"TEXT_ENCODERS", "HAS_SIZES"}
+    assert isinstance(module.HAS_SIZES, bool) and isinstance(module.TEXT_ENCODERS, tuple)
+    assert set(module.TEXT_ENCODERS) <= set(COMPONENTS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_family_encodes_is_what_its_denoiser_takes(models, kind):
+    pipeline = load_pipeline(str(models[kind]))
+    family: Any = family_of(type(pipeline).__name__)
+    assert list(text_encoders(pipeline)) == list(family.TEXT_ENCODERS)
+    with torch.no_grad():
+        conditions = encode_prompts(pipeline, ["a dog", "a cat"], CPU)
+        if family.HAS_SIZES:
+            conditions["time_ids"] = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)
+        parameters = inspect.signature(family.predict).parameters.values()
+        assert {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} == set(conditions)
+        noisy = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        prediction = family.predict(pipeline.unet, noisy, torch.tensor([3, 700]), **conditions)
+    assert prediction.shape == noisy.shape and prediction.isfinite().all()
