@@ -25,7 +25,7 @@ from delora_diffusers.errors import InputError
 from delora_diffusers.families.checks import check_model_folder
 from delora_diffusers.image_files import upright_size
 from delora_diffusers.methods.config import MAP_TARGETS
-from delora_diffusers.names import is_miniature, is_xl
+from delora_diffusers.names import SD_PIPELINE, is_miniature
 from delora_diffusers.outputs import held_folders
 from delora_diffusers.training import arguments
 
@@ -186,7 +186,7 @@ def encode_data(
 ) -> "DiskCache":
     """Encode latent posteriors, maps and caption embeddings once and keep them on disk."""
     from delora_diffusers.pipelines.autoencoder import encode
-    from delora_diffusers.pipelines.conditions import encode_prompts, warn_of_truncation
+    from delora_diffusers.pipelines.conditions import encode_prompts, family_in, warn_of_truncation
     from delora_diffusers.training.disk_cache import build_cache, file_stamp, fingerprint
 
     crops = max(
@@ -203,14 +203,14 @@ def encode_data(
     }
     inputs["files"] = [file_stamp(f) for pair in pairs for f in (pair.image, pair.map) if isinstance(f, Path)]
     inputs |= {"names": [pair.name for pair in pairs], "captions": captions, "dtype": str(pipeline.text_encoder.dtype)}
-    device, vae = accelerator.device, pipeline.vae
+    device, vae, family = accelerator.device, pipeline.vae, family_in(pipeline)
     return build_cache(
         accelerator,
         (args.cache_dir or args.output_dir / "cache") / fingerprint(inputs),
         len(pairs),
         Views(pairs, args, (1 + args.random_flip) * crops),
         captions,
-        lambda images: encode(vae, images.to(device, vae.dtype)),
+        lambda images: encode(family, vae, images.to(device, vae.dtype)),
         lambda texts: encode_prompts(pipeline, texts, device)["encoder_hidden_states"],
     )
 
@@ -237,15 +237,16 @@ def train_on_maps(
 
     from delora_diffusers import attach, attach_control
     from delora_diffusers.adapter.control import new_encoder, pretrained_encoder
+    from delora_diffusers.families.loading import family_named
+    from delora_diffusers.families.table import family_of
     from delora_diffusers.pipelines.conditions import encode_prompts
-    from delora_diffusers.pipelines.latents import latent_scale
     from delora_diffusers.pipelines.offload import offload_blocks
     from delora_diffusers.training.adapter_files import AdapterFiles
     from delora_diffusers.training.batches import MapBatches
     from delora_diffusers.training.encoding import PromptTable
     from delora_diffusers.training.loop import train
     from delora_diffusers.training.memory_report import plan_of, report_memory
-    from delora_diffusers.training.objective import Losses, NoiseSettings
+    from delora_diffusers.training.objective import Losses
     from delora_diffusers.training.run_folder import data_digests
     from delora_diffusers.training.setup import (
         begin_run,
@@ -261,15 +262,17 @@ def train_on_maps(
     data = data_digests(
         (pair.name, [file for file in (pair.image, pair.map) if isinstance(file, Path)], pair.caption) for pair in pairs
     )
+    family = family_named(args.pretrained_model_name_or_path, args.revision)
+    if family is not family_of(SD_PIPELINE):
+        raise InputError(
+            f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} is not Stable Diffusion 1.x or 2.x; "
+            "training on maps needs one of these."
+        )
+    args = arguments.with_family_defaults(args, family)
     accelerator = start_accelerator(args, data)
     device = accelerator.device
-    model, noise_scheduler = open_base_model(accelerator, args)
+    model, noising = open_base_model(accelerator, args)
     pipeline, skeleton, kind = model.pipeline, model.skeletons["unet"], type(model.pipeline).__name__
-    if is_xl(kind):
-        raise InputError(
-            f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} is a Stable Diffusion XL model; "
-            "training on maps needs Stable Diffusion 1.x or 2.x."
-        )
 
     # Invalid adapter or control settings are rejected here, before anything is written: the adapter is attached to a
     # model without values first.
@@ -308,10 +311,9 @@ def train_on_maps(
     encoder.requires_grad_(not frozen)
 
     batches = MapBatches(
-        noise_scheduler,
-        NoiseSettings(args.noise_offset, args.snr_gamma),
+        noising,
         cache,
-        latent_scale(pipeline.vae),
+        model.family.scale(pipeline.vae),
         table.lookup([""])["encoder_hidden_states"][0],
         palette,
         args.seed,

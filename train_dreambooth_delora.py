@@ -1,4 +1,4 @@
-"""DreamBooth with DeLoRA: teach Stable Diffusion a subject from a few photos.
+"""DreamBooth with DeLoRA: teach a text-to-image model a subject from a few photos.
 
     accelerate launch train_dreambooth_delora.py                      # the included miniature, on a rendered toy
 
@@ -10,7 +10,6 @@
 
 import argparse
 import copy
-import functools
 import json
 import os
 from collections.abc import Sequence
@@ -186,22 +185,22 @@ def attach_adapters(
     args: argparse.Namespace,
     compute_device: "torch.device | None" = None,
 ) -> dict[str, "Adapter"]:
-    """Attach adapters to the UNet and to the text encoders that are trained; returns them by component.
+    """Attach adapters to the denoiser and to the text encoders that are trained; returns them by component.
 
     Args:
-        models: the UNet and those text encoders, by component.
-        compute_device: where the UNet computes, if its weights are offloaded.
+        models: the denoiser and those text encoders, by component.
+        compute_device: where the denoiser computes, if its weights are offloaded.
     """
     import torch
 
     from delora_diffusers import attach
 
     generators = [torch.Generator().manual_seed(subject.seed) for subject in subjects]
-    adapters = {"unet": attach(models["unet"], arguments.adapter_config(args), generators, compute_device)}
+    (name, denoiser), *text_encoders = models.items()
+    adapters = {name: attach(denoiser, arguments.adapter_config(args), generators, compute_device)}
     config = arguments.adapter_config(args, targets=TEXT_ENCODER_TARGETS)
-    for number, (name, text_encoder) in enumerate(models.items()):
-        if name != "unet":
-            adapters[name] = attach(text_encoder, config, torch.Generator().manual_seed(args.seed + number))
+    for number, (name, text_encoder) in enumerate(text_encoders, start=1):
+        adapters[name] = attach(text_encoder, config, torch.Generator().manual_seed(args.seed + number))
     return adapters
 
 
@@ -217,7 +216,7 @@ def encode_photos(
     if model.family.HAS_SIZES:
         sizes_of_photos = (view_sizes(p.size(), args.resolution, o, args.random_flip) for p, o in zip(photos, offsets))
         sizes = [size for sizes_of_photo in sizes_of_photos for size in sizes_of_photo]
-    return encode_images(model.pipeline.vae, views, len(photos), device, sizes=sizes)
+    return encode_images(model.family, model.pipeline.vae, views, len(photos), device, sizes=sizes)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -239,7 +238,8 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
     # Imported after the checks, so that bad input is rejected at once.
     import torch
 
-    from delora_diffusers.pipelines.conditions import encode_prompts, tokenize, warn_of_truncation
+    from delora_diffusers.families.loading import family_named
+    from delora_diffusers.pipelines.conditions import conditions, tokenize, warn_of_truncation
     from delora_diffusers.pipelines.offload import offload_blocks
     from delora_diffusers.training.adapter_files import AdapterFiles
     from delora_diffusers.training.batches import SubjectBatches, SubjectData
@@ -247,25 +247,28 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
     from delora_diffusers.training.encoding import PromptTable
     from delora_diffusers.training.loop import train
     from delora_diffusers.training.memory_report import plan_of, report_memory
-    from delora_diffusers.training.objective import Losses, NoiseSettings
+    from delora_diffusers.training.objective import Losses
     from delora_diffusers.training.setup import (
         begin_run,
         load_denoiser_to_train,
         load_part,
         load_text_encoder_to_train,
         open_base_model,
+        read_with,
         save_run,
         start_accelerator,
         training_dtype,
     )
-    from delora_diffusers.training.validation import SubjectValidation
+    from delora_diffusers.training.validation import Conditions, SubjectValidation, TrainedConditions
 
+    args = arguments.with_family_defaults(args, family_named(args.pretrained_model_name_or_path, args.revision))
     data = digest_data(args, subjects)
     accelerator = start_accelerator(args, data)
     device = accelerator.device
-    model, noise_scheduler = open_base_model(accelerator, args)
-    pipeline = model.pipeline
-    trained = ["unet", *(model.text_encoders if args.train_text_encoder else [])]
+    model, noising = open_base_model(accelerator, args)
+    pipeline, denoiser = model.pipeline, model.family.DENOISER
+    trained_encoders = model.trainable_encoders if args.train_text_encoder else []
+    trained = [denoiser, *trained_encoders]
     # A rehearsal on models without values finds what does not fit the base model.
     attach_adapters({name: copy.deepcopy(model.skeletons[name]) for name in trained}, subjects, args)
     report_memory(
@@ -279,15 +282,16 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
     # What stays constant during training is computed once, with one part of the model on the device at a time: prompt
     # embeddings, class images, latent posteriors.
     prompts = [prompt for subject in subjects for prompt in (*subject.prompts, subject.class_prompt or "")]
-    prompts = list(dict.fromkeys([*prompts, *args.validation_prompt, ""]))
+    prompts = list(dict.fromkeys([*prompts, *args.validation_prompt, model.family.NO_PROMPT]))
     if accelerator.is_main_process:
         warn_of_truncation(pipeline, prompts)
+    encoded: dict[str, torch.Tensor] = {}
+    for name in model.text_encoders:
+        if args.with_prior_preservation or name not in trained_encoders:
+            encoded |= read_with(model, name, accelerator, prompts)
+    config = model.skeletons[denoiser].config
     if args.with_prior_preservation or not args.train_text_encoder:
-        for name in model.text_encoders:
-            load_part(model, name, accelerator)
-        with torch.no_grad():
-            encoded_prompts = PromptTable(prompts, encode_prompts(pipeline, prompts, device))
-        model.drop(*model.text_encoders)
+        encoded_prompts = PromptTable(prompts, conditions(pipeline, encoded, config))
     if args.with_prior_preservation:
         folders = [s.class_data_dir or s.output_dir / "class_images" for s in subjects]
         wanted = [ClassImages(folder, s.class_prompt or "", s.seed) for folder, s in zip(folders, subjects)]
@@ -303,14 +307,15 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
     else:
         model.drop("vae")
 
-    models = {name: load_text_encoder_to_train(model, name, accelerator, args) for name in trained if name != "unet"}
-    models = {"unet": load_denoiser_to_train(model, accelerator, args), **models}
+    models = {name: load_text_encoder_to_train(model, name, accelerator, args) for name in trained_encoders}
+    models = {denoiser: load_denoiser_to_train(model, accelerator, args), **models}
     adapters = attach_adapters(models, subjects, args, device if args.offload else None)
     if args.offload:
-        offload_blocks(models["unet"], device)
+        offload_blocks(models[denoiser], device)
     if args.train_text_encoder:
-        table = PromptTable(prompts, tokenize(pipeline, prompts, device))
-        conditions_of = functools.partial(encode_prompts, pipeline, device=device)
+        outputs = {n: tensor for n, tensor in encoded.items() if n.partition("/")[0] not in trained_encoders}
+        table = PromptTable(prompts, outputs | tokenize(pipeline, prompts, device, trained_encoders))
+        conditions_of: Conditions = TrainedConditions(pipeline, table, config)
     else:
         table = encoded_prompts
         conditions_of = table.lookup
@@ -318,15 +323,12 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
     if args.validation_prompt:
         validate = SubjectValidation(accelerator, pipeline, conditions_of, args)
 
-    encoded = [
+    encoded_subjects = [
         SubjectData(s.seed, s.prompts, photo_latents, s.class_prompt, prior_latents)
         for s, photo_latents, prior_latents in zip(subjects, latents, class_latents)
     ]
-    noise = NoiseSettings(args.noise_offset, args.snr_gamma)
-    batches = SubjectBatches(
-        noise_scheduler, noise, encoded, table, args.train_batch_size, args.prior_loss_weight, device
-    )
-    losses = Losses(model.family, pipeline.unet, len(subjects), pipeline if args.train_text_encoder else None)
+    batches = SubjectBatches(noising, encoded_subjects, table, args.train_batch_size, args.prior_loss_weight, device)
+    losses = Losses(model.family, models[denoiser], len(subjects), pipeline if args.train_text_encoder else None)
     settings = [argparse.Namespace(**vars(args) | subject.flag_overrides()) for subject in subjects]
     files = AdapterFiles(adapters, settings, [s.prompts[0] for s in subjects], {"pipeline": type(pipeline).__name__})
     failed = train(accelerator, adapters, batches, losses, args, validate, files=files)

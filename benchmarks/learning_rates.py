@@ -12,7 +12,6 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler
 
 import train_dreambooth_delora
 from data.photographs import find_photographs, variants
@@ -21,8 +20,10 @@ from delora_diffusers.families.loading import load_pipeline
 from delora_diffusers.families.table import family_of
 from delora_diffusers.methods.table import METHODS
 from delora_diffusers.pipelines.conditions import encode_prompts
+from delora_diffusers.pipelines.noise_schedule import ddpm_schedule
 from delora_diffusers.training.encoding import encode_images
-from delora_diffusers.training.objective import denoising_losses, noised
+from delora_diffusers.training.noising import Diffusion
+from delora_diffusers.training.objective import denoising_losses
 
 PROMPT = "a photo of sks subject"
 CURVES = {
@@ -45,9 +46,10 @@ class FixedLoss:
 
     def __init__(self, model: str, folder: Path, resolution: int, samples: int = 12):
         self.pipeline = load_pipeline(model)
-        self.scheduler = DDPMScheduler.from_config(self.pipeline.scheduler.config)
+        self.family = family_of(type(self.pipeline).__name__)
+        self.noising = Diffusion(ddpm_schedule(self.pipeline.scheduler, model))
         views = [variants(photo.load(), resolution, None, False) for photo in find_photographs(folder)]
-        self.latents = encode_images(self.pipeline.vae, views, len(views), torch.device("cpu"))
+        self.latents = encode_images(self.family, self.pipeline.vae, views, len(views), torch.device("cpu"))
         self.samples = samples
 
     @torch.no_grad()
@@ -56,19 +58,12 @@ class FixedLoss:
         if adapter is not None:
             load_adapter(self.pipeline.unet, adapter)
         count, total = len(self.latents), 0.0
-        family = family_of(type(self.pipeline).__name__)
-        text = encode_prompts(self.pipeline, [PROMPT] * count, "cpu")["encoder_hidden_states"]
+        conditions = encode_prompts(self.pipeline, [PROMPT] * count, "cpu")
         for seed in range(self.samples):
             generator = torch.Generator().manual_seed(seed)
             latents = self.latents.sample(range(count), generator, seed)
-            batch = noised(self.scheduler, latents, generator)
-            total += denoising_losses(
-                family,
-                self.pipeline.unet,
-                **batch,
-                encoder_hidden_states=text,
-                subjects=1,
-            ).item()
+            batch = self.noising(latents, generator)
+            total += denoising_losses(self.family, self.pipeline.unet, **batch, subjects=1, **conditions).item()
         if adapter is not None:
             detach(self.pipeline.unet)
         return total / self.samples

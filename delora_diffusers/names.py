@@ -18,6 +18,17 @@ CHECKPOINT_PREFIX = "checkpoint-"
 MINIATURE = "mini-sd"
 """The base model that ships with the repository; the default."""
 SD_PIPELINE, SDXL_PIPELINE = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
+FAMILIES = {
+    SD_PIPELINE: "sd",
+    SDXL_PIPELINE: "sdxl",
+    "StableDiffusion3Pipeline": "sd3",
+    "FluxPipeline": "flux",
+    "Flux2Pipeline": "flux2",
+    "Flux2KleinPipeline": "flux2",
+    "ZImagePipeline": "zimage",
+    "QwenImagePipeline": "qwenimage",
+}
+"""The model family by the class of its pipeline; each has a file in ``families``."""
 
 
 def is_miniature(name_or_path: str | None) -> bool:

@@ -123,25 +123,24 @@ def train(flags: list[str]) -> None:
 
 def fixed_loss(model: Path, photographs: Path, adapter: Path) -> tuple[float, float]:
     """Losses of the base model and of the adapter with fixed noise and timesteps."""
-    from diffusers import DDPMScheduler
-
     from data.photographs import find_photographs, variants
     from delora_diffusers import load_adapter
     from delora_diffusers.families.loading import load_pipeline
     from delora_diffusers.families.table import family_of
     from delora_diffusers.pipelines.conditions import encode_prompts
+    from delora_diffusers.pipelines.noise_schedule import ddpm_schedule
     from delora_diffusers.training.encoding import encode_images
-    from delora_diffusers.training.objective import denoising_losses, noised
+    from delora_diffusers.training.noising import Diffusion
+    from delora_diffusers.training.objective import denoising_losses
 
     pipeline = load_pipeline(str(model))
     attached = load_adapter(pipeline.unet, adapter)
-    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    noising, family = Diffusion(ddpm_schedule(pipeline.scheduler, None)), family_of(type(pipeline).__name__)
     photos = find_photographs(photographs)
     views = [variants(photo.load(), 64, None, False) for photo in photos]
-    cache = encode_images(pipeline.vae, views, len(views), torch.device("cpu"))
+    cache = encode_images(family, pipeline.vae, views, len(views), torch.device("cpu"))
     losses = []
     with torch.no_grad():
-        family = family_of(type(pipeline).__name__)
         text = encode_prompts(pipeline, ["a photo of sks dog"] * len(photos), torch.device("cpu"))[
             "encoder_hidden_states"
         ]
@@ -151,7 +150,7 @@ def fixed_loss(model: Path, photographs: Path, adapter: Path) -> tuple[float, fl
             for seed in range(12):
                 generator = torch.Generator().manual_seed(seed)
                 latents = cache.sample(range(len(photos)), generator, seed)
-                batch = noised(scheduler, latents, generator)
+                batch = noising(latents, generator)
                 total += denoising_losses(family, pipeline.unet, **batch, encoder_hidden_states=text).item()
             losses.append(total / 12)
     return losses[0], losses[1]

@@ -60,3 +60,9 @@ def test_every_quoted_message_is_printed_somewhere(printed, sentence):
 
 def test_the_page_quotes_many_messages():
     assert len(quoted(PAGE)) > 30
+
+
+def test_the_example_of_a_family_is_its_file():
+    page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert code == (ROOT / "delora_diffusers" / "families" / "flux.py").read_text(encoding="utf-8")

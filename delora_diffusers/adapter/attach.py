@@ -200,11 +200,14 @@ def attached_adapter(model: nn.Module) -> Adapter | None:
 def find_targets(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Linear]:
     """The linear modules whose name is a target or ends with ``.target``, in the model's order.
 
+    A name may belong to a linear module in some blocks and to a container in others, which is passed over.
+
     Raises:
-        InputError: a target matches no module's name, or the module is not linear.
+        InputError: a target matches no linear module.
     """
     linears: dict[str, nn.Linear] = {}
     wanted, unused = set(targets), set(targets)
+    others: dict[str, tuple[str, nn.Module]] = {}
     for name, module in named_modules(model):
         parts = name.split(".")
         for target in wanted.intersection(".".join(parts[i:]) for i in range(len(parts))):
@@ -214,13 +217,17 @@ def find_targets(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Lin
                         f"{name} already has an adapter of another library; unload or fuse that first, or load it "
                         "after this one."
                     )
-                raise InputError(
-                    f"target {target} matches {name} of type {type(module).__name__}; give linear modules only."
-                )
+                others.setdefault(target, (name, module))
+                continue
             if parametrize.is_parametrized(module, "weight") and not parametrized_by_adapter(module):
                 raise _already_parametrized(name)
             linears[name] = module
             unused.discard(target)
+    for target in sorted(unused & others.keys()):
+        name, module = others[target]
+        inner = [f"{target}.{child}" for child, part in module.named_modules() if isinstance(part, nn.Linear)]
+        remedy = f"give {' or '.join(inner[:3])}" if inner else "give linear modules only"
+        raise InputError(f"target {target} matches {name} of type {type(module).__name__}; {remedy}.")
     if unused:
         endings = sorted({name.split(".")[-1] for name, m in named_modules(model) if isinstance(m, nn.Linear)})
         raise InputError(

@@ -11,6 +11,7 @@ from delora_diffusers.commands.arguments import (
     weighted_adapters,
 )
 from delora_diffusers.errors import InputError, reason
+from delora_diffusers.families.checks import check_patches
 from delora_diffusers.families.quantization import (
     PACKAGES,
     add_base_precision_argument,
@@ -86,7 +87,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--scheduler", choices=sorted(SCHEDULERS), help="default: the base model's scheduler")
     parser.add_argument("--num_inference_steps", type=int, default=50, help="denoising steps; default: 50")
-    parser.add_argument("--guidance_scale", type=float, help=f"default: 7.5, or 4 with {MINIATURE}")
+    parser.add_argument(
+        "--guidance_scale",
+        type=float,
+        help=f"default: the pipeline's usual one, for example 7.5, or 4 with {MINIATURE}",
+    )
     parser.add_argument("--resolution", type=int, help="side length in pixels; default: the base model's")
     parser.add_argument("--batch_size", type=int, default=4, help="images per batch; default: 4")
     parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's setting")
@@ -164,14 +169,20 @@ def run(options: argparse.Namespace) -> None:
     if options.prompts_file is not None:
         read_prompts(options)  # rejects a bad file before torch is imported
 
+    from delora_diffusers.families.loading import family_named
     from delora_diffusers.pipelines.adapted_pipeline import base_model_of
 
     requests = build_requests(options)
     follows_maps = check_maps(options, requests)
     adapters = list(dict.fromkeys(path for request in requests for path, _ in request.adapters))
     base_model = base_model_of(adapters, options.pretrained_model_name_or_path, options.revision, options.variant)
+    family = family_named(base_model.name, base_model.revision)
+    if options.negative_prompt and not family.HAS_NEGATIVE_PROMPT:
+        raise InputError("--negative_prompt has no effect on this model, which has no negative prompt; leave it out.")
+    if options.scheduler is not None and family.IS_FLOW:
+        raise InputError(f"--scheduler {options.scheduler} is not for flow models such as this one; leave it out.")
     if options.guidance_scale is None:
-        options.guidance_scale = 4.0 if is_miniature(base_model.name) else 7.5
+        options.guidance_scale = 4.0 if is_miniature(base_model.name) else family.GUIDANCE_SCALE
     for request in requests:
         check_writable(request.output_dir, "--output_dir")
     with held_outputs([request.output_dir for request in requests]):
@@ -286,11 +297,13 @@ def _generate(
     from delora_diffusers.pipelines.conditions import warn_of_truncation
     from delora_diffusers.pipelines.encoded_prompts import EncodedPrompts
     from delora_diffusers.pipelines.offload import offload_blocks
-    from delora_diffusers.pipelines.sampling import sample_images
+    from delora_diffusers.pipelines.sampling import default_resolution, sample_images
     from delora_diffusers.precision import denoiser_dtype, dtype_of
 
     _check_placement(options, batches, accelerator.device)
     model = open_model(base_model.name, revision=base_model.revision, variant=base_model.variant)
+    if options.resolution is not None:
+        check_patches(model.patch_pixels, options.resolution)
     pipeline, device, dtype = model.pipeline, accelerator.device, dtype_of(accelerator.mixed_precision)
     _set_scheduler(pipeline, options, base_model)
     smaller = ["--mixed_precision bf16 or fp16", "--base_precision nf4", "--offload"]
@@ -298,17 +311,15 @@ def _generate(
     if accelerator.is_main_process:
         warn_of_truncation(pipeline, list(dict.fromkeys(record["prompt"] for b in batches for record in b.records)))
     with explain_out_of_memory("loading the base model", smaller):
-        prompts = EncodedPrompts(model, adapters, options.negative_prompt, device, dtype)
-        for batch in batches:
-            for record in batch.records:
-                prompts.encode(record["prompt"], _scaled(batch))
-        prompts.finish()
-        unet_dtype = denoiser_dtype(options.base_precision, accelerator.mixed_precision)
-        quantization = quantization_config(options.base_precision, unet_dtype)
-        unet = model.load("unet", unet_dtype, "cpu" if options.offload else device, quantization)
-        adapted = AdaptedModel(unet, "unet", adapters)
+        used = [(record["prompt"], _scaled(batch)) for batch in batches for record in batch.records]
+        prompts = EncodedPrompts(model, adapters, used, options.negative_prompt, device, dtype)
+        name = model.family.DENOISER
+        weights_dtype = denoiser_dtype(options.base_precision, accelerator.mixed_precision)
+        quantization = quantization_config(options.base_precision, weights_dtype, model.family.UNQUANTIZED)
+        denoiser = model.load(name, weights_dtype, "cpu" if options.offload else device, quantization)
+        adapted = AdaptedModel(denoiser, name, adapters)
         model.load("vae", dtype, device)
-    side = options.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    side = options.resolution or default_resolution(pipeline, denoiser)
     in_use: list[tuple[Path, float]] | None = None
     for batch in tqdm(batches, desc="generating", disable=not accelerator.is_local_main_process):
         request, records, missing = batch
@@ -317,8 +328,8 @@ def _generate(
             in_use = adapters_of_batch
             adapted.use(in_use)
             if options.offload:
-                offload_blocks(unet, device)
-            use_control(pipeline.unet, in_use)
+                offload_blocks(denoiser, device)
+            use_control(denoiser, in_use)
         maps = None
         if options.map_dir is not None:
             maps = [crop_square(read_map(Path(r["map_source"]), r["map_source"]), side) for r in records]
@@ -359,7 +370,8 @@ def _check_placement(options: argparse.Namespace, batches: list[Batch], device: 
                 f"several adapters cannot be mixed on a model in {options.base_precision}; leave out --base_precision."
             )
         for path, _ in batch.request.adapters:
-            config = read_header(path)["config"].get("unet")
+            configs = read_header(path)["config"]
+            config = configs.get("unet", configs.get("transformer"))
             if config is not None and not METHODS[parse_config(adapter_path(path), config).method].has_factors:
                 raise InputError(
                     f"{path} is not low-rank, so it cannot be used with --base_precision {options.base_precision}; "
@@ -382,8 +394,11 @@ def _set_scheduler(pipeline: Any, options: argparse.Namespace, base_model: "Base
     """
     import diffusers
 
-    from delora_diffusers.pipelines.noise_schedule import check_ddpm
+    from delora_diffusers.pipelines.conditions import family_in
+    from delora_diffusers.pipelines.noise_schedule import check_ddpm, check_flow
 
+    if family_in(pipeline).IS_FLOW:
+        return check_flow(pipeline.scheduler, base_model.name)
     if options.scheduler is not None:
         check_ddpm(pipeline.scheduler, base_model.name)
         kind = getattr(diffusers, SCHEDULERS[options.scheduler])

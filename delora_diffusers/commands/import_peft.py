@@ -1,4 +1,4 @@
-"""Convert a UNet's DeLoRA adapter saved by PEFT (a DeloraConfig folder) to an adapter file."""
+"""Convert a denoiser's DeLoRA adapter saved by PEFT (a DeloraConfig folder) to an adapter file."""
 
 import argparse
 from pathlib import Path
@@ -31,7 +31,11 @@ def run(options: argparse.Namespace) -> None:
     from delora_diffusers.files.formats import read_peft_delora
 
     name = options.pretrained_model_name_or_path
-    unet = open_model(name, revision=options.revision, variant=options.variant).load("unet", torch.float32)
-    weights = {n: m.weight.detach() for n, m in unet.named_modules() if isinstance(m, nn.Linear)}
-
-    print(f"wrote {read_peft_delora(options.peft_dir, weights, recorded_model_name(name), options.output_dir)}")
+    model = open_model(name, revision=options.revision, variant=options.variant)
+    component = model.family.DENOISER
+    denoiser = model.load(component, torch.float32)
+    weights = {n: m.weight.detach() for n, m in denoiser.named_modules() if isinstance(m, nn.Linear)}
+    base = {"base_model": recorded_model_name(name)}
+    if component == "transformer":  # its exports depend on the class; files of UNets stay as they were
+        base["pipeline"] = type(model.pipeline).__name__
+    print(f"wrote {read_peft_delora(options.peft_dir, weights, base, component, options.output_dir)}")

@@ -30,13 +30,16 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _print_memory(name: str, resolution: int | None) -> None:
+    from delora_diffusers.families.checks import check_patches
     from delora_diffusers.families.loading import open_model
+    from delora_diffusers.pipelines.sampling import default_resolution
     from delora_diffusers.training.memory_report import memory_table
 
     model = open_model(name)
-    side = resolution or model.skeletons["unet"].config.sample_size * model.pipeline.vae_scale_factor
-    if side < 8 or side % 8:
-        raise InputError(f"--resolution {side} is not a multiple of 8; use a multiple of 8.")
+    side = resolution or default_resolution(model.pipeline, model.skeletons[model.family.DENOISER])
+    check_patches(model.patch_pixels, side)
+    if side < 1:
+        raise InputError(f"--resolution is {side}; give a positive number.")
     print(memory_table(model, side))
 
 
@@ -81,6 +84,7 @@ def _chart(values: dict[str, float]) -> None:
     groups: dict[str, list[float]] = {}
     for name, value in values.items():
         block = name.split(".attentions")[0].split(".layers")[0]
+        block = block if block != name else name.partition(".")[0]
         projection = ".".join(name.replace("to_out.0", "to_out").split(".")[-2:])
         groups.setdefault(f"{block} {projection}", []).append(value)
     means = {name: sum(layers) / len(layers) for name, layers in groups.items()}

@@ -5,10 +5,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from delora_diffusers.errors import InputError
-from delora_diffusers.names import is_miniature, may_be_hub_id
+from delora_diffusers.names import FAMILIES, is_miniature, may_be_hub_id
 from delora_diffusers.text_files import read_json
 
-COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+COMPONENTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+"""The models of a pipeline that are loaded; others, such as a safety checker, are not used."""
 WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>[\w-]+?))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
 )
@@ -36,13 +37,18 @@ def check_model_folder(name_or_path: str | None, variant: str | None = None) -> 
         if not may_be_hub_id(name_or_path):
             raise InputError(f"the base model folder {name_or_path} does not exist; check the path.")
         return
-    for part in ("model_index.json", "unet/config.json", "vae/config.json", "text_encoder/config.json", "tokenizer"):
+    index = folder / "model_index.json"
+    if index.is_file():
+        known_class(name_or_path, index)
+    denoiser = "transformer" if (folder / "transformer").is_dir() else "unet"
+    parts = (f"{name}/config.json" for name in (denoiser, "vae", "text_encoder"))
+    for part in (index.name, *parts, "tokenizer"):
         if not (folder / part).exists():
             raise InputError(
-                f"the base model folder {name_or_path} has no {part.split('/')[0]}; give a complete Stable "
-                "Diffusion pipeline folder, as pipeline.save_pretrained writes it."
+                f"the base model folder {name_or_path} has no {part.split('/')[0]}; give a complete pipeline folder, "
+                "as pipeline.save_pretrained writes it."
             )
-    for file in (folder / "model_index.json", *(folder / name / "config.json" for name in COMPONENTS)):
+    for file in (folder / name / "config.json" for name in COMPONENTS):
         config = read_json(file) if file.is_file() else {}
         if not isinstance(config, dict):
             raise InputError(f"{file} is not a JSON object; download the base model again.")
@@ -52,6 +58,38 @@ def check_model_folder(name_or_path: str | None, variant: str | None = None) -> 
                 "adapted; give the model without quantization."
             )
     check_variant(name_or_path, (path.relative_to(folder).as_posix() for path in folder.glob("*/*")), variant)
+
+
+def known_class(name_or_path: str | None, index: Path) -> str:
+    """The class of a pipeline from its ``model_index.json``.
+
+    Raises:
+        InputError: no family claims it.
+    """
+    config = read_json(index)
+    if not isinstance(config, dict):
+        raise InputError(f"{index} is not a JSON object; download the base model again.")
+    kind = config.get("_class_name")
+    if kind not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise InputError(f"the base model {name_or_path} is a {kind}; choose a model with one of these: {known}.")
+    return kind
+
+
+def check_patches(pixels: int, resolution: int) -> None:
+    """Reject a resolution of which the denoiser's patches do not cover the latents.
+
+    Args:
+        pixels: side of a patch in pixels.
+
+    Raises:
+        InputError
+    """
+    if resolution % pixels:
+        nearest = max(pixels, round(resolution / pixels) * pixels)
+        raise InputError(
+            f"--resolution {resolution} is not a multiple of {pixels}, as this base model needs; use {nearest}."
+        )
 
 
 def check_variant(name: str, files: Iterable[str], variant: str | None) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from delora_diffusers.errors import LOADING_ERRORS, InputError, reason
-from delora_diffusers.families.checks import COMPONENTS, WEIGHTS, check_model_folder, check_variant
-from delora_diffusers.families.table import FAMILIES, Family, family_of
+from delora_diffusers.families.checks import COMPONENTS, WEIGHTS, check_model_folder, check_variant, known_class
+from delora_diffusers.families.family import Family
+from delora_diffusers.families.table import family_of
 from delora_diffusers.names import MINIATURE, is_miniature
 from delora_diffusers.text_files import read_json
 
@@ -49,36 +50,51 @@ class OpenModel:
         """The names of the text encoders that the model has."""
         return [name for name in self.family.TEXT_ENCODERS if name in self.skeletons]
 
+    @property
+    def trainable_encoders(self) -> list[str]:
+        """The names of those text encoders that can be trained."""
+        return [name for name in self.text_encoders if name in self.family.TRAINABLE_ENCODERS]
+
+    @property
+    def patch_pixels(self) -> int:
+        """Side in pixels of the denoiser's patches."""
+        return self.family.PATCH * self.family.latent_shape(self.skeletons["vae"].config)[1]
+
     def load(
         self, component: str, dtype: torch.dtype, device: torch.device | str = "cpu", quantization: Any = None
     ) -> Any:
         """Load one model into the pipeline, straight in this dtype, frozen.
 
         Args:
-            component: ``unet``, ``vae``, ``text_encoder`` or ``text_encoder_2``.
+            component: one of ``COMPONENTS``.
             quantization: diffusers' configuration for a quantized model, or None.
 
         Raises:
             InputError: its files are damaged.
         """
         options: dict[str, Any] = {"subfolder": component, "torch_dtype": dtype, "variant": self._variant_of(component)}
+        kind = type(self.skeletons[component])
         if quantization is not None:
             # Quantizing is done on the device, weight by weight, which a map of devices asks for.
             options |= {"quantization_config": quantization, "device_map": {"": torch.device(device)}}
         try:
             with _quiet(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torchao's, about what is not used here
-                model = type(self.skeletons[component]).from_pretrained(str(self.folder), **options)
+                model, loaded = kind.from_pretrained(str(self.folder), **options, output_loading_info=True)
         except LOADING_ERRORS as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             raise _loading_error(self.name, self.variant, error) from error
-        missing = next((name for name, tensor in model.state_dict().items() if tensor.is_meta), None)
-        if missing is not None:
-            raise InputError(f"the base model {self.name} has no weight {missing} in its {component}; choose another.")
+        missing = [name for name in loaded["missing_keys"] if not name.endswith(NOT_STORED)]
+        missing += [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+        if missing:
+            raise InputError(
+                f"the base model {self.name} has no weight {min(missing)} in its {component}; choose another."
+            )
         model.requires_grad_(False)
         if quantization is None:
-            model.to(device, dtype)
+            # T5 overflows in fp16, so transformers keeps a part of it in float32.
+            model.to(device, None if getattr(model, "_keep_in_fp32_modules", None) else dtype)
         setattr(self.pipeline, component, model)
         return model
 
@@ -107,29 +123,45 @@ def open_model(name_or_path: str | None, *, revision: str | None = None, variant
             for something that is not supported.
     """
     folder = pipeline_folder(name_or_path, revision=revision, variant=variant, pickles=True)
-    kind = read_json(folder / "model_index.json").get("_class_name")
-    if kind not in FAMILIES:
-        known = " or ".join(FAMILIES)
-        raise InputError(f"the base model {name_or_path} is a {kind} and not a {known}; choose another.")
+    kind = known_class(name_or_path, folder / "model_index.json")
     from diffusers import DiffusionPipeline
 
     # This logger warns about "modules that should be kept in float32: []" at every cast.
     logging.getLogger("diffusers.models.modeling_utils").setLevel(logging.ERROR)
     try:
         with _quiet():
-            skeletons = _skeletons(folder)
-            pipeline: Any = DiffusionPipeline.from_pretrained(
-                folder, **skeletons, safety_checker=None, requires_safety_checker=False
-            )
+            skeletons, unused = _skeletons(folder), _unused(folder)
+            parts: dict[str, Any] = unused | skeletons | {"safety_checker": None, "requires_safety_checker": False}
+            pipeline: Any = DiffusionPipeline.from_pretrained(folder, **parts)
     except LOADING_ERRORS as error:
         raise _loading_error(name_or_path, variant, error) from error
     problem = _unsupported(family_of(kind), skeletons) or _incomplete(skeletons, folder)
     if problem is not None:
         raise InputError(f"the base model {name_or_path} {problem}; choose another.")
-    _limit_prompts(pipeline, name_or_path)
+    _limit_prompts(pipeline, family_of(kind), name_or_path)
     for component in skeletons:
         setattr(pipeline, component, None)
     return OpenModel(name_or_path, folder, variant, pipeline, skeletons)
+
+
+def family_named(name_or_path: str | None, revision: str | None = None) -> Family:
+    """The family of a base model. For a model on the hub only the index is downloaded.
+
+    Raises:
+        InputError: see ``open_model``.
+    """
+    check_model_folder(name_or_path)
+    file: Path | str = _MINIATURE_FOLDER / "model_index.json"
+    if name_or_path is not None and not is_miniature(name_or_path):
+        file = Path(name_or_path) / "model_index.json"
+        if not Path(name_or_path).is_dir():
+            from huggingface_hub import hf_hub_download
+
+            try:
+                file = hf_hub_download(name_or_path, "model_index.json", revision=revision)
+            except LOADING_ERRORS as error:
+                raise _loading_error(name_or_path, "", error) from error
+    return family_of(known_class(name_or_path, Path(file)))
 
 
 def load_pipeline(name_or_path: str | None, *, revision: str | None = None, variant: str | None = None) -> Any:
@@ -210,25 +242,21 @@ def _skeletons(folder: Path) -> dict[str, Any]:
     return skeletons
 
 
+def _unused(folder: Path) -> dict[str, None]:
+    """The optional parts that a pipeline does not have, by name; diffusers has to be told of some."""
+    index = read_json(folder / "model_index.json")
+    return {name: None for name, entry in index.items() if isinstance(entry, list) and entry[0] is None}
+
+
 def _unsupported(family: Family, skeletons: dict[str, Any]) -> str | None:
     """What the configuration of a model asks for that diffusers' pipeline or this project would ignore."""
-    missing = [name for name in ("unet", "vae", *family.TEXT_ENCODERS[:1]) if name not in skeletons]
+    missing = [name for name in (family.DENOISER, "vae", *family.TEXT_ENCODERS[:1]) if name not in skeletons]
     if missing:
         return f"has no {missing[0]}"
-    unet, vae = skeletons["unet"].config, skeletons["vae"].config
     for name, model in skeletons.items():
         if getattr(model.config, "quantization_config", None) is not None:
             return f"has a quantized {name}, whose weights cannot be adapted"
-    if unet.in_channels != vae.latent_channels:
-        return f"has a UNet with {unet.in_channels} input channels for {vae.latent_channels} latent channels"
-    if not isinstance(getattr(vae, "scaling_factor", None), int | float):
-        return f"has an autoencoder with scaling_factor {getattr(vae, 'scaling_factor', None)}, which is no number"
-    if getattr(vae, "shift_factor", None):
-        return f"has an autoencoder with shift_factor {vae.shift_factor}, which a Stable Diffusion pipeline ignores"
-    for name in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type"):
-        if getattr(unet, name, None) is not None:
-            return f"has a UNet with {name} {getattr(unet, name)}, which needs other inputs than a prompt"
-    return family.unsupported(unet, vae)
+    return family.unsupported(skeletons[family.DENOISER].config, skeletons["vae"].config)
 
 
 LEGACY_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -238,10 +266,15 @@ NOT_STORED = ("position_ids",)
 
 
 def _incomplete(skeletons: dict[str, Any], folder: Path) -> str | None:
-    """What is missing in the weight files of a folder; None if nothing is."""
+    """What is missing in the weight files of a folder; None if nothing is.
+
+    Language models may have other names in their files, or share weights; what they lack is found when they are loaded.
+    """
     from delora_diffusers.files.reading import visible_weights, weight_names
 
     for component, model in skeletons.items():
+        if not (hasattr(model, "load_config") or type(model).__name__.startswith("CLIP")):
+            continue
         stored = {_plain_name(name) for name in weight_names(folder / component)}
         if not stored and list(visible_weights(folder / component)):
             return f"has weights in {folder / component} that cannot be read, so download it again"
@@ -257,19 +290,24 @@ def _plain_name(name: str) -> str:
     return ".".join(parts)
 
 
-def _limit_prompts(pipeline: Any, name: str | None) -> None:
-    """Give every tokenizer the length that its text encoder reads: some files name none, or a longer one.
+def _limit_prompts(pipeline: Any, family: Family, name: str | None) -> None:
+    """Give every CLIP tokenizer the length that its text encoder reads: some files name none, or a longer one.
 
     Raises:
         InputError: a tokenizer does not distinguish words, because its vocabulary is missing.
     """
-    for suffix in ("", "_2"):
-        tokenizer, encoder = (getattr(pipeline, name + suffix, None) for name in ("tokenizer", "text_encoder"))
-        if tokenizer is not None and encoder is not None:
+    for component in family.TEXT_ENCODERS:
+        tokenizer, encoder = (
+            getattr(pipeline, part, None) for part in (component.replace("text_encoder", "tokenizer"), component)
+        )
+        if tokenizer is None or encoder is None:
+            continue
+        if component in family.TRAINABLE_ENCODERS:
             own, longest = tokenizer.model_max_length, encoder.config.max_position_embeddings
             tokenizer.model_max_length = min(own, longest) if isinstance(own, int) and own > 2 else longest
-            if tokenizer("dog").input_ids == tokenizer("cat").input_ids:
-                raise InputError(f"the base model {name} has a tokenizer without vocabulary; download it again.")
+        words = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+        if words("dog").input_ids == words("cat").input_ids:
+            raise InputError(f"the base model {name} has a tokenizer without vocabulary; download it again.")
 
 
 def _loading_error(name_or_path: str | None, variant: str | None, error: Exception) -> InputError:
@@ -278,7 +316,7 @@ def _loading_error(name_or_path: str | None, variant: str | None, error: Excepti
     where = "" if name_or_path is None or Path(name_or_path).exists() else "there is no such folder here; "
     return InputError(
         f"the base model {name_or_path} could not be loaded ({where}{reason(error)}); "
-        "give --pretrained_model_name_or_path a Stable Diffusion pipeline folder or hub id."
+        "give --pretrained_model_name_or_path a pipeline folder or hub id."
     )
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from delora_diffusers.errors import InputError
@@ -14,8 +15,6 @@ PACKAGES = {"nf4": "bitsandbytes", "int8": "torchao", "fp8": "torchao"}
 BASE_PRECISIONS = ("bf16", *PACKAGES)
 BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.0, "fp8": 1.0}
 """Bytes per quantized weight; nf4 has a float32 scale per 64 weights."""
-UNQUANTIZED: tuple[str, ...] = ("time_embedding", "time_emb_proj", "add_embedding", "proj_in", "proj_out")
-"""Modules that stay in the training precision: they have two percent of SDXL's weights, and every token needs them."""
 
 
 def add_base_precision_argument(group: Any) -> None:
@@ -49,20 +48,20 @@ def check_base_precision(options: argparse.Namespace, device: str | None = None)
         raise InputError("--base_precision nf4 needs a GPU; use int8, or leave it out.")
 
 
-def quantization_config(base_precision: str | None, dtype: "torch.dtype") -> Any:
+def quantization_config(base_precision: str | None, dtype: "torch.dtype", unquantized: Sequence[str]) -> Any:
     """Diffusers' configuration for a precision; None for one that is not quantized.
 
     nf4 is 4-bit NormalFloat (Dettmers et al., NeurIPS 2023, section 3). int8 and fp8 round the weights only, so that a
     product is that with the dequantized weight, up to rounding.
 
     Args:
-        dtype: that products are computed in.
+        dtype: that products are computed in. unquantized: parts of names of modules that stay in this dtype.
     """
     if base_precision not in PACKAGES:
         return None
     import diffusers
 
-    skipped = list(UNQUANTIZED)
+    skipped = list(unquantized)
     if base_precision == "nf4":
         return diffusers.BitsAndBytesConfig(
             load_in_4bit=True,

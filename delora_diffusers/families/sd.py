@@ -5,30 +5,56 @@ from typing import Any
 
 from torch import Tensor
 
-TEXT_ENCODERS = ("text_encoder",)
-HAS_SIZES = False
+from delora_diffusers.families.family import Family, Outputs
 
 
-def unsupported(unet: Any, vae: Any) -> str | None:
-    if getattr(unet, "addition_embed_type", None) is not None:
-        return f"has a UNet with addition_embed_type {unet.addition_embed_type}, which Stable Diffusion does not serve"
-    if any(getattr(vae, name, None) is not None for name in ("latents_mean", "latents_std")):
-        return "has an autoencoder with latents_mean or latents_std, which a StableDiffusionPipeline ignores"
+class StableDiffusion(Family):
+    DENOISER = "unet"
+    TRAINABLE_ENCODERS = ("text_encoder",)
+    PATCH = 1
+    IS_FLOW = False
+    UNQUANTIZED = ("time_embedding", "time_emb_proj", "add_embedding", "proj_in", "proj_out")
+
+    def unsupported(self, denoiser: Any, autoencoder: Any) -> str | None:
+        embedding = getattr(denoiser, "addition_embed_type", None)
+        if embedding is not None:
+            return f"has a UNet with addition_embed_type {embedding}, which Stable Diffusion does not serve"
+        if any(getattr(autoencoder, name, None) is not None for name in ("latents_mean", "latents_std")):
+            return "has an autoencoder with latents_mean or latents_std, which a StableDiffusionPipeline ignores"
+        return unsupported_unet(denoiser, autoencoder)
+
+    def read(self, pipeline: Any, name: str, tokens: Tensor) -> tuple[Tensor, ...]:
+        return (pipeline.text_encoder(tokens)[0],)
+
+    def conditions(self, outputs: Outputs, config: Any) -> dict[str, Tensor]:
+        return {"encoder_hidden_states": outputs["text_encoder"][0]}
+
+    def guided(
+        self, pipeline: Any, prompts: Mapping[str, Tensor], negative: Mapping[str, Tensor], given: bool
+    ) -> dict[str, Any]:
+        return {
+            "prompt_embeds": prompts["encoder_hidden_states"],
+            "negative_prompt_embeds": negative["encoder_hidden_states"],
+        }
+
+    def predict(self, denoiser: Any, noisy: Tensor, timesteps: Tensor, **conditions: Tensor) -> Tensor:
+        return denoiser(noisy, timesteps, **conditions, return_dict=False)[0]
+
+
+def unsupported_unet(unet: Any, autoencoder: Any) -> str | None:
+    """What the configurations of Stable Diffusion's models, XL's too, may not ask for."""
+    if unet.in_channels != autoencoder.latent_channels:
+        return f"has a UNet with {unet.in_channels} input channels for {autoencoder.latent_channels} latent channels"
+    if not isinstance(getattr(autoencoder, "scaling_factor", None), int | float):
+        factor = getattr(autoencoder, "scaling_factor", None)
+        return f"has an autoencoder with scaling_factor {factor}, which is no number"
+    if getattr(autoencoder, "shift_factor", None):
+        shift = autoencoder.shift_factor
+        return f"has an autoencoder with shift_factor {shift}, which a Stable Diffusion pipeline ignores"
+    for name in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type"):
+        if getattr(unet, name, None) is not None:
+            return f"has a UNet with {name} {getattr(unet, name)}, which needs other inputs than a prompt"
     return None
 
 
-def encode_tokens(pipeline: Any, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {"encoder_hidden_states": pipeline.text_encoder(tokens["text_encoder"])[0]}
-
-
-def guided(
-    pipeline: Any, prompts: Mapping[str, Tensor], negative: Mapping[str, Tensor], given: bool
-) -> dict[str, Tensor]:
-    return {
-        "prompt_embeds": prompts["encoder_hidden_states"],
-        "negative_prompt_embeds": negative["encoder_hidden_states"],
-    }
-
-
-def predict(unet: Any, noisy: Tensor, timesteps: Tensor, *, encoder_hidden_states: Tensor) -> Tensor:
-    return unet(noisy, timesteps, encoder_hidden_states, return_dict=False)[0]
+FAMILY = StableDiffusion()

@@ -23,6 +23,7 @@ from delora_diffusers.files.low_rank import (
     summed,
     truncated,
 )
+from delora_diffusers.files.original_names import in_original_layout
 from delora_diffusers.files.reading import (
     FORMAT_VERSION,
     adapter_path,
@@ -34,7 +35,7 @@ from delora_diffusers.files.reading import (
 )
 from delora_diffusers.methods import update
 from delora_diffusers.methods.config import AdapterConfig
-from delora_diffusers.names import METADATA_KEY, WEIGHTS_NAME, is_xl
+from delora_diffusers.names import FAMILIES, METADATA_KEY, WEIGHTS_NAME, is_xl
 from delora_diffusers.text_files import read_json
 
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
@@ -60,8 +61,24 @@ class Source:
         return "text_encoder_2" in self.factors or self._width() == SDXL_WIDTH
 
     @property
+    def family(self) -> str:
+        """The base model's family.
+
+        Raises:
+            InputError: the adapter does not record it.
+        """
+        if self.pipeline not in FAMILIES:
+            raise InputError(
+                f"the adapter records {self.pipeline} as its pipeline class, and the names of a transformer's modules "
+                "depend on it; save it again with pipeline='FluxPipeline', for example."
+            )
+        return FAMILIES[self.pipeline]
+
+    @property
     def version(self) -> str:
         """The base model's version, as sd-scripts names it."""
+        if "transformer" in self.factors:
+            return {"sd3": "sd3", "flux": "flux1"}.get(self.family, self.family)
         return "sdxl_base_v1-0" if self.is_sdxl else "sd_v2" if self._width() == SD2_WIDTH else "sd_v1"
 
     def _width(self) -> int | None:
@@ -120,19 +137,20 @@ def write_kohya(source: Source, path: Path, dtype: torch.dtype) -> Path:
     """A file for AUTOMATIC1111, ComfyUI and sd-scripts.
 
     ``lora_unet_NAME.lora_down.weight`` (k, in), ``.lora_up.weight`` (out, k), ``.alpha`` (), with underscores for the
-    dots in NAME; ``lora_te_NAME`` for the text encoder, ``lora_te1_`` and ``lora_te2_`` for SDXL's two. SDXL's UNet has
-    the names from its original code. Alpha is the rank, so the scale alpha / rank is 1.
+    dots in NAME; ``lora_te_NAME`` for the text encoder, ``lora_te1_`` and ``lora_te2_`` where a model has several.
+    SDXL's UNet and transformers have the names from their original code. Alpha is the rank, so the scale alpha / rank
+    is 1.
 
     Raises:
-        InputError: the adapter is a transformer's, for which this export has no names.
+        InputError: a module has no name in this format.
     """
-    prefixes = {"unet": "lora_unet", "text_encoder": "lora_te"}
-    if source.is_sdxl:
+    prefixes = {"unet": "lora_unet", "transformer": "lora_unet", "text_encoder": "lora_te"}
+    if source.is_sdxl or "transformer" in source.factors:
         prefixes |= {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
     tensors, ranks = {}, set()
     for component, modules in source.factors.items():
-        if component not in prefixes:
-            raise InputError(f"the kohya export has no names for a {component}; use --format diffusers.")
+        if component == "transformer":
+            modules = in_original_layout(source.family, modules)
         for module, factors in modules.items():
             name = long_name(component, module)
             if component == "unet" and source.is_sdxl:
@@ -141,13 +159,13 @@ def write_kohya(source: Source, path: Path, dtype: torch.dtype) -> Path:
             tensors |= {f"{name}.lora_down.weight": factors.a, f"{name}.lora_up.weight": factors.b}
             tensors[f"{name}.alpha"] = torch.tensor(float(factors.rank))
             ranks.add(factors.rank)
-    rank = str(max(ranks))
+    rank, version = str(max(ranks)), source.version
     metadata = {
-        "ss_network_module": "networks.lora",
+        "ss_network_module": {"sd3": "networks.lora_sd3", "flux1": "networks.lora_flux"}.get(version, "networks.lora"),
         "ss_network_dim": rank,
         "ss_network_alpha": rank,
-        "ss_base_model_version": source.version,
-        "ss_v2": str(source.version == "sd_v2"),
+        "ss_base_model_version": version,
+        "ss_v2": str(version == "sd_v2"),
     }
     with atomic_output(path, KOHYA_NAME) as file:
         _save(tensors, file, dtype, metadata)
@@ -242,11 +260,14 @@ def _write_peft_component(
     _save(named, subfolder / PEFT_FILES[1], dtype, {"format": "pt"})
 
 
-def read_peft_delora(folder: Path, base_weights: Mapping[str, Tensor], base_model: str, output: Path) -> Path:
-    """Convert a UNet's DeloraConfig folder to an adapter file with a zero start.
+def read_peft_delora(
+    folder: Path, base_weights: Mapping[str, Tensor], base: Mapping[str, str], component: str, output: Path
+) -> Path:
+    """Convert a denoiser's DeloraConfig folder to an adapter file with a zero start.
 
     Args:
-        base_weights: the UNet's weights by module name, to compute the scale if the folder does not have it.
+        base_weights: the denoiser's weights by module name, to compute the scale if the folder does not have it.
+        base: ``base_model`` and ``pipeline`` as an adapter file records them. component: ``unet`` or ``transformer``.
 
     Raises:
         InputError: the folder is not a DeLoRA that PEFT saved, or does not fit the model.
@@ -266,14 +287,15 @@ def read_peft_delora(folder: Path, base_weights: Mapping[str, Tensor], base_mode
     tensors, ranks = {}, set()
     for module, saved in by_module.items():
         if module not in base_weights or not {"A", "B", "lambda"} <= saved.keys():
-            raise InputError(f"{folder} does not fit {base_model}: it adapts {module}; give its base model.")
+            raise InputError(f"{folder} does not fit {base['base_model']}: it adapts {module}; give its base model.")
         weight, (a, b) = base_weights[module], (saved["A"], saved["B"])
+        of_model = f"{folder} does not fit {base['base_model']}: {module}"
         if saved["lambda"].numel() != 1:
             raise InputError(f"{files[1]} has {saved['lambda'].numel()} lambdas for {module}; save the adapter again.")
         if a.ndim != 2 or b.ndim != 2 or (b.shape[0], a.shape[1]) != tuple(weight.shape):
             raise InputError(
-                f"{folder} does not fit {base_model}: {module} has A {tuple(a.shape)} and B {tuple(b.shape)} in the "
-                f"folder and is {tuple(weight.shape)} in the model; give its base model."
+                f"{of_model} has A {tuple(a.shape)} and B {tuple(b.shape)} in the folder and is {tuple(weight.shape)} "
+                "in the model; give its base model."
             )
         scale = saved.get("w_norm")
         if scale is None:
@@ -284,7 +306,7 @@ def read_peft_delora(folder: Path, base_weights: Mapping[str, Tensor], base_mode
         converted = {"A": a, "B": b, "lambda": saved["lambda"].reshape(()), "w_norm": scale}
         config = AdapterConfig(rank=a.shape[0], start="zero")
         check_shapes(files[1], module, config, converted, tuple(weight.shape))
-        tensors |= {f"unet.{module}.delora_{key}": tensor for key, tensor in converted.items()}
+        tensors |= {f"{component}.{module}.delora_{key}": tensor for key, tensor in converted.items()}
     if len(ranks) != 1:
         raise InputError(
             f"{folder} has ranks {sorted(ranks)}; import an adapter that has the same rank in all modules."
@@ -292,8 +314,8 @@ def read_peft_delora(folder: Path, base_weights: Mapping[str, Tensor], base_mode
     adapter = AdapterConfig(rank=ranks.pop(), start="zero", targets=tuple(sorted(by_module)))
     header = {
         "format_version": FORMAT_VERSION,
-        "base_model": base_model,
-        "config": {"unet": adapter.as_recorded()},
+        **base,
+        "config": {component: adapter.as_recorded()},
     }
     check_tensors(files[1], header, tensors)
     with atomic_output(output, WEIGHTS_NAME) as file:

@@ -163,7 +163,8 @@ class AdaptedPipeline:
         """
         for model in self._models:
             model.use(adapters)
-        use_control(self.pipeline.unet, adapters)
+        if hasattr(self.pipeline, "unet"):
+            use_control(self.pipeline.unet, adapters)
 
 
 def adapted_components(adapters: Iterable[Path]) -> list[str]:
@@ -179,12 +180,17 @@ def adapted_component(pipeline: Any, component: str, adapters: Iterable[Path]) -
     """
     model = getattr(pipeline, component, None)
     if model is None:
-        adapter = next(adapter for adapter in adapters if component in read_header(adapter)["config"])
-        raise InputError(
-            f"{adapter} adapts {component}, but a {type(pipeline).__name__} has no {component}; give the adapter's "
-            "base model."
-        )
+        raise missing_component(pipeline, component, adapters)
     return model
+
+
+def missing_component(pipeline: Any, component: str, adapters: Iterable[Path]) -> InputError:
+    """The error for adapters of a component that the pipeline does not have."""
+    adapter = next(adapter for adapter in adapters if component in read_header(adapter)["config"])
+    return InputError(
+        f"{adapter} adapts {component}, but a {type(pipeline).__name__} has no {component}; give the adapter's base "
+        "model."
+    )
 
 
 def use_control(unet: nn.Module, adapters: Sequence[Weighted]) -> None:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from delora_diffusers.errors import InputError
+from delora_diffusers.families.family import Family
 from delora_diffusers.memory import is_out_of_memory
-from delora_diffusers.pipelines.latents import latent_scale
 
 PIXELS_AT_ONCE = 512 * 512
 """One image of this size, or several smaller ones, are encoded and decoded at a time: activations need much memory."""
@@ -18,18 +18,19 @@ TILE = 512
 """Side of a tile in pixels; half of the image's if that is smaller. Neighbours overlap by a quarter and are blended."""
 
 
-def encode(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+def encode(family: Family, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """The posterior's mean and standard deviation (batch, channels, height, width) of images (batch, 3, ...), -1 to 1,
     in the autoencoder's dtype and on its device."""
     side = max(pixels.shape[-2:])
     posteriors = [
-        _tiled_if_needed(vae, side, lambda batch=batch: vae.encode(batch).latent_dist)
+        _tiled_if_needed(vae, side, lambda batch=batch: family.posterior(vae, batch))
         for batch in pixels.split(max(1, PIXELS_AT_ONCE // (pixels.shape[-2] * pixels.shape[-1])))
     ]
-    return torch.cat([p.mean for p in posteriors]), torch.cat([p.std for p in posteriors])
+    means, stds = zip(*posteriors)
+    return torch.cat(means), torch.cat(stds)
 
 
-def decode(vae: Any, latents: Tensor) -> Tensor:
+def decode(family: Family, vae: Any, latents: Tensor) -> Tensor:
     """Images (batch, 3, height, width) of the denoiser's latents; in float32 if the autoencoder overflows in its dtype.
 
     Raises:
@@ -37,28 +38,24 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
     """
     if vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
         vae.to(torch.float32)  # Stable Diffusion XL's autoencoder overflows in fp16
-    decoded = _decode(vae, latents)
+    decoded = _decode(family, vae, latents)
     if vae.dtype != torch.float32 and not torch.isfinite(decoded).all():
         vae.to(torch.float32)
-        decoded = _decode(vae, latents)
+        decoded = _decode(family, vae, latents)
     if not torch.isfinite(decoded).all():
         raise InputError("the autoencoder gave values that are not finite; use another base model.")
     return decoded
 
 
-def _decode(vae: Any, latents: Tensor) -> Tensor:
-    unscaled = latent_scale(vae).unscaled(latents.to(vae.dtype))
-    height, width = (size * _factor(vae) for size in latents.shape[-2:])
+def _decode(family: Family, vae: Any, latents: Tensor) -> Tensor:
+    unscaled = family.scale(vae).unscaled(latents.to(vae.dtype))
+    factor = family.latent_shape(vae.config)[1]
+    height, width = (size * factor for size in latents.shape[-2:])
     images = [
-        _tiled_if_needed(vae, max(height, width), lambda batch=batch: vae.decode(batch, return_dict=False)[0])
+        _tiled_if_needed(vae, max(height, width), lambda batch=batch: family.decode(vae, batch))
         for batch in unscaled.split(max(1, PIXELS_AT_ONCE // (height * width)))
     ]
     return torch.cat(images)
-
-
-def _factor(vae: Any) -> int:
-    """How many times smaller latents are than images."""
-    return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def _tiled_if_needed(vae: Any, side: int, run: Callable[[], Any]) -> Any:
@@ -71,11 +68,20 @@ def _tiled_if_needed(vae: Any, side: int, run: Callable[[], Any]) -> Any:
             if not is_out_of_memory(error) or not can_tile:
                 raise
         torch.cuda.empty_cache()  # outside the handler, whose traceback keeps the activations
-    tile = TILE if side > TILE else side // 2
-    vae.tile_latent_min_size = tile // _factor(vae)
-    vae.tile_sample_min_size = vae.tile_latent_min_size * _factor(vae)
+    _set_tile(vae, TILE if side > TILE else side // 2)
     vae.enable_tiling()
     try:
         return run()
     finally:
         vae.disable_tiling()
+
+
+def _set_tile(vae: Any, side: int) -> None:
+    """Set the side of tiles in pixels, by whichever attributes the autoencoder has for it."""
+    if hasattr(vae, "tile_latent_min_size"):
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        vae.tile_latent_min_size = side // factor
+        vae.tile_sample_min_size = vae.tile_latent_min_size * factor
+    else:
+        vae.tile_sample_min_height = vae.tile_sample_min_width = side
+        vae.tile_sample_stride_height = vae.tile_sample_stride_width = side * 3 // 4

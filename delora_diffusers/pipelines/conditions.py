@@ -6,55 +6,95 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from delora_diffusers.errors import printable
+from delora_diffusers.families.family import Family
 from delora_diffusers.families.table import family_of
 
 logger = logging.getLogger(__name__)
 
 
+def family_in(pipeline: Any) -> Family:
+    """The family of a pipeline."""
+    return family_of(type(pipeline).__name__)
+
+
 def text_encoders(pipeline: Any) -> dict[str, Any]:
     """The pipeline's text encoders that are loaded, by name."""
-    encoders = {name: getattr(pipeline, name, None) for name in family_of(type(pipeline).__name__).TEXT_ENCODERS}
+    encoders = {name: getattr(pipeline, name, None) for name in family_in(pipeline).TEXT_ENCODERS}
     return {name: encoder for name, encoder in encoders.items() if encoder is not None}
 
 
-def tokenize(pipeline: Any, prompts: Sequence[str], device: torch.device | str) -> dict[str, Tensor]:
-    """Token ids for each text encoder, (prompts, tokens), by the encoder's name."""
-    tokens = {}
-    for name in text_encoders(pipeline):
-        tokenizer = getattr(pipeline, name.replace("text_encoder", "tokenizer"))
-        padded = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
-        tokens[name] = tokenizer(list(prompts), return_tensors="pt", **padded).input_ids.to(device)
-    return tokens
+def tokenize(
+    pipeline: Any, prompts: Sequence[str], device: torch.device | str, names: Sequence[str] | None = None
+) -> dict[str, Tensor]:
+    """Token ids for text encoders, (prompts, tokens), by the encoder's name.
+
+    Args:
+        names: of the encoders; None for all that are loaded.
+    """
+    family = family_in(pipeline)
+    names = list(text_encoders(pipeline)) if names is None else names
+    return {name: family.tokenize(pipeline, name, prompts).to(device) for name in names}
 
 
-def warn_of_truncation(pipeline: Any, prompts: Sequence[str]) -> None:
-    """Log the prompts that are longer than the text encoder reads, and what it does not read of the first."""
-    tokenizer = pipeline.tokenizer
-    longest = tokenizer.model_max_length
-    cut = [(prompt, ids) for prompt in prompts if len(ids := tokenizer(prompt, verbose=False).input_ids) > longest]
-    if cut:
-        prompt, ids = cut[0]
-        unread = tokenizer.decode(ids[longest - 1 :], skip_special_tokens=True)
-        more = f"; {len(cut) - 1} more prompts are too long" if len(cut) > 1 else ""
-        message = f"truncated: the prompt {shortened(prompt)!r} has {len(ids)} tokens, of which {longest} are read"
-        logger.warning(printable(f"{message}; not read: {shortened(unread)!r}{more}."))
+def read_prompts(pipeline: Any, name: str, prompts: Sequence[str], device: torch.device | str) -> dict[str, Tensor]:
+    """The outputs of a text encoder that is loaded, (prompts, ...) each, as ``NAME/0``, ``NAME/1``, ..."""
+    outputs = family_in(pipeline).encode(pipeline, name, prompts, device)
+    return {f"{name}/{number}": tensor for number, tensor in enumerate(outputs)}
 
 
-def shortened(text: str, longest: int = 100) -> str:
-    """The start of a text."""
-    return text if len(text) <= longest else text[: longest - 3] + "..."
+def is_encoders(name: str) -> bool:
+    """Whether a tensor of this name is a text encoder's: its tokens or one of its outputs."""
+    return name.startswith("text_encoder")
 
 
-def encode_tokens(pipeline: Any, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Encode prompts as the denoiser's conditions, (prompts, ...) each, by name; see the family."""
-    return family_of(type(pipeline).__name__).encode_tokens(pipeline, tokens)
+def conditions(pipeline: Any, encoded: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
+    """The denoiser's conditions, (prompts, ...) each, by name; see the family.
+
+    Args:
+        encoded: the outputs of each text encoder, as ``read_prompts`` gives them, or its tokens, by its name; those are
+            encoded.
+        config: the denoiser's.
+    """
+    family = family_in(pipeline)
+    outputs: dict[str, tuple[Tensor, ...]] = {}
+    for name in family.TEXT_ENCODERS:
+        if name in encoded:
+            outputs[name] = family.read(pipeline, name, encoded[name])
+        elif f"{name}/0" in encoded:
+            outputs[name] = tuple(tensor for key, tensor in encoded.items() if key.startswith(f"{name}/"))
+    return without_full_mask(family.conditions(outputs, config))
+
+
+def without_full_mask(conditions: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The conditions, without their mask if no prompt is padded."""
+    mask = conditions.get("mask")
+    if mask is None or not mask.all():
+        return conditions
+    return {name: tensor for name, tensor in conditions.items() if name != "mask"}
 
 
 def encode_prompts(pipeline: Any, prompts: Sequence[str], device: torch.device | str) -> dict[str, Tensor]:
-    """Encode prompts in the text encoders' dtype; see ``encode_tokens``."""
-    return encode_tokens(pipeline, tokenize(pipeline, prompts, device))
+    """Encode prompts with all text encoders, which are loaded, in their dtype; see ``conditions``."""
+    encoded: dict[str, Tensor] = {}
+    config = getattr(getattr(pipeline, family_in(pipeline).DENOISER), "config", None)
+    for name in text_encoders(pipeline):
+        encoded |= read_prompts(pipeline, name, prompts, device)
+    return conditions(pipeline, encoded, config)
+
+
+def joined(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of several prompts, (1, ...) each, as one batch; shorter prompts are padded with zeros."""
+    tensors = {name: [row[name] for row in rows] for name in rows[0]}
+    return {name: torch.cat(_padded(same)) for name, same in tensors.items()}
+
+
+def _padded(tensors: Sequence[Tensor]) -> list[Tensor]:
+    longest = max(tensor.shape[1] for tensor in tensors)
+    missing = [longest - tensor.shape[1] for tensor in tensors]
+    return [functional.pad(t, (*(0, 0) * (t.ndim - 2), 0, count)) if count else t for t, count in zip(tensors, missing)]
 
 
 def guided(
@@ -70,5 +110,25 @@ def guided(
         given: whether the user gave the negative prompts; otherwise they are empty.
         count: images per prompt; each prompt is repeated as a whole batch.
     """
-    arguments = family_of(type(pipeline).__name__).guided(pipeline, prompts, negative, given)
-    return {name: tensor.repeat(count, *[1] * (tensor.ndim - 1)) for name, tensor in arguments.items()}
+    prompts, negative = (
+        {name: tensor.repeat(count, *[1] * (tensor.ndim - 1)) for name, tensor in conditions.items()}
+        for conditions in (prompts, negative)
+    )
+    return family_in(pipeline).guided(pipeline, prompts, negative, given)
+
+
+def warn_of_truncation(pipeline: Any, prompts: Sequence[str]) -> None:
+    """Log the prompts that are longer than the text encoder reads, and what it does not read of the first."""
+    tokenizer, longest = family_in(pipeline).prompt_limit(pipeline)
+    cut = [(prompt, ids) for prompt in prompts if len(ids := tokenizer(prompt, verbose=False).input_ids) > longest]
+    if cut:
+        prompt, ids = cut[0]
+        unread = tokenizer.decode(ids[longest - 1 :], skip_special_tokens=True)
+        more = f"; {len(cut) - 1} more prompts are too long" if len(cut) > 1 else ""
+        message = f"truncated: the prompt {shortened(prompt)!r} has {len(ids)} tokens, of which {longest} are read"
+        logger.warning(printable(f"{message}; not read: {shortened(unread)!r}{more}."))
+
+
+def shortened(text: str, longest: int = 100) -> str:
+    """The start of a text."""
+    return text if len(text) <= longest else text[: longest - 3] + "..."

@@ -1,6 +1,6 @@
 """Prompts encoded ahead of sampling, so that the text encoders do not need memory beside the denoiser."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,21 +8,27 @@ import torch
 from torch import Tensor
 
 from delora_diffusers.families.loading import OpenModel
+from delora_diffusers.memory import free_bytes
 from delora_diffusers.pipelines.adapted_pipeline import (
     AdaptedModel,
     Weighted,
-    adapted_component,
     adapted_components,
+    missing_component,
 )
-from delora_diffusers.pipelines.conditions import encode_prompts, guided
+from delora_diffusers.pipelines.conditions import conditions, guided, joined, read_prompts
+from delora_diffusers.pipelines.offload import offload_blocks
 
 
 class EncodedPrompts:
     """The prompts of a run, encoded once for each set of adapters that changes the text encoders; kept on the CPU.
 
+    Each prompt is encoded by itself, because the last bits of an embedding depend on its batch. One text encoder at a
+    time is loaded.
+
     Args:
-        model: opened; its text encoders are loaded until ``finish``.
-        adapters: every adapter that ``encode`` will be given.
+        model: opened.
+        adapters: every adapter that is used.
+        prompts: each prompt with the adapters, and their strengths, with which it is used.
         negative_prompt: for all prompts; empty for none.
 
     Raises:
@@ -33,56 +39,73 @@ class EncodedPrompts:
         self,
         model: OpenModel,
         adapters: Sequence[Path],
+        prompts: Iterable[tuple[str, Sequence[Weighted]]],
         negative_prompt: str,
         device: torch.device,
         dtype: torch.dtype,
     ):
         self.model = model
-        self.negative_prompt = negative_prompt
-        self.device = device
+        self.negative_prompt = negative_prompt or model.family.NO_PROMPT
+        self._is_given = bool(negative_prompt)
+        adapted = [component for component in adapted_components(adapters) if component != model.family.DENOISER]
+        for component in adapted:
+            check_component(model, component, adapters)
+        self._depends_on_adapters = bool(adapted)
+        self._encoded: dict[Key, dict[str, Tensor]] = {}
+        wanted = {
+            self._key(text, weighted): weighted
+            for prompt, weighted in prompts
+            for text in (prompt, self.negative_prompt)
+        }
         for name in model.text_encoders:
-            model.load(name, dtype, device)
-        self._adapted = [
-            AdaptedModel(adapted_component(model.pipeline, component, adapters), component, adapters)
-            for component in adapted_components(adapters)
-            if component != "unet"
-        ]
-        self._depends_on_adapters = bool(self._adapted)
-        self._in_use: Sequence[Weighted] | None = None
-        self._encoded: dict[tuple[str, tuple[Weighted, ...]], dict[str, Tensor]] = {}
+            encoder = load_text_encoder(model, name, dtype, device)
+            switched = AdaptedModel(encoder, name, adapters) if name in adapted else None
+            in_use: Sequence[Weighted] | None = None
+            for key, weighted in wanted.items():
+                if switched is not None and (in_use is None or list(in_use) != list(weighted)):
+                    switched.use(weighted)
+                    in_use = weighted
+                with torch.no_grad():
+                    outputs = read_prompts(model.pipeline, name, [key[0]], device)
+                self._encoded.setdefault(key, {}).update({name: tensor.cpu() for name, tensor in outputs.items()})
+            del encoder, switched
+            model.drop(name)
 
-    def encode(self, prompt: str, adapters: Sequence[Weighted]) -> None:
-        """Encode a prompt, and the negative prompt, with these adapters; nothing is done twice.
-
-        Each prompt is encoded by itself, because the last bits of an embedding depend on its batch.
-        """
-        for text in (prompt, self.negative_prompt):
-            if self._key(text, adapters) in self._encoded:
-                continue
-            if self._in_use is None or list(self._in_use) != list(adapters):
-                for adapted in self._adapted:
-                    adapted.use(adapters)
-                self._in_use = adapters
-            with torch.no_grad():
-                conditions = encode_prompts(self.model.pipeline, [text], self.device)
-            self._encoded[self._key(text, adapters)] = {name: tensor.cpu() for name, tensor in conditions.items()}
-
-    def _key(self, text: str, adapters: Sequence[Weighted]) -> tuple[str, tuple[Weighted, ...]]:
+    def _key(self, text: str, adapters: Sequence[Weighted]) -> "Key":
         return text, tuple(adapters) if self._depends_on_adapters else ()
-
-    def finish(self) -> None:
-        """Drop the text encoders."""
-        self._adapted = []
-        self.model.drop(*self.model.text_encoders)
 
     def arguments(self, prompts: Sequence[str], adapters: Sequence[Weighted], device: torch.device) -> dict[str, Any]:
         """A batch of encoded prompts as arguments of the pipeline."""
+        pipeline, config = self.model.pipeline, self.model.skeletons[self.model.family.DENOISER].config
         positive, negative = (
-            self._joined([self._encoded[self._key(text, adapters)] for text in texts], device)
+            conditions(pipeline, joined([self._encoded[self._key(text, adapters)] for text in texts]), config)
             for texts in (prompts, [self.negative_prompt] * len(prompts))
         )
-        return guided(self.model.pipeline, positive, negative, given=bool(self.negative_prompt))
+        positive, negative = (
+            {name: tensor.to(device) for name, tensor in tensors.items()} for tensors in (positive, negative)
+        )
+        return guided(pipeline, positive, negative, self._is_given)
 
-    @staticmethod
-    def _joined(rows: Sequence[dict[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
-        return {name: torch.cat([row[name] for row in rows]).to(device) for name in rows[0]}
+
+Key = tuple[str, tuple[Weighted, ...]]
+"""A text, and the adapters with which it is encoded."""
+
+
+def check_component(model: OpenModel, component: str, adapters: Sequence[Path]) -> None:
+    """Reject adapters of a component that the model does not have.
+
+    Raises:
+        InputError
+    """
+    if component not in model.skeletons:
+        raise missing_component(model.pipeline, component, adapters)
+
+
+def load_text_encoder(model: OpenModel, name: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """Load a text encoder; if it does not fit the GPU, its blocks stay in host memory and are brought there in turn."""
+    size = sum(parameter.numel() for parameter in model.skeletons[name].parameters()) * dtype.itemsize
+    if device.type != "cuda" or size * 1.1 < free_bytes():
+        return model.load(name, dtype, device)
+    encoder = model.load(name, dtype)
+    offload_blocks(encoder, device)
+    return encoder

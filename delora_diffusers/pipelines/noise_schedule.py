@@ -10,7 +10,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
 def check_ddpm(scheduler: Any, name: str | None) -> None:
-    """Reject a base model whose noise schedule is not that of a DDPM (Ho et al., NeurIPS 2020).
+    """Reject a base model whose noise schedule is not that of a DDPM (Ho et al., NeurIPS 2020), though its family's is.
 
     EDM and flow matching scale the UNet's input and output in other ways; training them on a DDPM's schedule would
     work without an error and give a wrong model.
@@ -33,8 +33,22 @@ def check_ddpm(scheduler: Any, name: str | None) -> None:
         raise InputError(f"the base model {name} {problem}; choose a base model with the usual schedule.")
 
 
-def training_schedule(scheduler: Any, name: str | None) -> DDPMScheduler:
-    """The schedule to train on.
+def check_flow(scheduler: Any, name: str | None) -> None:
+    """Reject a base model whose noise schedule is not that of a rectified flow, though its family's is.
+
+    Raises:
+        InputError
+    """
+    kind = type(scheduler).__name__
+    if not kind.startswith("FlowMatch"):
+        raise InputError(
+            f"the base model {name} has a {kind}, whose noise schedule is not that of a flow; choose a base model with "
+            "the usual schedule."
+        )
+
+
+def ddpm_schedule(scheduler: Any, name: str | None) -> DDPMScheduler:
+    """The schedule of a DDPM to train on.
 
     Raises:
         InputError: see ``check_ddpm``; or the schedule has settings that are not supported.

@@ -21,7 +21,7 @@ class AdapterFiles:
     """The adapters of a run and how they are saved.
 
     Attributes:
-        adapters: by component (``"unet"``, ``"text_encoder"``).
+        adapters: by component (``"unet"``, ``"text_encoder"``); that of the denoiser is the first.
         subjects: the flags of each subject, including its output folder.
         prompts: an example prompt of each subject.
         parts: further arguments of ``save_adapter``.
@@ -31,6 +31,11 @@ class AdapterFiles:
     subjects: Sequence[argparse.Namespace]
     prompts: Sequence[str]
     parts: Mapping[str, Any]
+
+    @property
+    def denoiser(self) -> Adapter:
+        """The denoiser's adapter."""
+        return next(iter(self.adapters.values()))
 
     def is_finite(self, subject: int) -> bool:
         """Whether all tensors of a subject's adapter are finite."""
@@ -46,12 +51,14 @@ class AdapterFiles:
         args, prompt = self.subjects[subject], self.prompts[subject]
         training = {name: getattr(args, name) for name in RECORDED_FLAGS} | {"prompt": prompt}
         if step is not None:
-            distance = self.adapters["unet"].all_distances()[subject].mean().item()
+            distance = self.denoiser.all_distances()[subject].mean().item()
             training |= {"step": step, "distance": round(distance, 6)}
+        (component, denoiser), *text_encoders = self.adapters.items()
         return save_adapter(
-            self.adapters["unet"],
+            denoiser,
             folder,
-            text_encoders={name: adapter for name, adapter in self.adapters.items() if name != "unet"},
+            component=component,
+            text_encoders=dict(text_encoders),
             base_model=recorded_model_name(args.pretrained_model_name_or_path),
             revision=args.revision,
             variant=args.variant,

@@ -2,11 +2,12 @@
 
 import argparse
 import importlib.util
+import math
 import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from delora_diffusers.errors import InputError
 from delora_diffusers.families.quantization import PACKAGES, add_base_precision_argument, check_base_precision
@@ -24,6 +25,9 @@ from delora_diffusers.names import MINIATURE, is_miniature
 from delora_diffusers.outputs import check_run_folder
 from delora_diffusers.text_files import as_bool, is_text, read_yaml
 
+if TYPE_CHECKING:
+    from delora_diffusers.families.family import Family
+
 MINIATURE_SUBJECT_RATES = {"delora": 1e-2}
 """On the included miniature, DeLoRA has better prompt fidelity at half the paper's rate; see docs/miniature.md."""
 
@@ -36,6 +40,9 @@ SCHEDULERS = (
     "constant_with_warmup",
     "piecewise_constant",
 )
+
+WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
+"""How flows sample times and weight the loss; diffusers' names."""
 
 STEP_RULES = r"(\d*\.?\d+:\d+,)*\d*\.?\d+"
 """FACTOR:STEP pairs, each multiplying the learning rate up to that step, then the final factor."""
@@ -57,12 +64,17 @@ def positive_int(text: str) -> int:
     return value
 
 
+def shift(text: str) -> float | str:
+    return text if text == "resolution" else float(text)
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("base model")
     group.add_argument(
         "--pretrained_model_name_or_path",
         default=MINIATURE,
-        help=f"Stable Diffusion 1.x, 2.x or XL as a folder or hub id; default: {MINIATURE}, which is included",
+        help="a pipeline folder or hub id: Stable Diffusion 1.x to 3.5, XL, Flux.1, FLUX.2, Z-Image or Qwen-Image; "
+        f"default: {MINIATURE}, which is included",
     )
     group.add_argument("--revision", help="branch, tag or commit on the hub")
     group.add_argument("--variant", help="file variant, for example fp16")
@@ -94,8 +106,8 @@ def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--targets",
         nargs="+",
-        help="suffixes of the names of the UNet modules to adapt; default: q, k, v and out, for maps also "
-        "ff.net.0.proj, everything for DreamBooth with --method full",
+        help="suffixes of the names of the denoiser's modules to adapt; default: attention's projections, for maps "
+        "also ff.net.0.proj, everything for DreamBooth with --method full",
     )
     group.add_argument(
         "--path",
@@ -150,6 +162,23 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--adam_epsilon", type=float, default=1e-8, help="default: 1e-8")
     group.add_argument("--max_grad_norm", type=float, default=1.0, help="maximum gradient norm; 0 turns clipping off")
     group.add_argument("--snr_gamma", type=float, help="weight the loss by min-SNR with this gamma, commonly 5.0")
+    group.add_argument(
+        "--weighting_scheme",
+        choices=WEIGHTING_SCHEMES,
+        help="of flow models: how times are sampled and the loss is weighted; default: logit_normal for Stable "
+        "Diffusion 3, none (uniform) for the others",
+    )
+    group.add_argument(
+        "--logit_mean", type=float, default=0.0, help="of logit_normal; positive means less noise; default: 0"
+    )
+    group.add_argument("--logit_std", type=float, default=1.0, help="of logit_normal; default: 1")
+    group.add_argument("--mode_scale", type=float, default=1.29, help="of mode; default: 1.29")
+    group.add_argument(
+        "--timestep_shift",
+        type=shift,
+        help="of flow models: shift times towards the noise by this factor, or 'resolution' for one that grows with "
+        "the image's size; default: the scheduler's, if it is fixed, else 1",
+    )
     group.add_argument("--noise_offset", type=float, default=0.0, help="default: 0")
     group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's setting")
     group.add_argument("--allow_tf32", action="store_true", help="faster float32 matrix products on Ampere and later")
@@ -175,7 +204,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--validation_inference_steps", type=positive_int, default=30, help="denoising steps per image; default: 30"
     )
-    group.add_argument("--guidance_scale", type=float, default=7.5, help="guidance scale of validation images")
+    group.add_argument(
+        "--guidance_scale", type=float, help="guidance scale of validation images; default: the pipeline's usual one"
+    )
     group.add_argument("--logging_steps", type=positive_int, default=10, help="log every N steps")
     group.add_argument(
         "--report_to",
@@ -272,7 +303,7 @@ def adapter_config(args: argparse.Namespace, **changes: Any) -> AdapterConfig:
         alpha=args.alpha,
         blocks=args.blocks,
         coft_eps=args.coft_eps,
-        targets=tuple(args.targets),
+        targets=tuple(args.targets or UNET_TARGETS),
         path=args.path,
         split_dtype=args.split_dtype,
     )
@@ -282,7 +313,7 @@ def adapter_config(args: argparse.Namespace, **changes: Any) -> AdapterConfig:
 def with_defaults(
     args: argparse.Namespace, learning_rates: Mapping[str, float] | None = None, maps: bool = False
 ) -> argparse.Namespace:
-    """Fill in the method's default learning rate and targets where they were not given; returns new arguments.
+    """Fill in the method's default learning rate where none was given; returns new arguments.
 
     Args:
         learning_rates: default rates by method that override those of the table of methods.
@@ -292,8 +323,34 @@ def with_defaults(
     args.gradient_checkpointing = args.gradient_checkpointing or args.offload
     if args.learning_rate is None:
         args.learning_rate = (learning_rates or {}).get(args.method, METHODS[args.method].default_rate(maps))
-    if args.targets is None:
-        args.targets = [EVERYTHING] if args.method == "full" else list(UNET_TARGETS)
+    if args.targets is None and args.method == "full":
+        args.targets = [EVERYTHING]
+    return args
+
+
+def with_family_defaults(args: argparse.Namespace, family: "Family") -> argparse.Namespace:
+    """Fill in the defaults of the base model's family where nothing was given; returns new arguments.
+
+    Raises:
+        InputError: a flag does not apply to the family.
+    """
+    name = args.pretrained_model_name_or_path
+    kind = "a flow model" if family.IS_FLOW else "a DDPM"
+    for flag in ("snr_gamma",) if family.IS_FLOW else ("weighting_scheme", "timestep_shift"):
+        if getattr(args, flag) is not None:
+            raise InputError(f"--{flag} does not apply to {name}, which is {kind}; leave it out.")
+    if getattr(args, "train_text_encoder", False) and not family.TRAINABLE_ENCODERS:
+        raise InputError(f"--train_text_encoder trains CLIP, which {name} does not have; leave it out.")
+    if getattr(args, "subjects_file", None) is not None and family.DENOISER != "unet":
+        raise InputError(
+            f"--subjects_file trains several subjects at once only on a UNet, which {name} does not have; train them "
+            "one after another."
+        )
+    args = argparse.Namespace(**vars(args))
+    args.targets = args.targets or list(family.TARGETS)
+    args.guidance_scale = family.GUIDANCE_SCALE if args.guidance_scale is None else args.guidance_scale
+    if family.IS_FLOW:
+        args.weighting_scheme = args.weighting_scheme or family.WEIGHTING_SCHEME
     return args
 
 
@@ -307,6 +364,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "max_grad_norm": (0, 1e12),
     "snr_gamma": (1e-6, 1e6),
     "noise_offset": (-10, 10),
+    "logit_mean": (-20, 20),
+    "logit_std": (0, 20),
+    "mode_scale": (-1, 2 / (math.pi - 2)),
     "prior_loss_weight": (0, 1e6),
     "lr_warmup_steps": (0, 1e9),
     "lr_power": (0, 1e3),
@@ -321,6 +381,8 @@ def _check_numbers(args: argparse.Namespace) -> None:
         value = getattr(args, name, None)
         if value is not None and not smallest <= value <= largest:
             raise InputError(f"--{name} {value} is not between {smallest:g} and {largest:g}; choose another value.")
+    if not isinstance(args.timestep_shift, str | None) and not 1e-3 <= args.timestep_shift <= 1e3:
+        raise InputError(f"--timestep_shift {args.timestep_shift} is not between 0.001 and 1000; choose another value.")
 
 
 def _check_memory_flags(args: argparse.Namespace) -> None:

@@ -2,19 +2,18 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from delora_diffusers.adapter.control import as_signal
-from delora_diffusers.pipelines.latents import LatentScale
+from delora_diffusers.families.latents import LatentScale
 from delora_diffusers.training import order
 from delora_diffusers.training.cuda_graph import Batch
 from delora_diffusers.training.disk_cache import DiskCache
 from delora_diffusers.training.encoding import LatentCache, PromptTable, device_index
-from delora_diffusers.training.objective import NoiseSettings, noised
+from delora_diffusers.training.noising import Noising
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,15 +38,14 @@ class SubjectBatches:
     """Micro-batches for DreamBooth with the same number of samples per subject, ordered by subject.
 
     Attributes:
-        noise_scheduler: of the base model. noise: how it is used.
+        noising: of the base model.
         subjects: one, or several that are trained at once.
-        table: text embeddings of each prompt, or its tokens if the text encoders are trained.
+        table: the conditions of each prompt, or what they are computed from if text encoders are trained.
         batch_size: photos per subject; with prior preservation, as many class images are added.
         prior_loss_weight: weight of the class images' loss.
     """
 
-    noise_scheduler: Any
-    noise: NoiseSettings
+    noising: Noising
     subjects: Sequence[SubjectData]
     table: PromptTable
     batch_size: int
@@ -74,7 +72,7 @@ class SubjectBatches:
             # Each half of the batch contributes its mean loss, and the two means are added.
             weights = torch.tensor([2.0] * len(photos) + [2.0 * self.prior_loss_weight] * len(images))
             weights = weights.to(self.device, non_blocking=True)
-        batch = noised(self.noise_scheduler, latents, generator, self.noise, weights)
+        batch = self.noising(latents, generator, weights)
         if sizes:
             batch["time_ids"] = torch.cat(sizes)
         return batch | self.table.lookup(prompts)
@@ -85,15 +83,14 @@ class MapBatches:
     """Micro-batches of semantic maps and their images.
 
     Attributes:
-        noise_scheduler: of the base model. noise: how it is used.
+        noising: of the base model.
         cache: the encoded pairs. scale: the autoencoder's.
         empty_prompt: embedding (tokens, width) of the empty prompt, which replaces a caption with probability
             ``proportion_empty_prompts``.
         palette: colours for index maps, or None for maps in colour.
     """
 
-    noise_scheduler: Any
-    noise: NoiseSettings
+    noising: Noising
     cache: DiskCache
     scale: LatentScale
     empty_prompt: Tensor
@@ -118,5 +115,4 @@ class MapBatches:
             rows = device_index(unprompted.nonzero()[0].tolist(), self.device)
             embeddings[rows] = self.empty_prompt.to(embeddings.dtype)
         maps = as_signal(list(batch.maps.numpy()), self.palette).to(self.device, non_blocking=True)
-        inputs = noised(self.noise_scheduler, latents, generator, self.noise)
-        return inputs | {"encoder_hidden_states": embeddings, "maps": maps}
+        return self.noising(latents, generator) | {"encoder_hidden_states": embeddings, "maps": maps}

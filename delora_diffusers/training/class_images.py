@@ -44,7 +44,7 @@ def generate_class_images(
     """Generate the class images that are missing, split across processes. Afterwards no model is loaded.
 
     Args:
-        table: has the class prompts and the empty prompt, encoded.
+        table: has the class prompts and the family's empty prompt, encoded.
 
     Raises:
         InputError: a folder contains images that were generated for another prompt, base model or resolution.
@@ -52,13 +52,14 @@ def generate_class_images(
     shares = [(subject, _share(accelerator, subject, args)) for subject in subjects]
     accelerator.wait_for_everyone()  # all processes list the missing images before any process writes one
     if any(share for _, share in shares):
-        load_denoiser(model, accelerator, args)
+        denoiser = load_denoiser(model, accelerator, args)
         if args.offload:
-            offload_blocks(model.pipeline.unet, accelerator.device)
+            offload_blocks(denoiser, accelerator.device)
         load_part(model, "vae", accelerator)
         for subject, share in shares:
-            _generate(model.pipeline, subject, share, table, args, not accelerator.is_local_main_process or not share)
-        model.drop("unet", "vae")
+            _generate(model, subject, share, table, args, not accelerator.is_local_main_process or not share)
+        del denoiser
+        model.drop(model.family.DENOISER, "vae")
     accelerator.wait_for_everyone()
 
 
@@ -89,7 +90,7 @@ def _record(subject: ClassImages, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _generate(
-    pipeline: Any,
+    model: OpenModel,
     subject: ClassImages,
     batches: list[Numbered],
     table: PromptTable,
@@ -97,10 +98,11 @@ def _generate(
     quiet: bool,
 ) -> None:
     for batch in tqdm(batches, desc="class images", disable=quiet):
-        conditions = guided(pipeline, table.lookup([subject.prompt]), table.lookup([""]), count=len(batch))
+        prompts, empty = table.lookup([subject.prompt]), table.lookup([model.family.NO_PROMPT])
+        conditions = guided(model.pipeline, prompts, empty, count=len(batch))
         with explain_out_of_memory("generating class images", ["--sample_batch_size 1", "a smaller --resolution"]):
             images = sample_images(
-                pipeline,
+                model.pipeline,
                 [subject.seed * 1_000_003 + number for number, _ in batch],
                 args.resolution,
                 num_inference_steps=args.validation_inference_steps,

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from delora_diffusers.families.family import Family
+from delora_diffusers.families.latents import LatentScale
 from delora_diffusers.memory import explain_out_of_memory
 from delora_diffusers.pipelines.autoencoder import PIXELS_AT_ONCE, encode
-from delora_diffusers.pipelines.latents import LatentScale, latent_scale
 from delora_diffusers.training import order
 
 
@@ -69,7 +70,7 @@ def device_index(rows: Sequence[int], device: torch.device) -> Tensor:
 
 
 class PromptTable:
-    """Text embeddings of a fixed list of prompts, or their tokens if the text encoders are trained.
+    """The conditions of a fixed list of prompts, or what they are computed from if text encoders are trained.
 
     Args:
         prompts: without duplicates.
@@ -89,6 +90,7 @@ class PromptTable:
 
 @torch.no_grad()
 def encode_images(
+    family: Family,
     vae,
     images: Iterable[list[np.ndarray]],
     count: int,
@@ -98,7 +100,7 @@ def encode_images(
     """Encode the views of each image with the autoencoder, in batches of at most ``PIXELS_AT_ONCE``.
 
     Args:
-        vae: an ``AutoencoderKL`` on ``device``, in float32: this is done once, and nothing else is on the device.
+        family: of the base model. vae: on ``device``, in float32: this is done once, and nothing else is on the device.
         images: the views of each image, (resolution, resolution, 3) uint8 each; consumed one image at a time.
         count: number of images, for the progress bar.
         sizes: of all views, see ``LatentCache``; None if the model takes none.
@@ -107,7 +109,7 @@ def encode_images(
 
     def encode_views(views: list[np.ndarray]) -> None:
         pixels = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).to(device, vae.dtype) / 127.5 - 1
-        mean, std = encode(vae, pixels)
+        mean, std = encode(family, vae, pixels)
         means.append(mean.float().cpu())
         stds.append(std.float().cpu())
 
@@ -122,7 +124,8 @@ def encode_images(
         if pending:
             encode_views(pending)
     size_conditions = None if sizes is None else _pinned(torch.tensor(sizes))
-    return LatentCache(_pinned(torch.cat(means)), _pinned(torch.cat(stds)), first, latent_scale(vae), size_conditions)
+    scale = family.scale(vae)
+    return LatentCache(_pinned(torch.cat(means)), _pinned(torch.cat(stds)), first, scale, size_conditions)
 
 
 def _pinned(tensor: Tensor) -> Tensor:

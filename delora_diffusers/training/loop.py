@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from delora_diffusers.adapter.tensors import Adapter
+from delora_diffusers.errors import InputError
 from delora_diffusers.families.quantization import PACKAGES
 from delora_diffusers.launching import has_bf16
 from delora_diffusers.memory import explain_out_of_memory
@@ -39,7 +40,7 @@ def train(
 
     Args:
         accelerator: created with ``args.gradient_accumulation_steps``.
-        adapters: the adapters to train, by component (``"unet"``, ``"text_encoder"``); attached, on the device.
+        adapters: the adapters to train, by component, that of the denoiser first; attached, on the device.
         batch_of: returns the tensors of micro-batch i.
         losses_of: returns each subject's loss for these tensors, (subjects,); see ``MicroBatches``.
         args: the flags of ``add_training_arguments``.
@@ -66,8 +67,7 @@ def train(
     gradients.broadcast_parameters(accelerator, parameters)
     start = _resume(accelerator, args)
     monitor = LossMonitor(accelerator.device, subjects)
-    capturable = can_capture(accelerator, list(adapters.values())) and not args.offload
-    capture = capturable if args.cuda_graph is None else args.cuda_graph
+    capture = _captures(accelerator, list(adapters.values()), batch_of(0), args)
     accumulate_gradients = MicroBatches(accelerator, list(adapters.values()), parameters, losses_of, capture)
     # A run may have been killed between this checkpoint and its validation images.
     overdue = validate is not None and start > 0 and _is_validated(start, args) and not validate.is_done(start)
@@ -112,6 +112,23 @@ def train(
             if validate is not None and _is_validated(finished, args):
                 validate(finished)
     return monitor.check(accelerator, args.output_dir)
+
+
+def _captures(accelerator: Accelerator, adapters: list[Adapter], batch: Batch, args: argparse.Namespace) -> bool:
+    """Whether to record the training step as a CUDA graph.
+
+    Raises:
+        InputError: it was asked for, but the prompts have different lengths.
+    """
+    if "mask" in batch and args.cuda_graph is not False:
+        reason = "this model computes prompts at their own length, and they have different lengths"
+        if args.cuda_graph:
+            raise InputError(f"--cuda_graph needs batches of the same shape, but {reason}; leave it out.")
+        if accelerator.device.type == "cuda" and accelerator.is_main_process:
+            print(f"no CUDA graph is recorded: {reason}", flush=True)
+        return False
+    capturable = can_capture(accelerator, adapters) and not args.offload
+    return capturable if args.cuda_graph is None else args.cuda_graph
 
 
 def memory_savings(accelerator: Accelerator, args: argparse.Namespace) -> list[str]:

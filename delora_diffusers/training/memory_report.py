@@ -14,8 +14,9 @@ from torch import nn
 
 from delora_diffusers.adapter.attach import attach
 from delora_diffusers.errors import InputError
+from delora_diffusers.families.family import Family
 from delora_diffusers.families.loading import OpenModel
-from delora_diffusers.families.quantization import BYTES, PACKAGES, UNQUANTIZED
+from delora_diffusers.families.quantization import BYTES, PACKAGES
 from delora_diffusers.launching import has_bf16
 from delora_diffusers.memory import free_bytes
 from delora_diffusers.methods.config import TEXT_ENCODER_TARGETS, AdapterConfig
@@ -83,60 +84,69 @@ def step_memory(model: OpenModel, plan: Plan) -> StepMemory:
     """The memory of a training step, from shapes alone; takes seconds."""
     with shapes_only():
         skeletons = model.skeletons
-        unet: Any = build_model(lambda: type(skeletons["unet"]).from_config(skeletons["unet"].config), plan.dtype)
+        skeleton, family = skeletons[model.family.DENOISER], model.family
+        denoiser: Any = build_model(lambda: type(skeleton).from_config(skeleton.config), plan.dtype)
+        shapes = family.condition_shapes(skeleton.config)
         encoders: dict[str, Any] = {
             name: build_model(lambda skeleton=skeletons[name]: type(skeleton)(skeleton.config), plan.dtype)
-            for name in model.text_encoders
+            for name in (() if shapes else model.text_encoders)
         }
         config = plan.adapter
         if plan.base_precision in PACKAGES and config.path == "auto":
             config = dataclasses.replace(config, path="split", split_dtype="model")
         generators = [torch.Generator() for _ in range(plan.subjects)]
-        adapters = [attach(unet, config, generators, torch.device("cpu") if plan.offload else None)]
-        if plan.text_encoder:
+        adapters = [attach(denoiser, config, generators, torch.device("cpu") if plan.offload else None)]
+        trained = model.trainable_encoders if plan.text_encoder else []
+        if trained:
             text_config = dataclasses.replace(plan.adapter, targets=TEXT_ENCODER_TARGETS)
-            adapters += [attach(encoder, text_config) for encoder in encoders.values()]
+            adapters += [attach(encoders[name], text_config) for name in trained]
         if plan.checkpointing:
-            checkpoint_denoiser(unet)
-            for encoder in encoders.values() if plan.text_encoder else ():
-                checkpoint_text_encoder(encoder)
-        tokens = {
-            name: torch.zeros(plan.batch_size, encoder.config.max_position_embeddings, dtype=torch.long)
-            for name, encoder in encoders.items()
-        }
+            checkpoint_denoiser(denoiser)
+            for name in trained:
+                checkpoint_text_encoder(encoders[name])
         pipeline = SimpleNamespace(**encoders)
+        tokens = {name: _tokens(family, name, encoder, plan.batch_size) for name, encoder in encoders.items()}
         with torch.no_grad():
-            encoded = model.family.encode_tokens(pipeline, tokens)
+            outputs = {name: family.read(pipeline, name, ids) for name, ids in tokens.items()}
+        encoded = {name: torch.empty(plan.batch_size, *shape) for name, shape in shapes.items()}
+        encoded = encoded or family.conditions(outputs, skeleton.config)
         batch = _batch(model, plan)
 
         def loss() -> torch.Tensor:
-            conditions = model.family.encode_tokens(pipeline, tokens) if plan.text_encoder else encoded
-            return denoising_losses(model.family, unet, subjects=plan.subjects, **batch, **conditions).sum()
+            conditions = encoded
+            if trained:
+                read = {name: family.read(pipeline, name, tokens[name]) for name in trained}
+                conditions = family.conditions(outputs | read, skeleton.config)
+            return denoising_losses(family, denoiser, subjects=plan.subjects, **batch, **conditions).sum()
 
-        models = [unet, *(encoders.values() if plan.text_encoder else ())]
-        memory = estimate_step(models, adapters, loss, plan.eight_bit)
-    weights = memory.weights - _bytes_saved(unet, plan)
+        memory = estimate_step([denoiser, *(encoders[n] for n in trained)], adapters, loss, plan.eight_bit)
+    weights = memory.weights - _bytes_saved(model.family, denoiser, plan)
     return dataclasses.replace(memory, weights=weights)
 
 
 def _batch(model: OpenModel, plan: Plan) -> dict[str, torch.Tensor]:
     """The tensors of a micro-batch that do not come from the text encoders."""
-    vae = model.skeletons["vae"].config
-    side = plan.resolution // 2 ** (len(vae.block_out_channels) - 1)
-    latents = torch.empty(plan.batch_size, vae.latent_channels, side, side)
+    channels, factor = model.family.latent_shape(model.skeletons["vae"].config)
+    latents = torch.empty(plan.batch_size, channels, plan.resolution // factor, plan.resolution // factor)
     batch = {"noisy": latents, "target": torch.empty_like(latents), "weights": torch.empty(plan.batch_size)}
-    batch["timesteps"] = torch.zeros(plan.batch_size, dtype=torch.long)
+    batch["timesteps"] = torch.zeros(plan.batch_size, dtype=torch.float32 if model.family.IS_FLOW else torch.long)
     return batch | ({"time_ids": torch.zeros(plan.batch_size, 6)} if model.family.HAS_SIZES else {})
 
 
-def _bytes_saved(unet: nn.Module, plan: Plan) -> int:
+def _tokens(family: Family, name: str, encoder: Any, prompts: int) -> torch.Tensor:
+    """Token ids of a text encoder, (prompts, tokens)."""
+    length = family.PROMPT_LENGTHS.get(name) or encoder.config.max_position_embeddings
+    return torch.zeros(prompts, length, dtype=torch.long)
+
+
+def _bytes_saved(family: Family, denoiser: nn.Module, plan: Plan) -> int:
     """Bytes of the denoiser's weights that quantizing or offloading saves."""
     if plan.base_precision in BYTES:
-        linears = ((name, m) for name, m in unet.named_modules() if isinstance(m, nn.Linear))
-        count = sum(m.weight.numel() for name, m in linears if not set(name.split(".")) & set(UNQUANTIZED))
+        linears = ((name, m) for name, m in denoiser.named_modules() if isinstance(m, nn.Linear))
+        count = sum(m.weight.numel() for name, m in linears if not set(name.split(".")) & set(family.UNQUANTIZED))
         return round(count * (plan.dtype.itemsize - BYTES[plan.base_precision]))
     if plan.offload:
-        sizes = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in repeated_blocks(unet)]
+        sizes = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in repeated_blocks(denoiser)]
         return sum(sizes) - 2 * max(sizes, default=0)
     return 0
 
@@ -191,7 +201,7 @@ def _smaller_plans(plan: Plan) -> Iterator[tuple[str, Plan]]:
 
 
 def _weights(model: OpenModel) -> int:
-    return sum(parameter.numel() for parameter in model.skeletons["unet"].parameters())
+    return sum(parameter.numel() for parameter in model.skeletons[model.family.DENOISER].parameters())
 
 
 CARDS = (4, 6, 8, 10, 12, 16, 24, 32, 40, 48, 80, 141)

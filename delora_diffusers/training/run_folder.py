@@ -16,7 +16,7 @@ import yaml
 from delora_diffusers.atomic import write_text
 from delora_diffusers.errors import InputError, reason
 from delora_diffusers.methods.table import METHODS
-from delora_diffusers.names import CONFIG_NAME, WEIGHTS_NAME, is_miniature
+from delora_diffusers.names import CONFIG_NAME, SD_PIPELINE, SDXL_PIPELINE, WEIGHTS_NAME, is_miniature
 
 SECRETS = ("hub_token",)
 
@@ -65,6 +65,19 @@ def write_config(
     write_text(output_dir / CONFIG_NAME, json.dumps(record, indent=2) + "\n")
 
 
+TAGS_AND_LICENCES: dict[str, tuple[str, str | None]] = {
+    SD_PIPELINE: ("stable-diffusion", "creativeml-openrail-m"),
+    SDXL_PIPELINE: ("stable-diffusion-xl", "openrail++"),
+    "StableDiffusion3Pipeline": ("sd3", None),
+    "FluxPipeline": ("flux", None),
+    "Flux2Pipeline": ("flux2", None),
+    "Flux2KleinPipeline": ("flux2", None),
+    "ZImagePipeline": ("z-image", None),
+    "QwenImagePipeline": ("qwen-image", None),
+}
+"""The tag on the hub of a pipeline's models, and their licence, if all of them have the same."""
+
+
 def write_model_card(
     output_dir: Path,
     args: argparse.Namespace,
@@ -72,7 +85,7 @@ def write_model_card(
     prompt: str,
     follows_maps: bool = False,
     components: Sequence[str] = ("unet",),
-    xl: bool = False,
+    pipeline: str = SD_PIPELINE,
 ) -> None:
     """Write ``README.md``: metadata for the hub, sample images, how to use the adapter, the exact command."""
     grids = sorted((output_dir / "validation").glob("*.png"))
@@ -80,19 +93,19 @@ def write_model_card(
     base = args.pretrained_model_name_or_path
     method = METHODS[args.method].title
     of_rank = f" of rank {args.rank}" if METHODS[args.method].has_rank else ""
-    licence = "apache-2.0" if is_miniature(base) else "openrail++" if xl else "creativeml-openrail-m"
     samples = zip(getattr(args, "validation_prompt", []), sorted((output_dir / "samples").glob("*.png")))
-    metadata: dict[str, Any] = {"library_name": "diffusers", "license": licence}
+    tag, licence = TAGS_AND_LICENCES[pipeline]
+    metadata: dict[str, Any] = {"library_name": "diffusers"}
+    if is_miniature(base) or licence is not None:
+        metadata["license"] = "apache-2.0" if is_miniature(base) else licence
     if not Path(base).exists() and not is_miniature(base):  # the hub's validator rejects a local folder
         metadata["base_model"] = base
-    family = "stable-diffusion-xl" if xl else "stable-diffusion"
-    metadata["tags"] = ["text-to-image", "diffusers", family, args.method, "delora-diffusers"]
+    metadata["tags"] = ["text-to-image", "diffusers", tag, args.method, "delora-diffusers"]
     widget = [{"text": text, "output": {"url": f"samples/{image.name}"}} for text, image in samples]
     if widget:
         metadata["widget"] = widget
     if not follows_maps:
         metadata["instance_prompt"] = prompt
-    kind = "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"
     loading = "\n".join(
         f'load_adapter(pipeline.{name}, "{WEIGHTS_NAME}", "{name}")\nmerge(pipeline.{name})' for name in components
     )
@@ -103,10 +116,10 @@ def write_model_card(
         loading += f'\ncontrol = load_control(pipeline.unet, "{WEIGHTS_NAME}")'
         sampling = f"control.see(maps)  # a tensor (1, 3, height, width), values 0 to 1\n{sampling}"
     use = f"python -m delora_diffusers generate --adapter . {flags} --output_dir images"
-    code = f"""from diffusers import {kind}
+    code = f"""from diffusers import {pipeline}
 from delora_diffusers import {imports}
 
-pipeline = {kind}.from_pretrained({base!r})
+pipeline = {pipeline}.from_pretrained({base!r})
 {loading}
 {sampling}"""
     card = f"""---

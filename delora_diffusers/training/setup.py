@@ -2,24 +2,27 @@
 
 import argparse
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
-from diffusers import AutoencoderKL, DDPMScheduler
 from torch.utils.checkpoint import checkpoint
 
 from delora_diffusers.errors import InputError
+from delora_diffusers.families.checks import check_patches
 from delora_diffusers.families.loading import OpenModel, open_model
 from delora_diffusers.families.quantization import check_base_precision, quantization_config
 from delora_diffusers.launching import launched_accelerator
 from delora_diffusers.memory import explain_out_of_memory
-from delora_diffusers.names import is_xl
-from delora_diffusers.pipelines.noise_schedule import training_schedule
+from delora_diffusers.names import SD_PIPELINE
+from delora_diffusers.pipelines.conditions import read_prompts
+from delora_diffusers.pipelines.encoded_prompts import load_text_encoder
 from delora_diffusers.precision import denoiser_dtype, dtype_of
 from delora_diffusers.training import checkpoints, run_folder
 from delora_diffusers.training.adapter_files import AdapterFiles
+from delora_diffusers.training.noising import Noising, noising_of
 
 
 def start_accelerator(args: argparse.Namespace, data: dict[str, str]) -> Accelerator:
@@ -53,8 +56,8 @@ def training_dtype(accelerator: Accelerator) -> torch.dtype:
     return dtype_of(accelerator.mixed_precision)
 
 
-def open_base_model(accelerator: Accelerator, args: argparse.Namespace) -> tuple[OpenModel, DDPMScheduler]:
-    """Open the base model, of which no weights are loaded yet, and its noise schedule.
+def open_base_model(accelerator: Accelerator, args: argparse.Namespace) -> tuple[OpenModel, Noising]:
+    """Open the base model, of which no weights are loaded yet, and its noising.
 
     Raises:
         InputError: it is not a model that can be trained.
@@ -62,15 +65,25 @@ def open_base_model(accelerator: Accelerator, args: argparse.Namespace) -> tuple
     check_base_precision(args, accelerator.device.type)
     with accelerator.main_process_first():
         model = open_model(args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant)
-    scheduler = training_schedule(model.pipeline.scheduler, args.pretrained_model_name_or_path)
+    noising = noising_of(model, args)
     _check_trainable(model)
-    return model, scheduler
+    check_patches(model.patch_pixels, args.resolution)
+    return model, noising
 
 
 def load_part(model: OpenModel, component: str, accelerator: Accelerator, dtype: torch.dtype | None = None) -> Any:
     """Load a text encoder or the autoencoder onto the device, in the training precision unless a dtype is given."""
     with explain_out_of_memory(f"loading the base model's {component}", SMALLER):
         return model.load(component, dtype or training_dtype(accelerator), accelerator.device)
+
+
+def read_with(model: OpenModel, name: str, accelerator: Accelerator, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+    """The outputs of a text encoder for prompts, on the device; see ``read_prompts``. It is loaded for that only."""
+    with explain_out_of_memory(f"encoding prompts with the base model's {name}", SMALLER), torch.no_grad():
+        load_text_encoder(model, name, training_dtype(accelerator), accelerator.device)
+        outputs = read_prompts(model.pipeline, name, prompts, accelerator.device)
+    model.drop(name)
+    return outputs
 
 
 def load_denoiser(model: OpenModel, accelerator: Accelerator, args: argparse.Namespace) -> Any:
@@ -80,17 +93,18 @@ def load_denoiser(model: OpenModel, accelerator: Accelerator, args: argparse.Nam
     """
     device = "cpu" if args.offload else accelerator.device
     dtype = denoiser_dtype(args.base_precision, accelerator.mixed_precision)
-    with explain_out_of_memory("loading the base model's unet", SMALLER):
-        unet = model.load("unet", dtype, device, quantization_config(args.base_precision, dtype))
-    return unet
+    name = model.family.DENOISER
+    quantization = quantization_config(args.base_precision, dtype, model.family.UNQUANTIZED)
+    with explain_out_of_memory(f"loading the base model's {name}", SMALLER):
+        return model.load(name, dtype, device, quantization)
 
 
 def load_denoiser_to_train(model: OpenModel, accelerator: Accelerator, args: argparse.Namespace) -> Any:
     """Load the denoiser as ``load_denoiser`` does, with gradient checkpointing if it is asked for."""
-    unet = load_denoiser(model, accelerator, args)
+    denoiser = load_denoiser(model, accelerator, args)
     if args.gradient_checkpointing:
-        checkpoint_denoiser(unet)
-    return unet
+        checkpoint_denoiser(denoiser)
+    return denoiser
 
 
 def load_text_encoder_to_train(model: OpenModel, name: str, accelerator: Accelerator, args: argparse.Namespace) -> Any:
@@ -123,10 +137,10 @@ def _check_trainable(model: OpenModel) -> None:
     Raises:
         InputError
     """
-    problem, unet, vae = None, model.skeletons["unet"], model.skeletons["vae"]
-    if not isinstance(vae, AutoencoderKL):
-        problem = f"has a {type(vae).__name__}, whose latents have no distribution"
-    if getattr(unet.config, "time_cond_proj_dim", None) is not None:
+    problem, family, autoencoder = None, model.family, type(model.skeletons["vae"]).__name__
+    if autoencoder != family.AUTOENCODER:
+        problem = f"has a {autoencoder} and not an {family.AUTOENCODER}"
+    if getattr(model.skeletons[family.DENOISER].config, "time_cond_proj_dim", None) is not None:
         problem = "was distilled to take the guidance scale as an input"
     if any(getattr(model.skeletons[name].config, "use_attention_mask", None) for name in model.text_encoders):
         problem = "has a text encoder that masks the padding of prompts"
@@ -163,15 +177,15 @@ def save_run(
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return
-    args, adapters = files.subjects[subject], files.adapters
+    args = files.subjects[subject]
     if not files.is_finite(subject):
         raise InputError(
             f"the last step made {args.output_dir}'s adapter not finite; lower --learning_rate, or resume from an "
             "earlier checkpoint."
         )
-    unet = adapters["unet"]
-    reached = {"distance": unet.all_distances()[subject].mean().item()}
-    lambdas = unet.all_lambdas()
+    adapter = files.denoiser
+    reached = {"distance": adapter.all_distances()[subject].mean().item()}
+    lambdas = adapter.all_lambdas()
     if lambdas is not None:
         reached["lambda"] = lambdas[subject].mean().item()
     run_folder.write_config(args.output_dir, args, data, reached)
@@ -181,8 +195,8 @@ def save_run(
         trained_on,
         files.prompts[subject],
         follows_maps="control" in files.parts,
-        components=list(adapters),
-        xl=is_xl(files.parts.get("pipeline")),
+        components=list(files.adapters),
+        pipeline=files.parts.get("pipeline") or SD_PIPELINE,
     )
     # The adapter is written last: its file marks the run as finished.
     file = files.write(subject, args.output_dir)

@@ -17,13 +17,30 @@ from delora_diffusers.atomic import atomic_write
 from delora_diffusers.image_grid import labelled_grid
 from delora_diffusers.maps import paint
 from delora_diffusers.memory import explain_out_of_memory
-from delora_diffusers.pipelines.conditions import guided
+from delora_diffusers.pipelines.conditions import conditions, family_in, guided
 from delora_diffusers.pipelines.sampling import sample_images
+from delora_diffusers.training.encoding import PromptTable
 
 Rows = list[tuple[str, list[Image.Image]]]
 """(label, images) per row of a grid."""
 Conditions = Callable[[list[str]], dict[str, Tensor]]
-"""Encodes prompts; see ``conditions.encode_tokens`` for the result."""
+"""Encodes prompts; see ``conditions.conditions`` for the result."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedConditions:
+    """Conditions while text encoders are trained.
+
+    Attributes:
+        table: the tokens for these, and the outputs of the other text encoders. config: the denoiser's.
+    """
+
+    pipeline: Any
+    table: PromptTable
+    config: Any
+
+    def __call__(self, prompts: list[str]) -> dict[str, Tensor]:
+        return conditions(self.pipeline, self.table.lookup(prompts), self.config)
 
 
 class Validation(Protocol):
@@ -44,7 +61,7 @@ class SubjectValidation:
 
     Attributes:
         pipeline: with the adapted UNet; its autoencoder may be on the CPU and is moved to the device while needed.
-        conditions_of: encodes the prompts and the empty prompt.
+        conditions_of: encodes the prompts and the family's empty prompt.
     """
 
     accelerator: Accelerator
@@ -71,11 +88,12 @@ class SubjectValidation:
 
     def _sample(self, prompt: str) -> list[Image.Image]:
         seeds = list(range(self.args.seed, self.args.seed + self.args.num_validation_images))
+        empty = family_in(self.pipeline).NO_PROMPT
         return sample_images(
             self.pipeline,
             seeds,
             self.args.resolution,
-            **guided(self.pipeline, self.conditions_of([prompt]), self.conditions_of([""]), count=len(seeds)),
+            **guided(self.pipeline, self.conditions_of([prompt]), self.conditions_of([empty]), count=len(seeds)),
             num_inference_steps=self.args.validation_inference_steps,
             guidance_scale=self.args.guidance_scale,
         )

@@ -15,6 +15,7 @@ from delora_diffusers.adapter.quantized import is_quantized
 from delora_diffusers.dispatch import exit_on_bad_input
 from delora_diffusers.families.loading import open_model
 from delora_diffusers.families.quantization import quantization_config
+from delora_diffusers.families.sd import FAMILY as SD
 from delora_diffusers.names import WEIGHTS_NAME
 from delora_diffusers.pipelines.offload import offload_blocks
 from delora_diffusers.training.setup import run_checkpointed
@@ -169,7 +170,7 @@ def test_a_quantized_model_trains_like_the_dequantized_one(tiny_sd, unet_inputs,
     config = AdapterConfig(rank=4, path=path, targets=("to_q", "to_k", "to_v", "to_out.0", "ff.net.2"))
     results = []
     for dequantized in (False, True):
-        quantization = quantization_config(base_precision, torch.float32)
+        quantization = quantization_config(base_precision, torch.float32, SD.UNQUANTIZED)
         model = open_model(str(tiny_sd)).load("unet", torch.float32, "cuda", quantization)
         if dequantized:
             for name, module in list(model.named_modules()):

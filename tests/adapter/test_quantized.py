@@ -22,7 +22,8 @@ from delora_diffusers.__main__ import main
 from delora_diffusers.adapter.attach import attachment
 from delora_diffusers.adapter.quantized import is_quantized
 from delora_diffusers.errors import InputError
-from delora_diffusers.families.quantization import UNQUANTIZED, quantization_config
+from delora_diffusers.families.quantization import quantization_config
+from delora_diffusers.families.sd import FAMILY as SD
 from delora_diffusers.methods.table import METHODS
 from delora_diffusers.names import WEIGHTS_NAME
 from delora_diffusers.training.setup import run_checkpointed
@@ -53,7 +54,7 @@ both_paths = pytest.mark.parametrize("path", ["model", "lean"])
 
 def load(folder, precision: str | None, dtype: torch.dtype = torch.float32) -> Any:
     """The tiny UNet, quantized on the CPU; for nf4 diffusers refuses that, so its modules are put in here."""
-    config = quantization_config(precision, dtype)
+    config = quantization_config(precision, dtype, SD.UNQUANTIZED)
     options: dict[str, Any] = {"subfolder": "unet", "torch_dtype": dtype}
     if precision in ("int8", "fp8"):
         options |= {"quantization_config": config, "device_map": {"": torch.device("cpu")}}
@@ -61,7 +62,7 @@ def load(folder, precision: str | None, dtype: torch.dtype = torch.float32) -> A
     if precision == "nf4":
         bitsandbytes: Any = importlib.import_module("bitsandbytes")
         linears = {name: module for name, module in unet.named_modules() if isinstance(module, nn.Linear)}
-        replace_with_bnb_linear(unet, modules_to_not_convert=list(UNQUANTIZED), quantization_config=config)
+        replace_with_bnb_linear(unet, modules_to_not_convert=list(SD.UNQUANTIZED), quantization_config=config)
         for name, module in unet.named_modules():
             if isinstance(module, bitsandbytes.nn.Linear4bit):
                 dense = linears[name]

@@ -134,15 +134,15 @@ def test_a_diverging_subject_does_not_affect_the_others(tiny_sd, tmp_path, two_s
 
 
 def train_with_a_broken_subject(flags: list[str]) -> None:
-    import delora_diffusers.training.objective as objective
+    from delora_diffusers.training.noising import Diffusion
 
-    original, calls = objective.noised, []
+    original, calls = Diffusion.__call__, []
 
-    def broken(noise_scheduler, latents, *arguments):
+    def broken(self: Diffusion, latents, *arguments):
         calls.append(1)
-        return original(noise_scheduler, latents * float("nan") if len(calls) == 3 else latents, *arguments)
+        return original(self, latents * float("nan") if len(calls) == 3 else latents, *arguments)
 
-    objective.noised = broken
+    Diffusion.__call__ = broken
     train(flags)
 
 

@@ -3,7 +3,6 @@
 import inspect
 import json
 import shutil
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +12,9 @@ import pytest
 import torch
 
 from delora_diffusers.families.checks import COMPONENTS
+from delora_diffusers.families.family import Family
 from delora_diffusers.families.loading import load_pipeline, open_model
-from delora_diffusers.families.table import FAMILIES, Family, family_of
+from delora_diffusers.families.table import FAMILIES, family_of
 from delora_diffusers.pipelines import encoded_prompts
 from delora_diffusers.pipelines.adapted_pipeline import AdaptedPipeline, Weighted
 from delora_diffusers.pipelines.conditions import encode_prompts, text_encoders
@@ -28,24 +28,21 @@ def encoded(
     model: Path, adapters: list[Path], sets: list[list[Weighted]], prompts: list[str], negative: str = ""
 ) -> EncodedPrompts:
     """Prompts encoded with each set of adapters, the sets in turn."""
-    result = EncodedPrompts(open_model(str(model)), adapters, negative, CPU, torch.float32)
-    for prompt in prompts:
-        for weighted in sets:
-            result.encode(prompt, weighted)
-    result.finish()
-    return result
+    used = [(prompt, weighted) for prompt in prompts for weighted in sets]
+    return EncodedPrompts(open_model(str(model)), adapters, used, negative, CPU, torch.float32)
 
 
 @contextmanager
 def counted(patch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The prompts that the text encoders read."""
-    original, read = encoded_prompts.encode_prompts, []
+    """The prompts that the first text encoder reads."""
+    original, read = encoded_prompts.read_prompts, []
 
-    def counting(pipeline: Any, prompts: Any, device: Any):
-        read.extend(prompts)
-        return original(pipeline, prompts, device)
+    def counting(pipeline: Any, name: str, prompts: Any, device: Any):
+        assert list(text_encoders(pipeline)) == [name]  # no other is loaded
+        read.extend(prompts if name == "text_encoder" else [])
+        return original(pipeline, name, prompts, device)
 
-    patch.setattr(encoded_prompts, "encode_prompts", counting)
+    patch.setattr(encoded_prompts, "read_prompts", counting)
     yield read
 
 
@@ -131,51 +128,23 @@ def test_an_embedding_does_not_depend_on_its_batch(models, kind):
 
 
 def test_encoded_prompts_have_the_dtype_of_the_denoiser(models):
-    prompts = EncodedPrompts(open_model(str(models["sdxl"])), [], "", CPU, torch.bfloat16)
-    prompts.encode("a dog", [])
-    held = [weakref.ref(encoder) for encoder in text_encoders(prompts.model.pipeline).values()]
-    assert len(held) == 2
-    prompts.finish()
-    assert [ref() for ref in held] == [None, None]
+    prompts = EncodedPrompts(open_model(str(models["sdxl"])), [], [("a dog", [])], "", CPU, torch.bfloat16)
+    assert not text_encoders(prompts.model.pipeline)
     arguments = prompts.arguments(["a dog"], [], CPU)
     assert {tensor.dtype for tensor in arguments.values()} == {torch.bfloat16}
 
 
-def interface() -> dict[str, inspect.Signature]:
-    methods = {name: value for name, value in vars(Family).items() if inspect.isfunction(value) and name[0] != "_"}
-    signatures = {}
-    for name, method in methods.items():
-        signature = inspect.signature(method, eval_str=True)
-        signatures[name] = signature.replace(parameters=list(signature.parameters.values())[1:])  # without self
-    return signatures
-
-
 @pytest.mark.parametrize("pipeline_class", list(FAMILIES))
-def test_a_family_implements_the_interface(pipeline_class):
-    module: Any = family_of(pipeline_class)
-    functions = {
-        name: value
-        for name, value in vars(module).items()
-        if inspect.isfunction(value) and value.__module__ == module.__name__ and name[0] != "_"
-    }
-    expected = interface()
-    assert set(functions) == set(expected) == {"unsupported", "encode_tokens", "guided", "predict"}
-    for name, function in functions.items():
-        actual = inspect.signature(function, eval_str=True)
-        if name == "predict":  # takes its conditions by name
-            assert actual.return_annotation == expected[name].return_annotation
-            *_, conditions = expected[name].parameters.values()
-            positional = [p for p in actual.parameters.values() if p.kind is not inspect.Parameter.KEYWORD_ONLY]
-            keywords = [p for p in actual.parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
-            assert positional == list(expected[name].parameters.values())[:-1]
-            assert {p.annotation for p in keywords} == {conditions.annotation}
-            assert all(p.default is inspect.Parameter.empty for p in keywords)
-        else:
-            assert actual == expected[name], name
-    constants = {name for name in vars(module) if name.isupper()}
-    assert constants == set(Family.__annotations__) == {"TEXT_ENCODERS", "HAS_SIZES"}
-    assert isinstance(module.HAS_SIZES, bool) and isinstance(module.TEXT_ENCODERS, tuple)
-    assert set(module.TEXT_ENCODERS) <= set(COMPONENTS)
+def test_a_family_has_the_interface_and_nothing_else(pipeline_class):
+    family: Any = family_of(pipeline_class)
+    public = {name: value for name, value in vars(type(family)).items() if name[0] != "_"}
+    assert set(public) <= {name for name in vars(Family) if name[0] != "_"}
+    for name, value in public.items():
+        if inspect.isfunction(value):
+            expected, actual = (inspect.signature(f, eval_str=True) for f in (getattr(Family, name), value))
+            assert actual == expected, name
+    assert {family.DENOISER, *family.TEXT_ENCODERS} <= set(COMPONENTS)
+    assert set(family.TRAINABLE_ENCODERS) <= set(family.TEXT_ENCODERS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -187,8 +156,6 @@ def test_what_a_family_encodes_is_what_its_denoiser_takes(models, kind):
         conditions = encode_prompts(pipeline, ["a dog", "a cat"], CPU)
         if family.HAS_SIZES:
             conditions["time_ids"] = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)
-        parameters = inspect.signature(family.predict).parameters.values()
-        assert {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} == set(conditions)
         noisy = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
         prediction = family.predict(pipeline.unet, noisy, torch.tensor([3, 700]), **conditions)
     assert prediction.shape == noisy.shape and prediction.isfinite().all()

@@ -221,7 +221,7 @@ def fuzz_peft(peft_folders, unet, output, tmp_path) -> Callable[[str, range], li
         for seed in seeds:
             folder = tmp_path / f"{name}-{seed}"
             changes = write_mutated_folder(folder, peft_folders[name], Random(f"{name} {seed}"))
-            convert = partial(read_peft_delora, folder, linears, "some/model", output)
+            convert = partial(read_peft_delora, folder, linears, {"base_model": "some/model"}, "unet", output)
             found = list(problems_of({"import": convert}, output))
             problems += [f"{folder} ({name}, seed {seed}: {changes}): {problem}" for problem in found]
             if not found:

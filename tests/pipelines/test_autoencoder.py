@@ -11,8 +11,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from delora_diffusers.families.loading import open_model
+from delora_diffusers.families.sd import FAMILY as SD
 from delora_diffusers.pipelines import autoencoder
-from delora_diffusers.pipelines.latents import latent_scale
 
 Failure = Callable[[], RuntimeError]
 
@@ -76,15 +76,19 @@ class Calls:
 
 
 def encoded(vae: Any, pixels: Tensor) -> Tensor:
-    return autoencoder.encode(vae, pixels)[0]
+    return autoencoder.encode(SD, vae, pixels)[0]
+
+
+def decoded(vae: Any, latents: Tensor) -> Tensor:
+    return autoencoder.decode(SD, vae, latents)
 
 
 def test_without_tiles_the_result_is_that_of_the_autoencoder(vae):
     pixels = smooth_image(128).repeat(2, 1, 1, 1) * torch.tensor([1.0, -0.5]).view(2, 1, 1, 1)
     assert torch.equal(encoded(vae, pixels), vae.encode(pixels).latent_dist.mean)
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    expected = vae.decode(latent_scale(vae).unscaled(latents), return_dict=False)[0]
-    assert torch.equal(autoencoder.decode(vae, latents), expected)
+    expected = vae.decode(SD.scale(vae).unscaled(latents), return_dict=False)[0]
+    assert torch.equal(autoencoder.decode(SD, vae, latents), expected)
     assert not vae.use_tiling
 
 
@@ -100,7 +104,7 @@ def relative_difference(tensor: Tensor, expected: Tensor) -> float:
 def test_tiles_give_almost_the_same(vae, monkeypatch, direction, large):
     """The tiles of a side of 768 pixels are 512 and 384 pixels wide."""
     pixels = smooth_image(768)
-    run: Callable[[Any, Tensor], Tensor] = encoded if direction == "encode" else autoencoder.decode
+    run: Callable[[Any, Tensor], Tensor] = encoded if direction == "encode" else decoded
     given = pixels if direction == "encode" else encoded(vae, pixels) * vae.config.scaling_factor
     expected = run(vae, given)
     if large:
@@ -127,11 +131,11 @@ def test_tiles_of_a_trained_autoencoder_have_no_seams(monkeypatch):
     vae = open_model(None).load("vae", torch.float32)
     monkeypatch.setattr(autoencoder, "TILE", 128)
     pixels = smooth_image(192, 96)
-    expected = autoencoder.encode(vae, pixels)[0]
-    image = autoencoder.decode(vae, latent_scale(vae).scaled(expected))
+    expected = autoencoder.encode(SD, vae, pixels)[0]
+    image = autoencoder.decode(SD, vae, SD.scale(vae).scaled(expected))
     monkeypatch.setattr(autoencoder, "TILED_FROM", 0)
-    latents = autoencoder.encode(vae, pixels)[0]
-    tiled = autoencoder.decode(vae, latent_scale(vae).scaled(expected))
+    latents = autoencoder.encode(SD, vae, pixels)[0]
+    tiled = autoencoder.decode(SD, vae, SD.scale(vae).scaled(expected))
     assert 0 < relative_difference(latents, expected) < 0.06
     assert 0 < relative_difference(tiled, image) < 0.03 and (tiled - image).abs().max() < 0.15
 
@@ -139,7 +143,7 @@ def test_tiles_of_a_trained_autoencoder_have_no_seams(monkeypatch):
 def run_small(vae: Any, direction: str) -> Tensor:
     if direction == "encode":
         return encoded(vae, smooth_image(64))
-    return autoencoder.decode(vae, torch.ones(1, 4, 8, 8))
+    return autoencoder.decode(SD, vae, torch.ones(1, 4, 8, 8))
 
 
 DIRECTIONS = pytest.mark.parametrize("direction", ["encode", "decode"])
@@ -204,21 +208,21 @@ def test_small_images_are_decoded_together(vae, side, expected):
     """At most as many pixels at once as PIXELS_AT_ONCE."""
     assert autoencoder.PIXELS_AT_ONCE == 512 * 512
     calls = Calls(vae, "decode", compute=False)
-    images = autoencoder.decode(vae, torch.zeros(5, 4, side // 8, side // 8))
+    images = autoencoder.decode(SD, vae, torch.zeros(5, 4, side // 8, side // 8))
     assert calls.batches == expected and len(images) == 5
 
 
 def test_images_that_are_decoded_in_batches_keep_their_order(vae, monkeypatch):
     latents = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    expected = autoencoder.decode(vae, latents)
+    expected = autoencoder.decode(SD, vae, latents)
     monkeypatch.setattr(autoencoder, "PIXELS_AT_ONCE", 2 * 64 * 64)
     calls = Calls(vae, "decode")
-    torch.testing.assert_close(autoencoder.decode(vae, latents), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(autoencoder.decode(SD, vae, latents), expected, atol=1e-5, rtol=1e-5)
     assert calls.batches == [2, 2, 1]
 
 
 def test_only_the_batch_that_does_not_fit_is_decoded_in_tiles(vae, monkeypatch):
     monkeypatch.setattr(autoencoder, "PIXELS_AT_ONCE", 64 * 64)
     calls = Calls(vae, "decode", [out_of_memory])
-    assert len(autoencoder.decode(vae, torch.zeros(3, 4, 8, 8))) == 3
+    assert len(autoencoder.decode(SD, vae, torch.zeros(3, 4, 8, 8))) == 3
     assert calls.tiled == [False, True, False, False]

@@ -14,12 +14,12 @@ from data.tiny_sd import write
 from delora_diffusers import AdapterConfig, InputError, attach, save_adapter
 from delora_diffusers.families.checks import check_model_folder, check_variant
 from delora_diffusers.families.loading import load_pipeline
+from delora_diffusers.families.table import family_of
 from delora_diffusers.files.reading import read_header
 from delora_diffusers.names import recorded_model_name
 from delora_diffusers.pipelines.adapted_pipeline import base_model_of
 from delora_diffusers.pipelines.conditions import encode_prompts, tokenize, warn_of_truncation
-from delora_diffusers.pipelines.latents import latent_scale
-from delora_diffusers.pipelines.noise_schedule import check_ddpm, training_schedule
+from delora_diffusers.pipelines.noise_schedule import check_ddpm, ddpm_schedule
 from delora_diffusers.pipelines.sampling import sample_images
 from delora_diffusers.training.encoding import encode_images
 
@@ -63,7 +63,7 @@ def test_a_foreign_noise_schedule_is_never_trained_as_ddpm(tiny_sd, tmp_path, ca
         index["scheduler"] = ["diffusers", changes["_class_name"]]
         (Path(folder) / "model_index.json").write_text(json.dumps(index))
     pipeline = load_pipeline(folder)
-    for check in (check_ddpm, training_schedule):
+    for check in (check_ddpm, ddpm_schedule):
         with pytest.raises(InputError, match=message):
             check(pipeline.scheduler, folder)
 
@@ -74,7 +74,7 @@ def test_the_usual_schedules_give_the_same_noise(tiny_sd, kind, prediction):
     import diffusers
 
     usual = getattr(diffusers, f"{kind}Scheduler")(prediction_type=prediction, beta_schedule="scaled_linear")
-    schedule = training_schedule(usual, "x")
+    schedule = ddpm_schedule(usual, "x")
     assert schedule.config["prediction_type"] == prediction
     torch.testing.assert_close(schedule.alphas_cumprod, usual.alphas_cumprod, atol=1e-6, rtol=1e-5)
 
@@ -144,7 +144,8 @@ def test_latents_mean_and_std_are_honoured_in_training_and_sampling(tiny_xl, tmp
     mean, std = [2.0, -2.0, 1.0, -1.0], [3.0, 0.5, 2.0, 1.0]
     folder = edited(tiny_xl, tmp_path, "vae/config.json", latents_mean=mean, latents_std=std)
     pipeline = load_pipeline(folder)
-    scale = latent_scale(pipeline.vae)
+    family = family_of("StableDiffusionXLPipeline")
+    scale = family.scale(pipeline.vae)
     x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     column = (torch.tensor(values).view(1, 4, 1, 1) for values in (mean, std))
     m, s = column
@@ -152,7 +153,7 @@ def test_latents_mean_and_std_are_honoured_in_training_and_sampling(tiny_xl, tmp
     torch.testing.assert_close(scale.unscaled(scale.scaled(x)), x, atol=1e-5, rtol=1e-5)
 
     view = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-    cache = encode_images(pipeline.vae, [[view]], 1, torch.device("cpu"))
+    cache = encode_images(family, pipeline.vae, [[view]], 1, torch.device("cpu"))
     sampled = cache.sample([0], torch.Generator().manual_seed(1), 0)
     noise = torch.randn(cache.mean.shape, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(sampled, scale.scaled(cache.mean + cache.std * noise))

@@ -66,7 +66,7 @@ CASES = {
     "no model": (flags("--pretrained_model_name_or_path", ""), "pretrained_model_name_or_path is empty"),
     "missing model": (flags("--pretrained_model_name_or_path", "/no/model"), "/no/model does not exist"),
     "unknown hub id": (flags("--pretrained_model_name_or_path", "no/model"), "base model no/model could not be loaded"),
-    "model without a unet": (remove_unet, "broken has no unet; give a complete Stable Diffusion pipeline folder"),
+    "model without a unet": (remove_unet, "broken has no unet; give a complete pipeline folder"),
     "missing config": (flags("--config", "/no/config.yaml"), "/no/config.yaml is not a file"),
     "config key": (config_with("rnak: 4\n"), r"config\.yaml sets 'rnak', which is not a flag"),
     "config syntax": (config_with("rank: [4\n"), r"config\.yaml is not valid YAML"),

@@ -10,7 +10,8 @@ from data.tiny_sd import write
 from delora_diffusers import AdapterConfig, InputError, attach
 from delora_diffusers.__main__ import main
 from delora_diffusers.families.loading import open_model
-from delora_diffusers.families.quantization import BYTES, UNQUANTIZED
+from delora_diffusers.families.quantization import BYTES
+from delora_diffusers.families.sd import FAMILY as SD
 from delora_diffusers.training import memory_report
 from delora_diffusers.training.memory_report import GIB, Plan, plan_of, report_memory, step_memory
 from tests.helpers import training_flags
@@ -45,7 +46,7 @@ def test_what_each_flag_saves(model):
     assert step_memory(model, dataclasses.replace(PLAN, checkpointing=True)).activations < plain.activations
     assert step_memory(model, dataclasses.replace(PLAN, dtype=torch.float32)).weights == 2 * plain.weights
     linears = [(n, m) for n, m in model.skeletons["unet"].named_modules() if isinstance(m, torch.nn.Linear)]
-    count = sum(m.weight.numel() for n, m in linears if not set(n.split(".")) & set(UNQUANTIZED))
+    count = sum(m.weight.numel() for n, m in linears if not set(n.split(".")) & set(SD.UNQUANTIZED))
     for precision, size in BYTES.items():
         quantized = step_memory(model, dataclasses.replace(PLAN, base_precision=precision))
         assert plain.weights - quantized.weights == pytest.approx(count * (2 - size), abs=1)

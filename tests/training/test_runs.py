@@ -14,6 +14,7 @@ import yaml
 from PIL import Image
 
 from delora_diffusers import InputError, launching
+from delora_diffusers.families.table import family_of
 from delora_diffusers.launching import UNSUPPORTED, launched_accelerator
 from delora_diffusers.memory import explain_out_of_memory
 from delora_diffusers.names import CHECKPOINT_SIZES, WEIGHTS_NAME
@@ -307,7 +308,9 @@ def test_large_views_are_encoded_one_at_a_time(side, expected):
             return argparse.Namespace(latent_dist=argparse.Namespace(mean=latents, std=latents))
 
     views = [np.full((side, side, 3), value, np.uint8) for value in range(5)]
-    cache = encode_images(Autoencoder(), [views[:2], views[2:]], 2, torch.device("cpu"))
+    cache = encode_images(
+        family_of("StableDiffusionPipeline"), Autoencoder(), [views[:2], views[2:]], 2, torch.device("cpu")
+    )
     assert shapes == expected and cache.first == [0, 2, 5]
     assert [float(latent[0, 0, 0]) for latent in cache.mean] == pytest.approx([v / 127.5 - 1 for v in range(5)])
 

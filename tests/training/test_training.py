@@ -209,7 +209,7 @@ def test_randomness_is_a_function_of_the_microbatch():
 def test_min_snr_weights_and_v_targets():
     from diffusers import DDPMScheduler
 
-    from delora_diffusers.training.objective import loss_weights
+    from delora_diffusers.training.noising import loss_weights
 
     timesteps = torch.tensor([0, 10, 500, 999])
     for prediction in ("epsilon", "v_prediction"):

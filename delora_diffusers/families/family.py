@@ -1,0 +1,130 @@
+"""What differs between model families: the interface, with what most of them share as its defaults."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from delora_diffusers.families.latents import LatentScale, configured_scale
+from delora_diffusers.methods.config import UNET_TARGETS
+
+Outputs = Mapping[str, tuple[Tensor, ...]]
+"""The tensors that each text encoder gives for prompts, (prompts, ...) each, by the encoder's name."""
+
+
+class Family(Protocol):
+    """A model family. Pipelines and their models are diffusers'.
+
+    Wherever there are conditions, one that is named ``mask`` is (prompts, tokens), 1 for tokens of the prompt and 0 for
+    padding. It is left out if no prompt is padded.
+    """
+
+    DENOISER: str = "transformer"
+    """The component that is trained."""
+    TEXT_ENCODERS: tuple[str, ...] = ("text_encoder",)
+    """The components that read prompts; a model may lack those after the first."""
+    TRAINABLE_ENCODERS: tuple[str, ...] = ()
+    """Those that ``--train_text_encoder`` adapts: CLIP's."""
+    PROMPT_LENGTHS: Mapping[str, int] = {}
+    """Tokens that an encoder reads, if it is not its tokenizer that says so."""
+    AUTOENCODER: str = "AutoencoderKL"
+    """The class of an autoencoder that can be trained on."""
+    PATCH: int = 2
+    """Side of the denoiser's patches: the height and width of latents must be multiples of it."""
+    IS_FLOW: bool = True
+    """Whether the denoiser predicts the velocity of a rectified flow; otherwise the noise or v of a DDPM."""
+    WEIGHTING_SCHEME: str = "none"
+    """Default of ``--weighting_scheme``, for flows."""
+    TARGETS: tuple[str, ...] = UNET_TARGETS
+    """Modules that are adapted by default."""
+    UNQUANTIZED: tuple[str, ...] = ()
+    """Parts of names of modules that a quantized base keeps in the training precision."""
+    GUIDANCE: str = "guidance_scale"
+    """The argument of the pipeline that is the guidance scale, and its default."""
+    GUIDANCE_SCALE: float = 7.5
+    HAS_NEGATIVE_PROMPT: bool = True
+    NO_PROMPT: str = ""
+    """The prompt that stands for none, in classifier-free guidance."""
+    HAS_SIZES: bool = False
+    """Whether the denoiser takes the size of the photo and the position of the crop (SDXL's ``time_ids``)."""
+
+    def unsupported(self, denoiser: Any, autoencoder: Any) -> str | None:
+        """What these models' configurations ask for that the family's pipeline ignores; None if nothing."""
+        return None
+
+    def tokenize(self, pipeline: Any, name: str, prompts: Sequence[str]) -> Tensor:
+        """Token ids for a text encoder that reads prompts as they are, (prompts, tokens)."""
+        tokenizer = getattr(pipeline, name.replace("text_encoder", "tokenizer"))
+        length = self.PROMPT_LENGTHS.get(name, tokenizer.model_max_length)
+        padded = {"padding": "max_length", "max_length": length, "truncation": True}
+        return tokenizer(list(prompts), return_tensors="pt", **padded).input_ids
+
+    def read(self, pipeline: Any, name: str, tokens: Tensor) -> tuple[Tensor, ...]:
+        """A text encoder's output for token ids (prompts, tokens); not of families that override ``encode``."""
+        raise TypeError(f"{type(self).__name__} reads no token ids")
+
+    def encode(
+        self, pipeline: Any, name: str, prompts: Sequence[str], device: torch.device | str
+    ) -> tuple[Tensor, ...]:
+        """A text encoder's output for prompts, (prompts, ...) each."""
+        return self.read(pipeline, name, self.tokenize(pipeline, name, prompts).to(device))
+
+    def prompt_limit(self, pipeline: Any) -> tuple[Any, int]:
+        """The tokenizer of the encoder that reads most of a prompt, and how many tokens that is."""
+        return pipeline.tokenizer, pipeline.tokenizer.model_max_length
+
+    def conditions(self, outputs: Outputs, config: Any) -> dict[str, Tensor]:
+        """The denoiser's conditions by name, (prompts, ...) each, from the outputs of all text encoders.
+
+        Args:
+            config: the denoiser's.
+        """
+        ...
+
+    def condition_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
+        """Shapes of the conditions of a prompt; empty if ``read`` can tell them."""
+        return {}
+
+    def guided(
+        self, pipeline: Any, prompts: Mapping[str, Tensor], negative: Mapping[str, Tensor], given: bool
+    ) -> dict[str, Any]:
+        """Conditions of prompts and of negative prompts as arguments of the pipeline.
+
+        Args:
+            given: whether the user gave negative prompts; otherwise they are ``NO_PROMPT``.
+        """
+        ...
+
+    def latent_shape(self, config: Any) -> tuple[int, int]:
+        """Channels of the latents that the denoiser is trained on, and pixels per latent along a side.
+
+        Args:
+            config: the autoencoder's.
+        """
+        return config.latent_channels, 2 ** (len(config.block_out_channels) - 1)
+
+    def scale(self, autoencoder: Any) -> LatentScale:
+        """The scale between the posterior and the denoiser's latents."""
+        return configured_scale(autoencoder.config)
+
+    def posterior(self, autoencoder: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (batch, channels, height, width) of images (batch, 3, ...), -1 to 1."""
+        distribution = autoencoder.encode(pixels).latent_dist
+        return distribution.mean, distribution.std
+
+    def decode(self, autoencoder: Any, latents: Tensor) -> Tensor:
+        """Images (batch, 3, ...) of unscaled latents."""
+        return autoencoder.decode(latents, return_dict=False)[0]
+
+    def unpacked(self, pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:
+        """The denoiser's latents of this height and width from what the pipeline returns as latents."""
+        return latents
+
+    def predict(self, denoiser: Any, noisy: Tensor, timesteps: Tensor, **conditions: Tensor) -> Tensor:
+        """The denoiser's prediction (batch, channels, height, width), in its dtype.
+
+        Args:
+            timesteps: (batch,), of a DDPM an index, of a flow the time from 0, the image, to 1, the noise.
+        """
+        ...

@@ -1,0 +1,64 @@
+"""Flux.1: T5's hidden states, and CLIP's pooled output for the modulation. Guidance-distilled models, such as dev, take
+the guidance scale as an input, which is 1 in training: the data are not guided."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from delora_diffusers.families.family import Family, Outputs
+from delora_diffusers.families.latents import from_tokens, grid_positions, to_tokens
+
+T5_TOKENS = 512
+
+
+class Flux(Family):
+    TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+    TRAINABLE_ENCODERS = ("text_encoder",)
+    PROMPT_LENGTHS: Mapping[str, int] = {"text_encoder_2": T5_TOKENS}
+    TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    UNQUANTIZED = ("time_text_embed", "x_embedder", "context_embedder", "norm_out")
+    GUIDANCE_SCALE = 3.5
+    HAS_NEGATIVE_PROMPT = False
+
+    def read(self, pipeline: Any, name: str, tokens: Tensor) -> tuple[Tensor, ...]:
+        output = getattr(pipeline, name)(tokens)
+        return (output.pooler_output if name == "text_encoder" else output[0],)
+
+    def prompt_limit(self, pipeline: Any) -> tuple[Any, int]:
+        return pipeline.tokenizer_2, T5_TOKENS
+
+    def conditions(self, outputs: Outputs, config: Any) -> dict[str, Tensor]:
+        return {
+            "encoder_hidden_states": outputs["text_encoder_2"][0],
+            "pooled_projections": outputs["text_encoder"][0],
+        }
+
+    def guided(
+        self, pipeline: Any, prompts: Mapping[str, Tensor], negative: Mapping[str, Tensor], given: bool
+    ) -> dict[str, Any]:
+        return {
+            "prompt_embeds": prompts["encoder_hidden_states"],
+            "pooled_prompt_embeds": prompts["pooled_projections"],
+        }
+
+    def unpacked(self, pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:
+        return from_tokens(latents, height, width)
+
+    def predict(self, denoiser: Any, noisy: Tensor, timesteps: Tensor, **conditions: Tensor) -> Tensor:
+        height, width = noisy.shape[-2:]
+        text = conditions["encoder_hidden_states"]
+        tokens = denoiser(
+            hidden_states=to_tokens(noisy),
+            timestep=timesteps,
+            guidance=torch.ones_like(timesteps) if denoiser.config.guidance_embeds else None,
+            img_ids=grid_positions(height // 2, width // 2, 3, noisy.device),
+            txt_ids=torch.zeros(text.shape[1], 3, device=noisy.device),
+            **conditions,
+            return_dict=False,
+        )[0]
+        return from_tokens(tokens, height, width)
+
+
+FAMILY = Flux()

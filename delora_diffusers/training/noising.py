@@ -1,0 +1,175 @@
+"""What the denoiser is trained on: latents with noise of a random time, and what it should predict of them."""
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from diffusers import DDPMScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
+from torch import Tensor
+
+from delora_diffusers.families.loading import OpenModel
+from delora_diffusers.pipelines.noise_schedule import check_flow, ddpm_schedule
+
+
+class Noising(Protocol):
+    """Samples the noise and the timesteps of a micro-batch."""
+
+    def __call__(
+        self, latents: Tensor, generator: torch.Generator, sample_weights: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Those arguments of ``denoising_losses`` by name: noisy, timesteps, target and weights.
+
+        Args:
+            latents: (batch, channels, height, width), float32, scaled.
+            generator: samples noise and timesteps, on the latents' device.
+            sample_weights: (batch,), for prior preservation; None for equal weights.
+        """
+        ...
+
+
+def noising_of(model: OpenModel, args: argparse.Namespace) -> Noising:
+    """The noising that a base model was trained with, and the flags that change it.
+
+    Raises:
+        InputError: its noise schedule is not its family's.
+    """
+    name, scheduler = args.pretrained_model_name_or_path, model.pipeline.scheduler
+    if not model.family.IS_FLOW:
+        return Diffusion(ddpm_schedule(scheduler, name), args.snr_gamma, args.noise_offset)
+    check_flow(scheduler, name)
+    config, shift = scheduler.config, args.timestep_shift
+    if shift is None:
+        shift = 1.0 if config.get("use_dynamic_shifting") else config.shift
+    return Flow(
+        args.weighting_scheme or model.family.WEIGHTING_SCHEME,
+        args.logit_mean,
+        args.logit_std,
+        args.mode_scale,
+        shift,
+        model.family.PATCH,
+        [config.get(name, usual) for name, usual in SHIFTS_BY_SIZE.items()],
+        args.noise_offset,
+    )
+
+
+SHIFTS_BY_SIZE = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+"""Settings of a flow's scheduler, with those of Flux: two numbers of tokens and the log of the shift at each; it is
+linear between them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Flow:
+    """Noising of a rectified flow: ``(1 - t) z + t noise``, of which the velocity ``noise - z`` is predicted.
+
+    The time t is 1 - u, where u has the density of the weighting scheme (Esser et al., ICML 2024, section 3.1), and is
+    then shifted to ``shift t / (1 + (shift - 1) t)`` (equation 23).
+
+    Attributes:
+        weighting_scheme: uniform u for ``none``, ``sigma_sqrt`` and ``cosmap``, else ``logit_normal`` or ``mode``; it
+            also weights the loss by time for ``sigma_sqrt`` and ``cosmap``.
+        logit_mean, logit_std, mode_scale: parameters of the densities.
+        shift: a number, or ``"resolution"`` for one that grows with the number of tokens.
+        patch: side of the denoiser's patches of latents. shifts_by_size: the values of ``SHIFTS_BY_SIZE``.
+        noise_offset: see ``sample_noise``.
+    """
+
+    weighting_scheme: str
+    logit_mean: float
+    logit_std: float
+    mode_scale: float
+    shift: float | str
+    patch: int
+    shifts_by_size: Sequence[Any]
+    noise_offset: float = 0.0
+
+    def __call__(
+        self, latents: Tensor, generator: torch.Generator, sample_weights: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        noise = sample_noise(latents, self.noise_offset, generator)
+        times = self.times(latents, generator)
+        t = times[:, None, None, None]
+        # Diffusers' schedules have no time below 0.001, where the weights of sigma_sqrt would be without bound.
+        weights: Tensor = compute_loss_weighting_for_sd3(self.weighting_scheme, times.clamp_min(1e-3))
+        if sample_weights is not None:
+            weights = weights * sample_weights
+        noisy = (1 - t) * latents + t * noise
+        return {"noisy": noisy, "timesteps": times, "target": noise - latents, "weights": weights}
+
+    def times(self, latents: Tensor, generator: torch.Generator) -> Tensor:
+        """A random time for each latent, (batch,), in 0 to 1."""
+        u = compute_density_for_timestep_sampling(
+            self.weighting_scheme,
+            len(latents),
+            self.logit_mean,
+            self.logit_std,
+            self.mode_scale,
+            device=latents.device,
+            generator=generator,
+        )
+        shift = self.shift
+        if isinstance(shift, str):
+            tokens = latents.shape[-2] * latents.shape[-1] // self.patch**2
+            shift = math.exp(calculate_shift(tokens, *self.shifts_by_size))
+        return shift * (1 - u) / (1 + (shift - 1) * (1 - u))
+
+
+@dataclasses.dataclass(frozen=True)
+class Diffusion:
+    """Noising of a DDPM, of which the noise or v is predicted, as the scheduler says.
+
+    Attributes:
+        scheduler: of the base model. snr_gamma: see ``loss_weights``. noise_offset: see ``sample_noise``.
+    """
+
+    scheduler: DDPMScheduler
+    snr_gamma: float | None = None
+    noise_offset: float = 0.0
+
+    def __call__(
+        self, latents: Tensor, generator: torch.Generator, sample_weights: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        scheduler: Any = self.scheduler
+        noise = sample_noise(latents, self.noise_offset, generator)
+        steps = scheduler.config.num_train_timesteps
+        timesteps = torch.randint(0, steps, (len(latents),), generator=generator, device=latents.device)
+        target = noise
+        if scheduler.config.prediction_type == "v_prediction":
+            target = scheduler.get_velocity(latents, noise, timesteps)
+        # Before the weights are computed, because add_noise moves the schedule to the device.
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        weights = loss_weights(scheduler, timesteps, self.snr_gamma)
+        if sample_weights is not None:
+            weights = weights * sample_weights
+        return {"noisy": noisy, "timesteps": timesteps, "target": target, "weights": weights}
+
+
+def sample_noise(latents: Tensor, noise_offset: float, generator: torch.Generator) -> Tensor:
+    """Gaussian noise like the latents, (batch, channels, height, width), plus a random offset per channel."""
+    noise = torch.randn(latents.shape, generator=generator, device=latents.device)
+    if noise_offset:
+        offset = torch.randn((*latents.shape[:2], 1, 1), generator=generator, device=latents.device)
+        noise = noise + noise_offset * offset
+    return noise
+
+
+def snr(noise_scheduler, timesteps: Tensor) -> Tensor:
+    """Signal-to-noise ratio ``alpha_bar / (1 - alpha_bar)`` at each timestep, (batch,)."""
+    alphas_cumprod = noise_scheduler.alphas_cumprod.to(timesteps.device)[timesteps].float()
+    return alphas_cumprod / (1 - alphas_cumprod).clamp_min(1e-12)
+
+
+def loss_weights(noise_scheduler, timesteps: Tensor, snr_gamma: float | None) -> Tensor:
+    """Weight of each sample's squared error, (batch,): 1, or min-SNR-gamma (Hang et al., ICCV 2023, section 3.4).
+
+    Min-SNR is ``min(SNR, gamma) / SNR`` for epsilon prediction and ``min(SNR, gamma) / (SNR + 1)`` for v-prediction.
+    """
+    if snr_gamma is None:
+        return torch.ones(timesteps.shape, device=timesteps.device)
+    ratio = snr(noise_scheduler, timesteps)
+    divisor = ratio + 1 if noise_scheduler.config.prediction_type == "v_prediction" else ratio.clamp_min(1e-12)
+    return ratio.clamp_max(snr_gamma) / divisor
