@@ -22,7 +22,10 @@ class Flux2(Family):
         *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
         *("to_qkv_mlp_proj", "attn.to_out"),
     )
-    UNQUANTIZED = ("time_guidance_embed", "modulation", "x_embedder", "context_embedder", "norm_out", "proj_out")
+    UNQUANTIZED = (
+        *("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation"),
+        *("time_guidance_embed", "x_embedder", "context_embedder", "norm_out", "proj_out"),
+    )
     GUIDANCE_SCALE = 4.0
 
     def encode(

@@ -19,7 +19,7 @@ class StableDiffusion3(Family):
     PROMPT_LENGTHS: Mapping[str, int] = {"text_encoder_3": T5_TOKENS}
     WEIGHTING_SCHEME = "logit_normal"
     TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-    UNQUANTIZED = ("pos_embed", "time_text_embed", "context_embedder", "norm_out", "proj_out")
+    UNQUANTIZED = ("time_text_embed", "context_embedder", "norm_out", "proj_out")
     GUIDANCE_SCALE = 7.0
 
     def read(self, pipeline: Any, name: str, tokens: Tensor) -> tuple[Tensor, ...]:

@@ -95,9 +95,9 @@ class Record:
         original = library.from_pretrained.__func__
 
         def reading(cls: type, *arguments: Any, **more: Any):
-            model = original(cls, *arguments, **more)
-            self._read.append(dtypes_of(model))
-            return model
+            result = original(cls, *arguments, **more)
+            self._read.append(dtypes_of(result[0] if isinstance(result, tuple) else result))
+            return result
 
         patch.setattr(library, "from_pretrained", classmethod(reading))
 
@@ -117,13 +117,14 @@ def recorded(script: str, flags: list[str], file: Path) -> list[tuple[str, str]]
 
 
 def of_xl(events: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The same events of a model with two text encoders."""
+    """The same events of a model with two text encoders, which are loaded one after another."""
     both = []
     for event, alive in events:
+        both.append((event, alive))
         if event.startswith("load text_encoder "):
-            both += [(event, alive), (event.replace("encoder", "encoder_2"), event.removeprefix("load "))]
-        else:
-            both.append((event.replace("drop text_encoder", "drop text_encoder text_encoder_2"), alive))
+            loaded = (event.replace("encoder", "encoder_2"), alive)
+        elif event == "drop text_encoder":
+            both += [loaded, ("drop text_encoder_2", alive)]
     return both
 
 

@@ -99,11 +99,11 @@ REFUSED = {
     "class labels": ("unet/config.json", {"num_class_embeds": 10}, "(could not be loaded|num_class_embeds 10)"),
     "nine channels": ("unet/config.json", {"in_channels": 9}, "(could not be loaded|9 input channels)"),
     "no class of unet": ("model_index.json", {"unet": ["diffusers", "NoSuchModel"]}, "could not be loaded"),
-    "another pipeline": ("model_index.json", {"_class_name": "NoSuchPipeline"}, "is a NoSuchPipeline and not a Stable"),
+    "another pipeline": ("model_index.json", {"_class_name": "NoSuchPipeline"}, "is a NoSuchPipeline; choose a model"),
     "an inpainting pipeline": (
         "model_index.json",
         {"_class_name": "StableDiffusionInpaintPipeline"},
-        "is a StableDiffusionInpaintPipeline and not a StableDiffusionPipeline",
+        "is a StableDiffusionInpaintPipeline; choose a model with one of these: StableDiffusionPipeline, ",
     ),
 }
 
@@ -191,7 +191,7 @@ def test_an_autoencoder_that_overflows_is_decoded_again_in_float32(tiny_sd, tmp_
 def test_a_unet_that_overflows_is_said(tiny_sd):
     pipeline = load_pipeline(str(tiny_sd))
     pipeline.unet.conv_out.bias.data.fill_(float("inf"))
-    with pytest.raises(InputError, match="the UNet gave values that are not finite in float32"):
+    with pytest.raises(InputError, match="the denoiser gave values that are not finite in float32"):
         sample_images(pipeline, [0], 32, prompt=["x"], num_inference_steps=1)
 
 
