@@ -331,7 +331,8 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
     losses = Losses(model.family, models[denoiser], len(subjects), pipeline if args.train_text_encoder else None)
     settings = [argparse.Namespace(**vars(args) | subject.flag_overrides()) for subject in subjects]
     files = AdapterFiles(adapters, settings, [s.prompts[0] for s in subjects], {"pipeline": type(pipeline).__name__})
-    failed = train(accelerator, adapters, batches, losses, args, validate, files=files)
+    same_shape = batches.have_same_shape
+    failed = train(accelerator, adapters, batches, losses, args, validate, files=files, same_shape=same_shape)
     for number, subject in enumerate(subjects):
         if number not in failed:
             save_run(accelerator, files, number, f"{len(subject.photographs)} photos", data)

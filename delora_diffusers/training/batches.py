@@ -57,6 +57,13 @@ class SubjectBatches:
         parts = [self._part(subject, microbatch) for subject in self.subjects]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if len(parts) > 1 else parts[0]
 
+    @property
+    def have_same_shape(self) -> bool:
+        """Whether the tensors of all micro-batches have the same shapes, and none is a mask."""
+        prompts = [prompt for subject in self.subjects for prompt in subject.prompts]
+        classes = [subject.class_prompt or "" for subject in self.subjects if subject.class_latents is not None]
+        return self.table.have_same_length([*prompts, *classes])
+
     def _part(self, subject: SubjectData, microbatch: int) -> dict[str, Tensor]:
         generator = order.generator(subject.seed, microbatch, self.device)
         seed = order.mixed_seed(subject.seed, microbatch, 1)

@@ -80,12 +80,25 @@ class PromptTable:
     def __init__(self, prompts: Sequence[str], tensors: Mapping[str, Tensor]):
         self.tensors = tensors
         self._rows = {prompt: row for row, prompt in enumerate(prompts)}
+        mask = tensors.get("mask")
+        self._lengths = None if mask is None else mask.sum(dim=1).tolist()
 
     def lookup(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """The tensors of these prompts by name, (prompts, ...) each."""
+        """The tensors of these prompts by name, (prompts, ...) each; without a mask if they have the same length."""
         first = next(iter(self.tensors.values()))
-        rows = device_index([self._rows[prompt] for prompt in prompts], first.device)
-        return {name: tensor[rows] for name, tensor in self.tensors.items()}
+        rows = [self._rows[prompt] for prompt in prompts]
+        index = device_index(rows, first.device)
+        tensors = {name: tensor[index] for name, tensor in self.tensors.items()}
+        if self._lengths is not None:
+            longest = max(self._lengths[row] for row in rows)
+            tensors = {name: tensor[:, :longest] for name, tensor in tensors.items()}
+            if self.have_same_length(prompts):
+                del tensors["mask"]
+        return tensors
+
+    def have_same_length(self, prompts: Iterable[str]) -> bool:
+        """Whether no mask is needed for these prompts."""
+        return self._lengths is None or len({self._lengths[self._rows[prompt]] for prompt in prompts}) == 1
 
 
 @torch.no_grad()

@@ -35,6 +35,7 @@ def train(
     validate: Validation | None = None,
     control: torch.nn.Module | None = None,
     files: AdapterFiles | None = None,
+    same_shape: bool = True,
 ) -> dict[int, int]:
     """Train until ``args.max_train_steps``, from the start or from a checkpoint.
 
@@ -47,6 +48,7 @@ def train(
         validate: called on every process every ``args.validation_steps`` steps with the number of finished steps.
         control: a control encoder to train as well, at ``args.control_learning_rate``.
         files: writes the adapter files of each checkpoint.
+        same_shape: whether all micro-batches have the same shapes, as a CUDA graph needs.
 
     Returns:
         The subjects whose loss was not finite, each with the first such step. Subjects trained beside them are not
@@ -67,7 +69,7 @@ def train(
     gradients.broadcast_parameters(accelerator, parameters)
     start = _resume(accelerator, args)
     monitor = LossMonitor(accelerator.device, subjects)
-    capture = _captures(accelerator, list(adapters.values()), batch_of(0), args)
+    capture = _captures(accelerator, list(adapters.values()), same_shape, args)
     accumulate_gradients = MicroBatches(accelerator, list(adapters.values()), parameters, losses_of, capture)
     # A run may have been killed between this checkpoint and its validation images.
     overdue = validate is not None and start > 0 and _is_validated(start, args) and not validate.is_done(start)
@@ -114,13 +116,13 @@ def train(
     return monitor.check(accelerator, args.output_dir)
 
 
-def _captures(accelerator: Accelerator, adapters: list[Adapter], batch: Batch, args: argparse.Namespace) -> bool:
+def _captures(accelerator: Accelerator, adapters: list[Adapter], same_shape: bool, args: argparse.Namespace) -> bool:
     """Whether to record the training step as a CUDA graph.
 
     Raises:
         InputError: it was asked for, but the prompts have different lengths.
     """
-    if "mask" in batch and args.cuda_graph is not False:
+    if not same_shape and args.cuda_graph is not False:
         reason = "this model computes prompts at their own length, and they have different lengths"
         if args.cuda_graph:
             raise InputError(f"--cuda_graph needs batches of the same shape, but {reason}; leave it out.")
