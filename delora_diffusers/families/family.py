@@ -121,6 +121,9 @@ class Family(Protocol):
         """The denoiser's latents of this height and width from what the pipeline returns as latents."""
         return latents
 
+    def prepare_to_train(self, denoiser: Any) -> None:
+        """Change what must be changed in a denoiser before it is trained."""
+
     def predict(self, denoiser: Any, noisy: Tensor, timesteps: Tensor, **conditions: Tensor) -> Tensor:
         """The denoiser's prediction (batch, channels, height, width), in its dtype.
 

@@ -46,6 +46,10 @@ class Flux(Family):
     def unpacked(self, pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:
         return from_tokens(latents, height, width)
 
+    def prepare_to_train(self, denoiser: Any) -> None:
+        for block in denoiser.single_transformer_blocks:
+            block.attn.register_forward_hook(make_gradient_contiguous)
+
     def predict(self, denoiser: Any, noisy: Tensor, timesteps: Tensor, **conditions: Tensor) -> Tensor:
         height, width = noisy.shape[-2:]
         text = conditions["encoder_hidden_states"]
@@ -59,6 +63,16 @@ class Flux(Family):
             return_dict=False,
         )[0]
         return from_tokens(tokens, height, width)
+
+
+def make_gradient_contiguous(module: Any, inputs: Any, output: Tensor) -> None:
+    """Give attention a contiguous gradient, where single blocks would pass a slice of a wider one.
+
+    PyTorch keeps cuDNN's attention backward by the strides of q, k and v, and then runs it on gradients with any
+    strides (torch 2.11, Hopper): wrong gradients, or an illegal memory access.
+    """
+    if output.requires_grad:
+        output.register_hook(Tensor.contiguous)
 
 
 FAMILY = Flux()

@@ -102,6 +102,7 @@ def load_denoiser(model: OpenModel, accelerator: Accelerator, args: argparse.Nam
 def load_denoiser_to_train(model: OpenModel, accelerator: Accelerator, args: argparse.Namespace) -> Any:
     """Load the denoiser as ``load_denoiser`` does, with gradient checkpointing if it is asked for."""
     denoiser = load_denoiser(model, accelerator, args)
+    model.family.prepare_to_train(denoiser)
     if args.gradient_checkpointing:
         checkpoint_denoiser(denoiser)
     return denoiser
