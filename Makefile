@@ -6,6 +6,9 @@ SUBJECT := a photo of sks mug
 PROMPTS := "$(SUBJECT) on the beach" "$(SUBJECT) in the snow" "$(SUBJECT) in the jungle" \
   "$(SUBJECT) at night" "$(SUBJECT) in a meadow" "$(SUBJECT) on a cobblestone street"
 
+# Demo and tests start many processes; without compiled modules each compiles torch and diffusers again, for seconds.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo test unit setup check
 
 setup: $(UV)
