@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import gc
 import multiprocessing.process
 import subprocess
 import sys
@@ -17,6 +18,16 @@ import torch
 from tests.helpers import write_photos
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """Modules stay until the end: the collections that the library asks for need not visit them each time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
 
 
 @pytest.hookimpl(wrapper=True)
