@@ -1,15 +1,19 @@
 """Shared test helpers: small photos and maps, flags for short training runs, functions run in separate processes."""
 
 import copy
+import dataclasses
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import traceback
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,12 +66,82 @@ def _child(function, arguments, reports) -> None:
         reports.put(traceback.format_exc())
 
 
-def run_in_two_processes(*command: object) -> None:
-    """Run a script, or ``-m MODULE``, in two processes on this machine."""
-    # `accelerate launch --cpu --num_processes 2` starts a single process; torchrun starts two on a CPU as well.
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    subprocess.run([*launch, *map(str, command)], cwd=ROOT, env=environment, check=True)
+@dataclasses.dataclass(frozen=True)
+class Child:
+    """A process that was started by ``start_in_child``."""
+
+    process: Any
+    reports: Any
+
+    def error(self) -> str | None:
+        """Wait for its end; returns its error, if there was one."""
+        self.process.join()
+        return f"it ended with {self.process.exitcode}" if self.reports.empty() else self.reports.get()
+
+    def wait(self) -> int:
+        """Wait for its end; returns its exit code and raises its error."""
+        error = self.error()
+        assert error is None or self.process.exitcode == -signal.SIGKILL, error
+        return self.process.exitcode
+
+
+def start_in_child(function, *arguments) -> Child:
+    """Start a function in a new process with its imports already loaded."""
+    # CUDA does not survive a fork, even if the parent process has only checked for a GPU.
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    multiprocessing.set_forkserver_preload(
+        ["train_dreambooth_delora", "diffusers", "torch", "accelerate", "tests.warm"]
+    )
+    reports = context.SimpleQueue()
+    process = context.Process(target=_child, args=(function, arguments, reports))
+    process.start()
+    return Child(process, reports)
+
+
+def run_in_child(function, *arguments) -> int:
+    """Run a function in a new process with its imports already loaded; returns its exit code and raises its errors."""
+    return start_in_child(function, *arguments).wait()
+
+
+def _in_rank(rank: int, port: int, output: Path, function, arguments) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    os.environ["OMP_NUM_THREADS"] = "1"
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    function(*arguments)
+
+
+def start_two_processes(output: Path, function, *arguments) -> list[Child]:
+    """Start a function in two processes on this machine, with what torchrun sets; both append to the file ``output``.
+
+    They are forked from a process that has loaded the imports, so they start in an instant.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    return [start_in_child(_in_rank, rank, port, output, function, arguments) for rank in range(2)]
+
+
+def wait_for_both(children: list[Child]) -> None:
+    """Wait for two processes; if one fails, end the other, as torchrun does, and raise the error."""
+    running = {child.process.sentinel: child for child in children}
+    try:
+        while running:
+            for sentinel in multiprocessing.connection.wait(list(running)):
+                assert running.pop(sentinel).wait() == 0, "a process was killed"
+    finally:
+        for child in children:
+            child.process.terminate()
+            child.process.join()
+
+
+def run_in_two_processes(function, *arguments) -> str:
+    """Run a function in two processes on this machine; returns what they print."""
+    with tempfile.TemporaryDirectory() as name:
+        output = Path(name) / "output"
+        wait_for_both(start_two_processes(output, function, *arguments))
+        return output.read_text()
 
 
 def _eval(words: list[str], folder: Path) -> None:
@@ -93,25 +167,6 @@ def run_eval(*words: object) -> subprocess.CompletedProcess[str]:
         run_in_child(_eval, [str(word) for word in words], folder)
         out, err, code = ((folder / file).read_text() for file in ("out", "err", "code"))
     return subprocess.CompletedProcess(words, int(code), out, err)
-
-
-def run_in_child(function, *arguments) -> int:
-    """Run a function in a new process with its imports already loaded; returns its exit code and raises its errors."""
-    # CUDA does not survive a fork, even if the parent process has only checked for a GPU.
-    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-    multiprocessing.set_forkserver_preload(
-        ["train_dreambooth_delora", "diffusers", "torch", "accelerate", "tests.warm"]
-    )
-    reports = context.SimpleQueue()
-    process = context.Process(target=_child, args=(function, arguments, reports))
-    process.start()
-    process.join()
-    if process.exitcode == -signal.SIGKILL:
-        return process.exitcode
-    report = reports.get()
-    assert report is None, report
-    assert process.exitcode is not None
-    return process.exitcode
 
 
 def train(flags: list[str]) -> None:

@@ -93,9 +93,7 @@ def test_training_together_equals_training_alone(tiny_sd, tmp_path, two_subjects
     run_in_child(train, together_flags(tiny_sd, tmp_path / "resumed", two_subjects, *halves, "--max_train_steps", 3))
     resumed = together_flags(tiny_sd, tmp_path / "resumed", two_subjects, *halves, "--resume_from_checkpoint", "latest")
     run_in_child(train, resumed)
-    run_in_two_processes(
-        "train_dreambooth_delora.py", *together_flags(tiny_sd, tmp_path / "processes", two_subjects, *prior)
-    )
+    run_in_two_processes(train, together_flags(tiny_sd, tmp_path / "processes", two_subjects, *prior))
     for seed, photos in enumerate(two_subjects):
         more = (*prior, "--instance_prompt", f"a sks {photos.name}", "--seed", seed, "--train_batch_size", 2)
         for kind, kind_flags in {

@@ -3,10 +3,7 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +11,7 @@ import torch
 from PIL import Image
 
 from delora_diffusers.__main__ import main
-from tests.helpers import randomize, run_in_child
+from tests.helpers import randomize, run_in_child, run_in_two_processes, start_two_processes, wait_for_both
 
 
 @pytest.fixture(scope="module")
@@ -186,14 +183,11 @@ def test_a_sheet_of_strengths_and_a_sum_of_adapters(adapter, tiny_sd, tmp_path):
 
 @pytest.mark.integration
 def test_two_processes_share_the_work(adapter, tmp_path):
-    command = ["-m", "delora_diffusers", "generate", "--adapter", adapter, "--prompt", "a", "b", "--num_images", 2]
-    command += ["--num_inference_steps", 2, "--batch_size", 1, "--output_dir"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    in_two = [*launch, *map(str, [*command, tmp_path / "two"])]
-    result = subprocess.run(in_two, env=environment, capture_output=True, text=True)
-    assert result.stdout.count("4 images in") == 1, result.stderr[-2000:]
-    main([str(word) for word in [*command[2:], tmp_path / "one"]])
+    command = ["generate", "--adapter", str(adapter), "--prompt", "a", "b", "--num_images", "2"]
+    command += ["--num_inference_steps", "2", "--batch_size", "1", "--output_dir"]
+    printed = run_in_two_processes(main, [*command, str(tmp_path / "two")])
+    assert printed.count("4 images in") == 1, printed[-2000:]
+    main([*command, str(tmp_path / "one")])
     for path in (tmp_path / "one").iterdir():
         if path.name != "contact_sheet.png":
             assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
@@ -229,24 +223,21 @@ def test_schedulers(adapter, tmp_path, scheduler):
 @pytest.mark.integration
 def test_killing_one_of_two_processes_loses_no_finished_image(adapter, tmp_path):
     """After ``kill -9`` of one process, finished images stay and the same command generates the remaining ones."""
-    words = ["-m", "delora_diffusers", "generate", "--adapter", adapter, "--prompt", "a", "b", "--num_images", 20]
-    words += ["--num_inference_steps", 10, "--batch_size", 1, "--output_dir", tmp_path / "two"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *map(str, words)]
-    launched = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    words = ["generate", "--adapter", str(adapter), "--prompt", "a", "b", "--num_images", "20"]
+    words += ["--num_inference_steps", "10", "--batch_size", "1", "--output_dir", str(tmp_path / "two")]
+    children = start_two_processes(tmp_path / "log", main, words)
     while len(list(tmp_path.glob("two/0*.png"))) < 6:
-        assert launched.poll() is None, launched.communicate()[1][-2000:]
+        assert all(child.process.is_alive() for child in children), (tmp_path / "log").read_text()[-2000:]
         time.sleep(0.05)
-    children = Path(f"/proc/{launched.pid}/task/{launched.pid}/children").read_text().split()
-    (second,) = [c for c in children if b"\0LOCAL_RANK=1\0" in Path(f"/proc/{c}/environ").read_bytes()]
-    os.kill(int(second), signal.SIGKILL)
-    assert launched.communicate() and launched.returncode != 0
+    children[1].process.kill()
+    with pytest.raises(AssertionError, match="a process was killed"):
+        wait_for_both(children)
     kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("two/0*.png")}
     assert 6 <= len(kept) < 40 and not list(tmp_path.glob("two/.*.part"))
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert f"({40 - len(kept)} new)" in result.stdout, result.stderr[-2000:]
+    printed = run_in_two_processes(main, words)
+    assert f"({40 - len(kept)} new)" in printed, printed[-2000:]
     assert all((tmp_path / "two" / name).stat().st_mtime_ns == modified for name, modified in kept.items())
 
-    main([str(word) for word in [*words[2:-1], tmp_path / "one"]])
+    main([*words[:-1], str(tmp_path / "one")])
     for path in (tmp_path / "one").glob("0*.png"):
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()

@@ -218,7 +218,7 @@ def test_scoring(generated, pairs, tiny_segmenter, tiny_scorers, tmp_path, capsy
 @pytest.mark.integration
 def test_two_processes_give_the_same_weights_and_scores(generated, pairs, tiny_sd, tiny_segmenter, tmp_path):
     rate = ("--learning_rate", 1e-3)
-    run_in_two_processes("train_controlnet_map2img.py", *map_flags(tiny_sd, pairs, tmp_path / "two", *rate))
+    run_in_two_processes(script.main, map_flags(tiny_sd, pairs, tmp_path / "two", *rate))
     single = map_flags(tiny_sd, pairs, tmp_path / "one", *rate, "--gradient_accumulation_steps", 2)
     assert run_in_child(script.main, single) == 0
     from_two, from_one = (load_file(tmp_path / name / WEIGHTS_NAME) for name in ("two", "one"))
@@ -228,7 +228,7 @@ def test_two_processes_give_the_same_weights_and_scores(generated, pairs, tiny_s
 
     scoring = ["map2img", "--generated_dir", generated, "--map_dir", pairs, "--segmenter", tiny_segmenter]
     scoring += ["--frechet_features", "none", "--output"]
-    run_in_two_processes("-m", "eval", *scoring, tmp_path / "two.json")
+    run_in_two_processes(evaluate, [str(word) for word in [*scoring, tmp_path / "two.json"]])
     evaluate([str(word) for word in [*scoring, tmp_path / "one.json"]])
     two, one = (json.loads((tmp_path / name).read_text()) for name in ("two.json", "one.json"))
     assert two["scores"] == one["scores"] and two["classes"] == one["classes"] and two["real"] == one["real"]

@@ -53,7 +53,7 @@ def test_the_loss_falls_in_200_steps(tiny_sd, photographs, tmp_path, method):
 def test_two_processes_equal_one_with_accumulation(tiny_sd, photographs, tmp_path):
     flags = training_flags(tiny_sd, photographs, tmp_path / "two", "--train_batch_size", 2, "--learning_rate", 1e-3)
     prior = ["--with_prior_preservation", "--class_prompt", "a toy", "--num_class_images", "3", *FEW_STEPS]
-    run_in_two_processes("train_dreambooth_delora.py", *flags, *prior)
+    run_in_two_processes(train, [*flags, *prior])
     single = training_flags(tiny_sd, photographs, tmp_path / "one", "--train_batch_size", 2, "--learning_rate", 1e-3)
     run_in_child(train, [*single, "--gradient_accumulation_steps", "2", *prior])
     for name in sorted(p.name for p in (tmp_path / "one" / "class_images").iterdir()):
