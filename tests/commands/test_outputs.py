@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -20,7 +18,7 @@ from delora_diffusers.maps import find_maps, map_key
 from delora_diffusers.methods.functions import method_functions
 from delora_diffusers.methods.table import METHODS
 from delora_diffusers.names import METADATA_NAME, WEIGHTS_NAME
-from tests.helpers import ROOT, randomize, run_in_child
+from tests.helpers import randomize, run_in_child, start_in_child
 
 TARGET = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 
@@ -187,21 +185,9 @@ def test_generate_keeps_the_images_of_another_run(tiny_sd, tmp_path):
 @pytest.mark.integration
 def test_two_generates_at_once(tiny_sd, tmp_path):
     """The folder holds the images of one of them, whole, and the other is refused."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "delora_diffusers", *generate(tmp_path / "g", tiny_sd, "--guidance_scale", scale)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=ROOT,
-            env=environment,
-        )
-        for scale in (2, 3)
-    ]
-    outputs = [process.communicate()[0] for process in processes]
-    assert sorted(process.returncode for process in processes) == [0, 1], outputs
-    refused = next(text for process, text in zip(processes, outputs) if process.returncode)
+    children = [start_in_child(main, generate(tmp_path / "g", tiny_sd, "--guidance_scale", s)) for s in (2, 3)]
+    (refused,) = (error for child in children if (error := child.error()) is not None)
+    assert refused.startswith("SystemExit: error: ")
     assert "another run is writing to" in refused or "was generated with other settings" in refused
     records = [json.loads(line) for line in (tmp_path / "g" / METADATA_NAME).read_text().splitlines()]
     assert len({record["guidance_scale"] for record in records}) == 1

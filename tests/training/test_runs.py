@@ -2,10 +2,7 @@
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -21,7 +18,15 @@ from delora_diffusers.names import CHECKPOINT_SIZES, WEIGHTS_NAME
 from delora_diffusers.training import run_folder
 from delora_diffusers.training.checkpoints import check_same_run
 from delora_diffusers.training.encoding import encode_images
-from tests.helpers import ROOT, map_flags, run_in_child, train, training_flags, write_map_folders, write_photos
+from tests.helpers import (
+    map_flags,
+    run_in_child,
+    start_in_child,
+    train,
+    training_flags,
+    write_map_folders,
+    write_photos,
+)
 
 
 @pytest.fixture(scope="module")
@@ -190,24 +195,17 @@ def test_validation_images_that_a_kill_prevented_are_made_when_the_run_goes_on(f
     assert grid.read_bytes() == expected and (copy / WEIGHTS_NAME).is_file() and (copy / "samples" / "00.png").is_file()
 
 
-def start(flags, log):
-    command = [sys.executable, str(ROOT / "train_dreambooth_delora.py"), *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=log.open("wb"), stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
-
-
 @pytest.mark.integration
 def test_two_runs_into_one_folder_at_once(tiny_sd, photographs, tmp_path):
     """One ends as if alone; the other is refused and touches nothing."""
     flags = {seed: training_flags(tiny_sd, photographs, tmp_path / "out", "--seed", seed) for seed in (1, 2)}
-    processes = {seed: start(flags[seed], tmp_path / f"log-{seed}") for seed in flags}
-    codes = {seed: process.wait() for seed, process in processes.items()}
-    assert sorted(codes.values()) == [0, 1], {seed: (tmp_path / f"log-{seed}").read_text() for seed in flags}
-    winner, loser = sorted(codes, key=lambda seed: codes[seed])
-    last = (tmp_path / f"log-{loser}").read_text().strip().splitlines()[-1]
-    assert last.startswith("error: ") and ("another run is writing to" in last or "contains another run" in last)
-    alone = training_flags(tiny_sd, photographs, tmp_path / "alone", "--seed", winner)
-    assert start(alone, tmp_path / "log").wait() == 0
+    children = {seed: start_in_child(train, flags[seed]) for seed in flags}
+    errors = {seed: child.error() for seed, child in children.items()}
+    ((loser, error),) = ((seed, error) for seed, error in errors.items() if error is not None)
+    last = error.strip().splitlines()[-1]
+    assert "InputError: " in last and ("another run is writing to" in last or "contains another run" in last)
+    winner = 3 - loser
+    run_in_child(train, training_flags(tiny_sd, photographs, tmp_path / "alone", "--seed", winner))
     assert (tmp_path / "out" / WEIGHTS_NAME).read_bytes() == (tmp_path / "alone" / WEIGHTS_NAME).read_bytes()
     assert json.loads((tmp_path / "out" / "config.json").read_text())["arguments"]["seed"] == winner
 
