@@ -5,6 +5,7 @@ import dataclasses
 import json
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import signal
 import socket
@@ -103,10 +104,21 @@ def run_in_child(function, *arguments) -> int:
     return start_in_child(function, *arguments).wait()
 
 
+def share_server() -> None:
+    """Have the children of this process, such as the commands of a study, forked from the server it was forked from.
+
+    Otherwise it starts a server of its own, which takes as long to import everything as any new process.
+    """
+    server = multiprocessing.forkserver._forkserver
+    if server._forkserver_address:
+        server.ensure_running = lambda: None
+
+
 def _in_rank(rank: int, port: int, output: Path, function, arguments) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     os.environ["OMP_NUM_THREADS"] = "1"
+    share_server()
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
@@ -144,7 +156,21 @@ def run_in_two_processes(function, *arguments) -> str:
         return output.read_text()
 
 
-def _eval(words: list[str], folder: Path) -> None:
+def start_eval(*words: object) -> Child:
+    """Start ``python -m eval WORDS`` with a server of its own, in a process group that a test can kill as a whole."""
+    return start_in_child(_eval_in_group, [str(word) for word in words])
+
+
+def _eval_in_group(words: list[str]) -> None:
+    from eval.__main__ import main
+
+    os.setpgid(0, 0)
+    main(words)
+
+
+def _eval(words: list[str], folder: Path, cwd: Path) -> None:
+    os.chdir(cwd)
+    share_server()
     for stream, file in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     code: object = 0
@@ -160,11 +186,11 @@ def _eval(words: list[str], folder: Path) -> None:
     sys.stdout.flush()
 
 
-def run_eval(*words: object) -> subprocess.CompletedProcess[str]:
+def run_eval(*words: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run ``python -m eval WORDS`` in a new process with its imports already loaded."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        run_in_child(_eval, [str(word) for word in words], folder)
+        run_in_child(_eval, [str(word) for word in words], folder, cwd)
         out, err, code = ((folder / file).read_text() for file in ("out", "err", "code"))
     return subprocess.CompletedProcess(words, int(code), out, err)
 

@@ -1,11 +1,10 @@
 """A complete benchmark as a user runs it: two processes, a subject that fails, a damaged image, and continuing."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,15 +12,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.helpers import ROOT, write_photos
-
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-TWO_PROCESSES = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-
-
-def run(flags: list[object], environment: dict[str, str], launch: list[str] | None = None):
-    command = [*(launch or [sys.executable]), "-m", "eval", "benchmark", *map(str, flags)]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+from delora_diffusers import InputError
+from eval.__main__ import main
+from eval.benchmark.run import run_on_all, start_accelerator
+from eval.benchmark.tasks import Step, Task
+from tests.helpers import run_eval, run_in_two_processes, write_photos
 
 
 def times(folder: Path) -> dict[str, int]:
@@ -30,7 +25,7 @@ def times(folder: Path) -> dict[str, int]:
     return {str(file.relative_to(folder)): file.stat().st_mtime_ns for file in files}
 
 
-def small_benchmark(tiny_sd, tiny_scorers, folder: Path) -> list[object]:
+def small_benchmark(tiny_sd, tiny_scorers, folder: Path) -> list[str]:
     """Flags of a run with two subjects that writes to ``folder / "run"``."""
     content = {"images_per_prompt": 2, "prompts": {"thing": ["a {identifier} {class} in the snow"]}}
     content |= {"drift_prompts": ["a {class}", "a tree"]}
@@ -42,17 +37,16 @@ def small_benchmark(tiny_sd, tiny_scorers, folder: Path) -> list[object]:
     flags += [folder / "run", "--pretrained_model_name_or_path", tiny_sd, "--lpips", "none"]
     flags += ["--train", "max_train_steps=3", "resolution=32", "rank=2", "report_to=none"]
     flags += ["--generate", "num_inference_steps=2", "resolution=32", "--dino", f"local-dir:{tiny_scorers / 'dino'}"]
-    return [*flags, "--clip", f"local-dir:{tiny_scorers / 'clip'}"]
+    return [str(flag) for flag in [*flags, "--clip", f"local-dir:{tiny_scorers / 'clip'}"]]
 
 
 @pytest.mark.integration
 def test_two_processes_write_the_same_files_as_one(tiny_sd, tiny_scorers, tmp_path):
     flags, output = small_benchmark(tiny_sd, tiny_scorers, tmp_path), tmp_path / "run"
-    result = run(flags, TWO_PROCESSES, LAUNCH)
-    assert result.returncode == 0, result.stderr[-2000:]
+    run_in_two_processes(main, ["benchmark", *flags])
     output.rename(tmp_path / "two-processes")  # the next run needs the same folder: images record their adapter's path
     # Two jobs, so that each command has as many threads as before: on a CPU their number changes the sums.
-    result = run([*flags, "--jobs", 2], {"OMP_NUM_THREADS": "1"})
+    result = run_eval("benchmark", *flags, "--jobs", 2)
     assert result.returncode == 0, result.stderr[-2000:]
     files = [*times(output), "subjects.csv"]
     assert len(files) == 2 + 2 * 6 + 6 + 1  # includes the drift images of the subjects and of the base model
@@ -60,17 +54,44 @@ def test_two_processes_write_the_same_files_as_one(tiny_sd, tiny_scorers, tmp_pa
         assert (output / name).read_bytes() == (tmp_path / "two-processes" / name).read_bytes(), name
 
 
+def run_failing_tasks(folder: Path) -> None:
+    """Run three tasks, of which the first succeeds, and write the failures that this process reports."""
+
+    def task(number: int) -> Task:
+        def command() -> None:
+            (folder / f"started-{number}").touch(exist_ok=False)
+            if number:
+                raise InputError(f"number {number} failed")
+
+        result: Any = SimpleNamespace(folder=folder / str(number), is_done=lambda: number == 0)
+        return Task(result.folder, [result], [Step(command, result.is_done)])
+
+    accelerator = start_accelerator()
+    failed = run_on_all(accelerator, [task(number) for number in range(3)], jobs=1)
+    (folder / f"failed-{accelerator.process_index}").write_text(json.dumps(failed))
+
+
+@pytest.mark.integration
+def test_each_process_reports_the_failures_of_both(tmp_path):
+    run_in_two_processes(run_failing_tasks, tmp_path)
+    expected = {str(tmp_path / str(number)): f"number {number} failed" for number in (1, 2)}
+    for rank in range(2):
+        assert json.loads((tmp_path / f"failed-{rank}").read_text()) == expected
+    assert len(list(tmp_path.glob("started-*"))) == 2
+
+
 @pytest.mark.integration
 def test_a_run_continues_past_a_failure_and_after_it(tiny_sd, tiny_scorers, tmp_path):
     flags, output = small_benchmark(tiny_sd, tiny_scorers, tmp_path), tmp_path / "run"
-    single = run([*flags, "--subjects", "one"], {})
+    flags += ["--jobs", "2"]  # one thread per command: more of them wait for other tests
+    single = run_eval("benchmark", *flags, "--subjects", "one")
     assert single.returncode == 0, single.stderr[-2000:]
     first = times(output)
-    # Then both subjects, on two processes. The folder of the second contains a different training.
+    # Then both subjects. The folder of the second contains a different training.
     blocked = output / "seed-0" / "two" / "adapter"
     blocked.mkdir(parents=True)
     (blocked / "config.json").write_text(json.dumps({"arguments": {"rank": 64}}))
-    failing = run([*flags, "--subjects", "one", "two"], TWO_PROCESSES, LAUNCH)
+    failing = run_eval("benchmark", *flags, "--subjects", "one", "two")
     assert failing.returncode != 0 and "1 failed and are excluded from all means" in failing.stderr
     summary = json.loads((output / "summary.json").read_text())
     ((folder, problem),) = summary["failed"].items()
@@ -83,7 +104,7 @@ def test_a_run_continues_past_a_failure_and_after_it(tiny_sd, tiny_scorers, tmp_
     damaged = sorted((output / "seed-0" / "one" / "pictures").glob("0*.png"))[1]
     content, before = damaged.read_bytes(), np.asarray(Image.open(damaged), dtype=int)
     damaged.write_bytes(content[: len(content) * 2 // 3])
-    result = run([*flags, "--subjects", "one", "two"], TWO_PROCESSES, LAUNCH)
+    result = run_eval("benchmark", *flags, "--subjects", "one", "two")
     assert result.returncode == 0, result.stderr[-2000:]
     # Generated alone instead of in a batch, so its sums may round differently.
     assert np.abs(np.asarray(Image.open(damaged), dtype=int) - before).max() <= 2

@@ -5,8 +5,6 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,7 +20,7 @@ from eval.benchmark.schedule import class_image_tasks, tasks
 from eval.commands.study import add_arguments, check_study_flags
 from eval.study.settings import at_rate
 from eval.study.trials import plan_trials
-from tests.helpers import ROOT, run_eval, write_photos
+from tests.helpers import run_eval, start_eval, write_photos
 
 
 def parse(*words: object) -> argparse.Namespace:
@@ -166,13 +164,12 @@ def test_the_recipe_on_toybox_is_killed_and_continued(tmp_path):
     words += ["validation_inference_steps=2", "--generate", "num_inference_steps=2", "resolution=64", "batch_size=16"]
     words += ["--images_per_prompt", "1", "--score_every", "2", "--together", "2", "--output_dir"]
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "eval", "study", *words, str(out)]
-    first = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    first = start_eval("study", *words, out)
     while not list(out.glob("runs/*/seed-0/*/adapter/checkpoint-2/*.safetensors")):
-        assert first.poll() is None, first.communicate()[1][-2000:]
-        time.sleep(0.1)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.communicate()
+        assert first.process.is_alive()
+        time.sleep(0.05)
+    os.killpg(first.process.pid, signal.SIGKILL)
+    assert first.wait() == -signal.SIGKILL
     class_images = times(out, "class-images/*/*/0*.png")
     assert len(class_images) == 2 * 2 and not (out / "comparison.md").exists()
     for folder in (out, tmp_path / "whole"):

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from delora_diffusers.methods.table import METHODS
 from eval.commands.study import add_arguments
 from eval.study.settings import STUDIES
 from eval.study.trials import plan_trials
-from tests.helpers import ROOT, run_eval, write_photos
+from tests.helpers import ROOT, run_eval, start_eval, write_photos
 
 
 @pytest.mark.integration
@@ -53,29 +52,22 @@ def study(name: str, flags: list[str], *more: str) -> subprocess.CompletedProces
     return run_eval("study", name, *flags, *more)
 
 
-def start(name: str, flags: list[str], *more: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "eval", "study", name, *flags, *more]
-    return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-
-
 @pytest.mark.integration
 def test_a_killed_study_continues_and_shares_its_runs(small_study):
     flags, out = small_study
     more = ("--methods", "delora", "--multipliers", "1", "4")
-    first = start("lr", flags, *more)
+    first = start_eval("study", "lr", *flags, *more)
     while not list(out.glob("runs/*/seed-0/*/adapter/*.safetensors")):
-        assert first.poll() is None, first.communicate()[1][-2000:]
-        time.sleep(0.2)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.communicate()
+        assert first.process.is_alive()
+        time.sleep(0.05)
+    os.killpg(first.process.pid, signal.SIGKILL)
+    assert first.wait() == -signal.SIGKILL
     times = {file: file.stat().st_mtime_ns for file in out.glob("runs/*/seed-0/*/adapter/*.safetensors")}
-    other = start("start", flags, "--multipliers", "1")  # shares the run of the frozen copy, so they wait in turn
-    second = start("lr", flags, *more)
-    printed, errors = second.communicate()
-    assert second.returncode == 0, errors[-2000:]
-    assert other.communicate() and other.returncode == 0
+    # Shares the run of the frozen copy, so they wait in turn.
+    other = start_eval("study", "start", *flags, "--multipliers", "1")
+    second = study("lr", flags, *more)
+    assert second.returncode == 0, second.stderr[-2000:]
+    assert other.wait() == 0
     assert all(file.stat().st_mtime_ns == time for file, time in times.items()), "a finished adapter was trained again"
 
     rows = pd.read_parquet(out / "lr.parquet")
@@ -84,7 +76,7 @@ def test_a_killed_study_continues_and_shares_its_runs(small_study):
     far, near = (rows[rows["x"] == x].set_index("subject")["distance"] for x in (4, 1))
     assert (far > near).all(), "a higher rate goes further"
     caption = (out / "lr.md").read_text()
-    assert caption in printed and "2 subjects, 1 seeds" in caption
+    assert caption in second.stdout and "2 subjects, 1 seeds" in caption
     mean = rows[rows["x"] == 4]["dino"].mean()
     assert f"| DeLoRA | 4 | {mean:.3f} [" in caption and "|  |  | 4x |" in caption
     with Image.open(out / "lr.png") as figure:
