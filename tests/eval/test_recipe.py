@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 
 from data.benchmark import load_benchmark
 from delora_diffusers import InputError
@@ -20,7 +21,7 @@ from eval.benchmark.schedule import class_image_tasks, tasks
 from eval.commands.study import add_arguments, check_study_flags
 from eval.study.settings import at_rate
 from eval.study.trials import plan_trials
-from tests.helpers import run_eval, start_eval, write_photos
+from tests.helpers import ROOT, run_eval, start_eval, write_photos
 
 
 def parse(*words: object) -> argparse.Namespace:
@@ -158,11 +159,16 @@ def times(folder: Path, pattern: str) -> dict[Path, int]:
 
 @pytest.mark.integration
 def test_the_recipe_on_toybox_is_killed_and_continued(tmp_path):
-    """Two subjects with every part of the recipe; the numbers of steps, images and pixels are small."""
+    """Two subjects with every part of the recipe; the numbers of steps, prompts, images and pixels are small."""
+    content = yaml.safe_load((ROOT / "data" / "benchmarks" / "toybox.yaml").read_text())
+    content["prompts"]["toy"] = content["prompts"]["toy"][:3]
+    (tmp_path / "toybox.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     words = ["comparison", "--recipe", "paper", "--subjects", "car", "duck", "--methods", "delora", "--protocol"]
-    words += ["toybox", "--train", "max_train_steps=3", "num_class_images=2", "resolution=64", "train_batch_size=1"]
+    words += ["toybox", "--benchmark", str(tmp_path / "toybox.yaml"), "--train", "max_train_steps=3"]
+    words += ["num_class_images=2", "resolution=64", "train_batch_size=1"]
     words += ["validation_inference_steps=2", "--generate", "num_inference_steps=2", "resolution=64", "batch_size=16"]
-    words += ["--images_per_prompt", "1", "--score_every", "2", "--together", "2", "--output_dir"]
+    words += ["--images_per_prompt", "1", "--score_every", "2", "--together", "2"]
+    words += ["--jobs", "2", "--output_dir"]  # one thread per command: more of them wait for other tests
     out = tmp_path / "killed"
     first = start_eval("study", *words, out)
     while not list(out.glob("runs/*/seed-0/*/adapter/checkpoint-2/*.safetensors")):
@@ -193,4 +199,4 @@ def test_the_recipe_on_toybox_is_killed_and_continued(tmp_path):
     assert Path(config["class_data_dir"]).match("class-images/*/car") and config["class_prompt"] == "a photo of car"
     assert config["instance_prompt"] == "a photo of qwe car" and config["num_class_images"] == 2
     images = (run / "seed-0" / "car" / "pictures-2" / "metadata.jsonl").read_text().splitlines()
-    assert len(images) == 12 and "checkpoint-2" in json.loads(images[0])["adapter"]
+    assert len(images) == 3 and "checkpoint-2" in json.loads(images[0])["adapter"]
