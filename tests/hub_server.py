@@ -81,6 +81,15 @@ def handler_for(repositories: dict[str, Path], requests: list[str]) -> type[Base
     return Handler
 
 
+def connect(endpoint: str, cache: Path) -> None:
+    """Have this process use a hub and a cache; the environment was read when huggingface_hub was imported."""
+    from huggingface_hub import constants, hf_api
+
+    constants.HF_HUB_OFFLINE, constants.ENDPOINT, hf_api.api.endpoint = False, endpoint, endpoint
+    constants.HUGGINGFACE_CO_URL_TEMPLATE = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    constants.HF_HUB_CACHE, constants.HF_HUB_DISABLE_XET = str(cache), True
+
+
 @contextmanager
 def serve_hub(repositories: dict[str, Path]):
     """Yield (endpoint, list of requested paths) of a hub with the given repositories."""
