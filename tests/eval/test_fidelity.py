@@ -1,10 +1,11 @@
-"""The encoders at full size against transformers' models with the same random weights."""
+"""The encoders at full width against transformers' models with the same random weights."""
 
 # Transformers' annotations of its models and configurations are narrower than the arguments that they take.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 import dataclasses
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -137,7 +138,8 @@ def test_dino_equals_the_transformers_model(images, tmp_path, direction):
 
 
 @DIRECTIONS
-def test_clip_equals_the_transformers_model(images, tmp_path, direction):
+@pytest.mark.parametrize("depths", [(2, 2), pytest.param((24, 12), marks=pytest.mark.slow)], ids=["", "all layers"])
+def test_clip_equals_the_transformers_model(images, tmp_path, direction, depths):
     """openai/clip-vit-large-patch14's architecture and preprocessing, loaded here through open_clip."""
     import open_clip
     from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
@@ -145,9 +147,12 @@ def test_clip_equals_the_transformers_model(images, tmp_path, direction):
 
     torch.manual_seed(0)
     text = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "eos_token_id": 49407}
-    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16}
+    text["num_hidden_layers"], vision["num_hidden_layers"] = depths[1], depths[0]
     theirs = CLIPModel(CLIPConfig(text_config=text, vision_config=vision | {"patch_size": 14}, projection_dim=768))
-    ours = open_clip.create_model("ViT-L-14", force_quick_gelu=True)
+    model: Any = (open_clip.get_model_config("ViT-L-14") or {}) | {"quick_gelu": True}
+    model["vision_cfg"]["layers"], model["text_cfg"]["layers"] = depths
+    ours = open_clip.CLIP(**model)
     names = {
         "visual.ln_pre": ("vision_model.pre_layrnorm",),
         "visual.ln_post": ("vision_model.post_layernorm",),
@@ -162,7 +167,10 @@ def test_clip_equals_the_transformers_model(images, tmp_path, direction):
         Match("token_embedding.weight", ("text_model.embeddings.token_embedding.weight",)),
         Match("text_projection", ("text_projection.weight",), transposed=True),
     ]
-    for tower, target, layers in (("vision_model", "visual.transformer", 24), ("text_model", "transformer", 12)):
+    for tower, target, layers in (
+        ("vision_model", "visual.transformer", depths[0]),
+        ("text_model", "transformer", depths[1]),
+    ):
         for index in range(layers):
             source, block = f"{tower}.encoder.layers.{index}", f"{target}.resblocks.{index}"
             qkv = tuple(f"{source}.self_attn.{name}_proj" for name in "qkv")
@@ -179,7 +187,6 @@ def test_clip_equals_the_transformers_model(images, tmp_path, direction):
     scale = {"logit_scale": theirs.logit_scale.detach()}  # features do not depend on it
     save_file(shared_weights(pairs, theirs, ours, direction) | scale, tmp_path / "open_clip_model.safetensors")
     settings = {"mean": list(OPENAI_DATASET_MEAN), "std": list(OPENAI_DATASET_STD)}
-    model = (open_clip.get_model_config("ViT-L-14") or {}) | {"quick_gelu": True}
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": settings}))
 
     encoder = ClipEncoder(f"local-dir:{tmp_path}", None, "cpu", "floor")
