@@ -144,6 +144,12 @@ def find_subjects(args: argparse.Namespace) -> list[Subject]:
     return subjects
 
 
+def trained_prompts(args: argparse.Namespace, subjects: Sequence[Subject]) -> list[str]:
+    """The prompts that micro-batches have."""
+    classes = [subject.class_prompt or "" for subject in subjects if args.with_prior_preservation]
+    return [prompt for subject in subjects for prompt in subject.prompts] + classes
+
+
 def check_class_folder(class_data_dir: Path | None, instance_data_dir: Path) -> None:
     """Reject a folder of class images that cannot be used.
 
@@ -250,6 +256,7 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
     from delora_diffusers.training.objective import Losses
     from delora_diffusers.training.setup import (
         begin_run,
+        check_prompt_lengths,
         load_denoiser_to_train,
         load_part,
         load_text_encoder_to_train,
@@ -271,6 +278,8 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
     trained = [denoiser, *trained_encoders]
     # A rehearsal on models without values finds what does not fit the base model.
     attach_adapters({name: copy.deepcopy(model.skeletons[name]) for name in trained}, subjects, args)
+    if args.cuda_graph:
+        check_prompt_lengths(model, trained_prompts(args, subjects))
     report_memory(
         accelerator,
         model,

@@ -169,15 +169,17 @@ def run(options: argparse.Namespace) -> None:
     if options.prompts_file is not None:
         read_prompts(options)  # rejects a bad file before torch is imported
 
-    from delora_diffusers.families.loading import family_named
+    from delora_diffusers.families.loading import model_index
+    from delora_diffusers.families.table import family_of
     from delora_diffusers.pipelines.adapted_pipeline import base_model_of
 
     requests = build_requests(options)
     follows_maps = check_maps(options, requests)
     adapters = list(dict.fromkeys(path for request in requests for path, _ in request.adapters))
     base_model = base_model_of(adapters, options.pretrained_model_name_or_path, options.revision, options.variant)
-    family = family_named(base_model.name, base_model.revision)
-    if options.negative_prompt and not family.HAS_NEGATIVE_PROMPT:
+    index = model_index(base_model.name, base_model.revision)
+    family = family_of(index["_class_name"])
+    if options.negative_prompt and not family.has_negative_prompt(index):
         raise InputError("--negative_prompt has no effect on this model, which has no negative prompt; leave it out.")
     if options.scheduler is not None and family.IS_FLOW:
         raise InputError(f"--scheduler {options.scheduler} is not for flow models such as this one; leave it out.")
@@ -395,10 +397,11 @@ def _set_scheduler(pipeline: Any, options: argparse.Namespace, base_model: "Base
     import diffusers
 
     from delora_diffusers.pipelines.conditions import family_in
-    from delora_diffusers.pipelines.noise_schedule import check_ddpm, check_flow
+    from delora_diffusers.pipelines.noise_schedule import check_ddpm, check_flow, check_steps
 
     if family_in(pipeline).IS_FLOW:
-        return check_flow(pipeline.scheduler, base_model.name)
+        check_flow(pipeline.scheduler, base_model.name)
+        return check_steps(pipeline.scheduler, options.num_inference_steps, "num_inference_steps")
     if options.scheduler is not None:
         check_ddpm(pipeline.scheduler, base_model.name)
         kind = getattr(diffusers, SCHEDULERS[options.scheduler])

@@ -43,7 +43,8 @@ class Family(Protocol):
     GUIDANCE: str = "guidance_scale"
     """The argument of the pipeline that is the guidance scale, and its default."""
     GUIDANCE_SCALE: float = 7.5
-    HAS_NEGATIVE_PROMPT: bool = True
+    PADS_PROMPTS: bool = True
+    """Whether all prompts have the same number of tokens; otherwise the denoiser computes each at its own length."""
     NO_PROMPT: str = ""
     """The prompt that stands for none, in classifier-free guidance."""
     HAS_SIZES: bool = False
@@ -52,6 +53,14 @@ class Family(Protocol):
     def unsupported(self, denoiser: Any, autoencoder: Any) -> str | None:
         """What these models' configurations ask for that the family's pipeline ignores; None if nothing."""
         return None
+
+    def has_negative_prompt(self, index: Mapping[str, Any]) -> bool:
+        """Whether a negative prompt has an effect.
+
+        Args:
+            index: the pipeline's ``model_index.json``.
+        """
+        return True
 
     def tokenize(self, pipeline: Any, name: str, prompts: Sequence[str]) -> Tensor:
         """Token ids for a text encoder that reads prompts as they are, (prompts, tokens)."""

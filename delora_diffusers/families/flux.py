@@ -20,7 +20,9 @@ class Flux(Family):
     TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     UNQUANTIZED = ("time_text_embed", "x_embedder", "context_embedder", "norm_out")
     GUIDANCE_SCALE = 3.5
-    HAS_NEGATIVE_PROMPT = False
+
+    def has_negative_prompt(self, index: Mapping[str, Any]) -> bool:
+        return False
 
     def read(self, pipeline: Any, name: str, tokens: Tensor) -> tuple[Tensor, ...]:
         output = getattr(pipeline, name)(tokens)

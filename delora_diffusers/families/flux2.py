@@ -28,6 +28,9 @@ class Flux2(Family):
     )
     GUIDANCE_SCALE = 4.0
 
+    def has_negative_prompt(self, index: Mapping[str, Any]) -> bool:
+        return index["_class_name"] == "Flux2KleinPipeline" and not index.get("is_distilled")
+
     def encode(
         self, pipeline: Any, name: str, prompts: Sequence[str], device: torch.device | str
     ) -> tuple[Tensor, ...]:

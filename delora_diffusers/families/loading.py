@@ -145,7 +145,12 @@ def open_model(name_or_path: str | None, *, revision: str | None = None, variant
 
 
 def family_named(name_or_path: str | None, revision: str | None = None) -> Family:
-    """The family of a base model. For a model on the hub only the index is downloaded.
+    """The family of a base model; see ``model_index``."""
+    return family_of(model_index(name_or_path, revision)["_class_name"])
+
+
+def model_index(name_or_path: str | None, revision: str | None = None) -> dict[str, Any]:
+    """The ``model_index.json`` of a base model. Of a model on the hub nothing else is downloaded.
 
     Raises:
         InputError: see ``open_model``.
@@ -161,7 +166,8 @@ def family_named(name_or_path: str | None, revision: str | None = None) -> Famil
                 file = hf_hub_download(name_or_path, "model_index.json", revision=revision)
             except LOADING_ERRORS as error:
                 raise _loading_error(name_or_path, "", error) from error
-    return family_of(known_class(name_or_path, Path(file)))
+    known_class(name_or_path, Path(file))
+    return read_json(Path(file))
 
 
 def load_pipeline(name_or_path: str | None, *, revision: str | None = None, variant: str | None = None) -> Any:

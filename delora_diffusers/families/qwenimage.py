@@ -20,6 +20,7 @@ class QwenImage(Family):
     GUIDANCE = "true_cfg_scale"
     GUIDANCE_SCALE = 4.0
     NO_PROMPT = " "
+    PADS_PROMPTS = False
 
     def encode(
         self, pipeline: Any, name: str, prompts: Sequence[str], device: torch.device | str

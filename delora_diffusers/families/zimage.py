@@ -15,6 +15,7 @@ PROMPT_TOKENS = 512
 class ZImage(Family):
     UNQUANTIZED = ("t_embedder", "cap_embedder", "all_x_embedder", "all_final_layer", "adaLN_modulation")
     GUIDANCE_SCALE = 5.0
+    PADS_PROMPTS = False
 
     def encode(
         self, pipeline: Any, name: str, prompts: Sequence[str], device: torch.device | str

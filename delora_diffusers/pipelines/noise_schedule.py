@@ -47,6 +47,19 @@ def check_flow(scheduler: Any, name: str | None) -> None:
         )
 
 
+def check_steps(scheduler: Any, steps: int, flag: str) -> None:
+    """Reject a number of denoising steps with which a flow's schedule divides by zero.
+
+    Args:
+        flag: that gives the number, for the message.
+
+    Raises:
+        InputError
+    """
+    if steps < 2 and scheduler.config.get("shift_terminal"):
+        raise InputError(f"--{flag} {steps} does not work with this base model's scheduler; use at least 2.")
+
+
 def ddpm_schedule(scheduler: Any, name: str | None) -> DDPMScheduler:
     """The schedule of a DDPM to train on.
 

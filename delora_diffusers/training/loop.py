@@ -10,7 +10,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from delora_diffusers.adapter.tensors import Adapter
-from delora_diffusers.errors import InputError
 from delora_diffusers.families.quantization import PACKAGES
 from delora_diffusers.launching import has_bf16
 from delora_diffusers.memory import explain_out_of_memory
@@ -21,6 +20,7 @@ from delora_diffusers.training.adapter_files import AdapterFiles
 from delora_diffusers.training.cuda_graph import Batch, MicroBatches, can_capture
 from delora_diffusers.training.loss_monitor import LossMonitor
 from delora_diffusers.training.optimizers import build_lr_scheduler, build_optimizer
+from delora_diffusers.training.setup import RAGGED
 from delora_diffusers.training.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -117,17 +117,10 @@ def train(
 
 
 def _captures(accelerator: Accelerator, adapters: list[Adapter], same_shape: bool, args: argparse.Namespace) -> bool:
-    """Whether to record the training step as a CUDA graph.
-
-    Raises:
-        InputError: it was asked for, but the prompts have different lengths.
-    """
-    if not same_shape and args.cuda_graph is not False:
-        reason = "this model computes prompts at their own length, and they have different lengths"
-        if args.cuda_graph:
-            raise InputError(f"--cuda_graph needs batches of the same shape, but {reason}; leave it out.")
-        if accelerator.device.type == "cuda" and accelerator.is_main_process:
-            print(f"no CUDA graph is recorded: {reason}", flush=True)
+    """Whether to record the training step as a CUDA graph."""
+    if not same_shape:
+        if accelerator.device.type == "cuda" and accelerator.is_main_process and args.cuda_graph is not False:
+            print(f"no CUDA graph is recorded: {RAGGED}", flush=True)
         return False
     capturable = can_capture(accelerator, adapters) and not args.offload
     return capturable if args.cuda_graph is None else args.cuda_graph

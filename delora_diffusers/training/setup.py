@@ -19,6 +19,7 @@ from delora_diffusers.memory import explain_out_of_memory
 from delora_diffusers.names import SD_PIPELINE
 from delora_diffusers.pipelines.conditions import read_prompts
 from delora_diffusers.pipelines.encoded_prompts import load_text_encoder
+from delora_diffusers.pipelines.noise_schedule import check_steps
 from delora_diffusers.precision import denoiser_dtype, dtype_of
 from delora_diffusers.training import checkpoints, run_folder
 from delora_diffusers.training.adapter_files import AdapterFiles
@@ -68,6 +69,7 @@ def open_base_model(accelerator: Accelerator, args: argparse.Namespace) -> tuple
     noising = noising_of(model, args)
     _check_trainable(model)
     check_patches(model.patch_pixels, args.resolution)
+    check_steps(model.pipeline.scheduler, args.validation_inference_steps, "validation_inference_steps")
     return model, noising
 
 
@@ -147,6 +149,20 @@ def _check_trainable(model: OpenModel) -> None:
         problem = "has a text encoder that masks the padding of prompts"
     if problem is not None:
         raise InputError(f"the base model {model.name} {problem}; choose another to train on.")
+
+
+def check_prompt_lengths(model: OpenModel, prompts: Sequence[str]) -> None:
+    """Reject prompts of different lengths, for ``--cuda_graph``, if the denoiser computes each at its own.
+
+    Raises:
+        InputError
+    """
+    tokenizer, _ = model.family.prompt_limit(model.pipeline)
+    if not model.family.PADS_PROMPTS and len({len(tokenizer(prompt).input_ids) for prompt in prompts}) > 1:
+        raise InputError(f"--cuda_graph needs batches of the same shape, but {RAGGED}; leave it out.")
+
+
+RAGGED = "this model computes prompts at their own length, and they have different lengths"
 
 
 def run_checkpointed(module: torch.nn.Module, *inputs: Any) -> Any:
