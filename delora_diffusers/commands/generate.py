@@ -308,7 +308,9 @@ def _generate(
         check_patches(model.patch_pixels, options.resolution)
     pipeline, device, dtype = model.pipeline, accelerator.device, dtype_of(accelerator.mixed_precision)
     _set_scheduler(pipeline, options, base_model)
-    smaller = ["--mixed_precision bf16 or fp16", "--base_precision nf4", "--offload"]
+    smaller = ["--base_precision nf4", "--offload"]
+    if accelerator.mixed_precision == "no":
+        smaller.insert(0, "--mixed_precision bf16 or fp16")
     savings = ["--batch_size 1", *smaller, "a smaller --resolution"]
     if accelerator.is_main_process:
         warn_of_truncation(pipeline, list(dict.fromkeys(record["prompt"] for b in batches for record in b.records)))
@@ -328,7 +330,8 @@ def _generate(
         adapters_of_batch = _scaled(batch)
         if adapters_of_batch != in_use:
             in_use = adapters_of_batch
-            adapted.use(in_use)
+            with explain_out_of_memory("loading the adapter", smaller):
+                adapted.use(in_use)
             if options.offload:
                 offload_blocks(denoiser, device)
             use_control(denoiser, in_use)

@@ -116,10 +116,11 @@ class AdaptedModel:
             for name, module, parameter in adapter.sites():
                 site = (names[module], parameter)
                 if len(selected) == 1:
-                    adapted[site] = adapter.weight(name)
+                    weight = adapter.weight(name)
                 else:
-                    sum_so_far = adapted[site] if site in adapted else self._masters[site].to(parameter_at(site).device)
-                    adapted[site] = sum_so_far.float() + adapter.delta_weight(name)
+                    sum_so_far = adapted[site] if site in adapted else self._masters[site]
+                    weight = sum_so_far.to(parameter_at(site).device).float() + adapter.delta_weight(name)
+                adapted[site] = weight.cpu()  # beside the model there may be no room for all of them
             detach(self.model)
         for site, weight in adapted.items():
             parameter_at(site).data.copy_(weight)
