@@ -45,6 +45,8 @@ class Family(Protocol):
     GUIDANCE_SCALE: float = 7.5
     PADS_PROMPTS: bool = True
     """Whether all prompts have the same number of tokens; otherwise the denoiser computes each at its own length."""
+    ARGUMENTS: Mapping[str, str] = {"encoder_hidden_states": "prompt_embeds"}
+    """The pipeline's arguments by the names of the conditions; those of negative prompts begin with ``negative_``."""
     NO_PROMPT: str = ""
     """The prompt that stands for none, in classifier-free guidance."""
     HAS_SIZES: bool = False
@@ -103,7 +105,14 @@ class Family(Protocol):
         Args:
             given: whether the user gave negative prompts; otherwise they are ``NO_PROMPT``.
         """
-        ...
+        both = {"": prompts, "negative_": negative}
+        if not self.has_negative_prompt({**pipeline.config, "_class_name": type(pipeline).__name__}):
+            del both["negative_"]
+        return {
+            prefix + argument: conditions.get(name)
+            for name, argument in self.ARGUMENTS.items()
+            for prefix, conditions in both.items()
+        }
 
     def latent_shape(self, config: Any) -> tuple[int, int]:
         """Channels of the latents that the denoiser is trained on, and pixels per latent along a side.

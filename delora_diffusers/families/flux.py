@@ -19,6 +19,10 @@ class Flux(Family):
     PROMPT_LENGTHS: Mapping[str, int] = {"text_encoder_2": T5_TOKENS}
     TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     UNQUANTIZED = ("time_text_embed", "x_embedder", "context_embedder", "norm_out")
+    ARGUMENTS: Mapping[str, str] = {
+        "encoder_hidden_states": "prompt_embeds",
+        "pooled_projections": "pooled_prompt_embeds",
+    }
     GUIDANCE_SCALE = 3.5
 
     def has_negative_prompt(self, index: Mapping[str, Any]) -> bool:
@@ -35,14 +39,6 @@ class Flux(Family):
         return {
             "encoder_hidden_states": outputs["text_encoder_2"][0],
             "pooled_projections": outputs["text_encoder"][0],
-        }
-
-    def guided(
-        self, pipeline: Any, prompts: Mapping[str, Tensor], negative: Mapping[str, Tensor], given: bool
-    ) -> dict[str, Any]:
-        return {
-            "prompt_embeds": prompts["encoder_hidden_states"],
-            "pooled_prompt_embeds": prompts["pooled_projections"],
         }
 
     def unpacked(self, pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:

@@ -45,14 +45,6 @@ class Flux2(Family):
     def condition_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
         return {"encoder_hidden_states": (PROMPT_TOKENS, config.joint_attention_dim)}
 
-    def guided(
-        self, pipeline: Any, prompts: Mapping[str, Tensor], negative: Mapping[str, Tensor], given: bool
-    ) -> dict[str, Any]:
-        arguments = {"prompt_embeds": prompts["encoder_hidden_states"]}
-        if type(pipeline).__name__ == "Flux2KleinPipeline":
-            arguments["negative_prompt_embeds"] = negative["encoder_hidden_states"]
-        return arguments
-
     def latent_shape(self, config: Any) -> tuple[int, int]:
         channels, factor = super().latent_shape(config)
         return 4 * channels, 2 * factor

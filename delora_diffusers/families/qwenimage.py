@@ -17,6 +17,7 @@ class QwenImage(Family):
     AUTOENCODER = "AutoencoderKLQwenImage"
     TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     UNQUANTIZED = ("time_text_embed", "img_in", "txt_in", "norm_out", "proj_out")
+    ARGUMENTS: Mapping[str, str] = {"encoder_hidden_states": "prompt_embeds", "mask": "prompt_embeds_mask"}
     GUIDANCE = "true_cfg_scale"
     GUIDANCE_SCALE = 4.0
     NO_PROMPT = " "
@@ -37,16 +38,6 @@ class QwenImage(Family):
 
     def condition_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
         return {"encoder_hidden_states": (64, config.joint_attention_dim)}
-
-    def guided(
-        self, pipeline: Any, prompts: Mapping[str, Tensor], negative: Mapping[str, Tensor], given: bool
-    ) -> dict[str, Any]:
-        return {
-            "prompt_embeds": prompts["encoder_hidden_states"],
-            "prompt_embeds_mask": prompts.get("mask"),
-            "negative_prompt_embeds": negative["encoder_hidden_states"],
-            "negative_prompt_embeds_mask": negative.get("mask"),
-        }
 
     def latent_shape(self, config: Any) -> tuple[int, int]:
         return config.z_dim, 2 ** len(config.temperal_downsample)

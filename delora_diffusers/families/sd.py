@@ -1,6 +1,5 @@
 """Stable Diffusion 1.x and 2.x: one CLIP text encoder, a UNet with cross-attention to its last hidden states."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -28,14 +27,6 @@ class StableDiffusion(Family):
 
     def conditions(self, outputs: Outputs, config: Any) -> dict[str, Tensor]:
         return {"encoder_hidden_states": outputs["text_encoder"][0]}
-
-    def guided(
-        self, pipeline: Any, prompts: Mapping[str, Tensor], negative: Mapping[str, Tensor], given: bool
-    ) -> dict[str, Any]:
-        return {
-            "prompt_embeds": prompts["encoder_hidden_states"],
-            "negative_prompt_embeds": negative["encoder_hidden_states"],
-        }
 
     def predict(self, denoiser: Any, noisy: Tensor, timesteps: Tensor, **conditions: Tensor) -> Tensor:
         return denoiser(noisy, timesteps, **conditions, return_dict=False)[0]

@@ -20,6 +20,10 @@ class StableDiffusion3(Family):
     WEIGHTING_SCHEME = "logit_normal"
     TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     UNQUANTIZED = ("time_text_embed", "context_embedder", "norm_out", "proj_out")
+    ARGUMENTS: Mapping[str, str] = {
+        "encoder_hidden_states": "prompt_embeds",
+        "pooled_projections": "pooled_prompt_embeds",
+    }
     GUIDANCE_SCALE = 7.0
 
     def read(self, pipeline: Any, name: str, tokens: Tensor) -> tuple[Tensor, ...]:
@@ -41,16 +45,6 @@ class StableDiffusion3(Family):
         missing = (hidden.new_zeros(len(hidden), T5_TOKENS, config.joint_attention_dim),)
         (t5,) = outputs.get("text_encoder_3", missing)
         return {"encoder_hidden_states": torch.cat([hidden, t5], dim=1), "pooled_projections": pooled}
-
-    def guided(
-        self, pipeline: Any, prompts: Mapping[str, Tensor], negative: Mapping[str, Tensor], given: bool
-    ) -> dict[str, Any]:
-        return {
-            "prompt_embeds": prompts["encoder_hidden_states"],
-            "pooled_prompt_embeds": prompts["pooled_projections"],
-            "negative_prompt_embeds": negative["encoder_hidden_states"],
-            "negative_pooled_prompt_embeds": negative["pooled_projections"],
-        }
 
     def predict(self, denoiser: Any, noisy: Tensor, timesteps: Tensor, **conditions: Tensor) -> Tensor:
         return denoiser(hidden_states=noisy, timestep=timesteps * 1000, **conditions, return_dict=False)[0]

@@ -18,6 +18,7 @@ class StableDiffusionXL(Family):
     PATCH = 1
     IS_FLOW = False
     UNQUANTIZED = SD.UNQUANTIZED
+    ARGUMENTS: Mapping[str, str] = {"encoder_hidden_states": "prompt_embeds", "text_embeds": "pooled_prompt_embeds"}
     HAS_SIZES = True
 
     def unsupported(self, denoiser: Any, autoencoder: Any) -> str | None:
@@ -46,12 +47,7 @@ class StableDiffusionXL(Family):
         """The base model was trained with zeros for an empty prompt, and its pipeline's configuration says so."""
         if not given and getattr(pipeline.config, "force_zeros_for_empty_prompt", False):
             negative = {name: torch.zeros_like(tensor) for name, tensor in negative.items()}
-        return {
-            "prompt_embeds": prompts["encoder_hidden_states"],
-            "negative_prompt_embeds": negative["encoder_hidden_states"],
-            "pooled_prompt_embeds": prompts["text_embeds"],
-            "negative_pooled_prompt_embeds": negative["text_embeds"],
-        }
+        return super().guided(pipeline, prompts, negative, given)
 
     def predict(self, denoiser: Any, noisy: Tensor, timesteps: Tensor, **conditions: Tensor) -> Tensor:
         hidden = conditions.pop("encoder_hidden_states")
