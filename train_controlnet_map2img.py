@@ -262,7 +262,7 @@ def train_on_maps(
     data = data_digests(
         (pair.name, [file for file in (pair.image, pair.map) if isinstance(file, Path)], pair.caption) for pair in pairs
     )
-    family = family_named(args.pretrained_model_name_or_path, args.revision)
+    family = family_named(args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant)
     if family is not family_of(SD_PIPELINE):
         raise InputError(
             f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} is not Stable Diffusion 1.x or 2.x; "

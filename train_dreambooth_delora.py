@@ -268,7 +268,8 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
     )
     from delora_diffusers.training.validation import Conditions, SubjectValidation, TrainedConditions
 
-    args = arguments.with_family_defaults(args, family_named(args.pretrained_model_name_or_path, args.revision))
+    family = family_named(args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant)
+    args = arguments.with_family_defaults(args, family)
     data = digest_data(args, subjects)
     accelerator = start_accelerator(args, data)
     device = accelerator.device

@@ -177,7 +177,7 @@ def run(options: argparse.Namespace) -> None:
     follows_maps = check_maps(options, requests)
     adapters = list(dict.fromkeys(path for request in requests for path, _ in request.adapters))
     base_model = base_model_of(adapters, options.pretrained_model_name_or_path, options.revision, options.variant)
-    index = model_index(base_model.name, base_model.revision)
+    index = model_index(base_model.name, revision=base_model.revision, variant=base_model.variant)
     family = family_of(index["_class_name"])
     if options.negative_prompt and not family.has_negative_prompt(index):
         raise InputError("--negative_prompt has no effect on this model, which has no negative prompt; leave it out.")

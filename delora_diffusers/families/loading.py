@@ -144,18 +144,18 @@ def open_model(name_or_path: str | None, *, revision: str | None = None, variant
     return OpenModel(name_or_path, folder, variant, pipeline, skeletons)
 
 
-def family_named(name_or_path: str | None, revision: str | None = None) -> Family:
+def family_named(name_or_path: str | None, *, revision: str | None = None, variant: str | None = None) -> Family:
     """The family of a base model; see ``model_index``."""
-    return family_of(model_index(name_or_path, revision)["_class_name"])
+    return family_of(model_index(name_or_path, revision=revision, variant=variant)["_class_name"])
 
 
-def model_index(name_or_path: str | None, revision: str | None = None) -> dict[str, Any]:
+def model_index(name_or_path: str | None, *, revision: str | None = None, variant: str | None = None) -> dict[str, Any]:
     """The ``model_index.json`` of a base model. Of a model on the hub nothing else is downloaded.
 
     Raises:
         InputError: see ``open_model``.
     """
-    check_model_folder(name_or_path)
+    check_model_folder(name_or_path, variant)
     file: Path | str = _MINIATURE_FOLDER / "model_index.json"
     if name_or_path is not None and not is_miniature(name_or_path):
         file = Path(name_or_path) / "model_index.json"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from data.tiny_sd import write
 from delora_diffusers import AdapterConfig, InputError, attach, save_adapter
 from delora_diffusers.families.checks import check_model_folder, check_variant
-from delora_diffusers.families.loading import load_pipeline
+from delora_diffusers.families.loading import family_named, load_pipeline
 from delora_diffusers.families.table import family_of
 from delora_diffusers.files.reading import read_header
 from delora_diffusers.names import recorded_model_name
@@ -232,6 +232,7 @@ def test_weights_that_exist_only_as_a_variant(tiny_sd, tmp_path):
     folder = rename_to_variant(tiny_sd, tmp_path / "half")
     with pytest.raises(InputError, match=r"has the weights of its \w+ only as variant fp16; pass --variant fp16"):
         load_pipeline(str(folder))
+    assert family_named(str(folder), variant="fp16") is family_of("StableDiffusionPipeline")
     pipeline = load_pipeline(str(folder), variant="fp16")
     save_adapter(attach(pipeline.unet, AdapterConfig(rank=2)), tmp_path / "a", base_model=str(folder), variant="fp16")
     base = base_model_of([tmp_path / "a"], None)
