@@ -302,5 +302,5 @@ def test_a_training_run_is_continued(before, monkeypatch):
     )
     new = {"coft_eps": None, "keep_checkpoint_adapters": False}
     new |= {"base_precision": None, "offload": False, "split_dtype": None}
-    new |= {"weighting_scheme": None, "logit_mean": 0.0, "logit_std": 1.0, "mode_scale": 1.29, "timestep_shift": None}
+    new |= dict.fromkeys(("weighting_scheme", "logit_mean", "logit_std", "mode_scale", "timestep_shift"))
     assert arguments == earlier | new | {"max_train_steps": 3, "resume_from_checkpoint": "latest"}

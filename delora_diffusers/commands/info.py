@@ -35,7 +35,7 @@ def _print_memory(name: str, resolution: int | None) -> None:
     from delora_diffusers.pipelines.sampling import default_resolution
     from delora_diffusers.training.memory_report import memory_table
 
-    model = open_model(name)
+    model = open_model(name, with_weights=False)
     side = resolution or default_resolution(model.pipeline, model.skeletons[model.family.DENOISER])
     check_patches(model.patch_pixels, side)
     if side < 1:

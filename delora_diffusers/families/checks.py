@@ -77,7 +77,7 @@ def known_class(name_or_path: str | None, index: Path) -> str:
 
 
 def check_patches(pixels: int, resolution: int) -> None:
-    """Reject a resolution of which the denoiser's patches do not cover the latents.
+    """Reject a resolution that is not a multiple of the side of the denoiser's patches.
 
     Args:
         pixels: side of a patch in pixels.

@@ -25,9 +25,9 @@ class Family(Protocol):
     TEXT_ENCODERS: tuple[str, ...] = ("text_encoder",)
     """The components that read prompts; a model may lack those after the first."""
     TRAINABLE_ENCODERS: tuple[str, ...] = ()
-    """Those that ``--train_text_encoder`` adapts: CLIP's."""
+    """The CLIP encoders, which ``--train_text_encoder`` adapts."""
     PROMPT_LENGTHS: Mapping[str, int] = {}
-    """Tokens that an encoder reads, if it is not its tokenizer that says so."""
+    """Tokens that an encoder reads, if its tokenizer does not set it."""
     AUTOENCODER: str = "AutoencoderKL"
     """The class of an autoencoder that can be trained on."""
     PATCH: int = 2
@@ -36,8 +36,8 @@ class Family(Protocol):
     """Whether the denoiser predicts the velocity of a rectified flow; otherwise the noise or v of a DDPM."""
     WEIGHTING_SCHEME: str = "none"
     """Default of ``--weighting_scheme``, for flows."""
-    TARGETS: tuple[str, ...] = UNET_TARGETS
-    """Modules that are adapted by default."""
+    TARGETS: tuple[str, ...] = (*UNET_TARGETS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    """Modules that are adapted by default: the projections of attention, here with those of text in joint attention."""
     UNQUANTIZED: tuple[str, ...] = ()
     """Parts of names of modules that a quantized base keeps in the training precision."""
     GUIDANCE: str = "guidance_scale"

@@ -17,7 +17,6 @@ class Flux(Family):
     TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
     TRAINABLE_ENCODERS = ("text_encoder",)
     PROMPT_LENGTHS: Mapping[str, int] = {"text_encoder_2": T5_TOKENS}
-    TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     UNQUANTIZED = ("time_text_embed", "x_embedder", "context_embedder", "norm_out")
     ARGUMENTS: Mapping[str, str] = {
         "encoder_hidden_states": "prompt_embeds",

@@ -18,10 +18,7 @@ PROMPT_TOKENS = 512
 class Flux2(Family):
     AUTOENCODER = "AutoencoderKLFlux2"
     PATCH = 1  # the latents are patches
-    TARGETS = (
-        *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-        *("to_qkv_mlp_proj", "attn.to_out"),
-    )
+    TARGETS = (*Family.TARGETS, "to_qkv_mlp_proj", "attn.to_out")
     UNQUANTIZED = (
         *("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation"),
         *("time_guidance_embed", "x_embedder", "context_embedder", "norm_out", "proj_out"),

@@ -26,6 +26,12 @@ class LatentScale:
             return latents * self.factor
         return (latents - self.mean.to(latents)) * self.factor / self.std.to(latents)
 
+    def on(self, device: torch.device) -> "LatentScale":
+        """The same scale with its tensors on a device."""
+        if self.mean is None or self.std is None:
+            return self
+        return LatentScale(self.factor, self.mean.to(device), self.std.to(device))
+
     def unscaled(self, latents: Tensor) -> Tensor:
         """The autoencoder's latents from the denoiser's."""
         if self.mean is None or self.std is None:

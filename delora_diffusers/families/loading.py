@@ -112,17 +112,23 @@ class OpenModel:
         return self.variant if any(match and match["variant"] == self.variant for match in files) else None
 
 
-def open_model(name_or_path: str | None, *, revision: str | None = None, variant: str | None = None) -> OpenModel:
+def open_model(
+    name_or_path: str | None, *, revision: str | None = None, variant: str | None = None, with_weights: bool = True
+) -> OpenModel:
     """Open a base model without loading its weights.
 
     Args:
         name_or_path: a pipeline folder or a hub id; None or ``"mini-sd"`` for the included miniature.
+        with_weights: otherwise those of a model on the hub are not downloaded, and no part can be loaded.
 
     Raises:
         InputError: the folder is not a complete pipeline, the hub id cannot be downloaded, or its configuration asks
             for something that is not supported.
     """
-    folder = pipeline_folder(name_or_path, revision=revision, variant=variant, pickles=True)
+    if with_weights:
+        folder = pipeline_folder(name_or_path, revision=revision, variant=variant, pickles=True)
+    else:
+        folder = _configurations(name_or_path, revision)
     kind = known_class(name_or_path, folder / "model_index.json")
     from diffusers import DiffusionPipeline
 
@@ -212,6 +218,20 @@ def pipeline_folder(
     except LOADING_ERRORS as error:
         raise _loading_error(name_or_path, variant, error) from error
     return Path(folder)
+
+
+def _configurations(name_or_path: str | None, revision: str | None) -> Path:
+    """The folder of a pipeline; of a model on the hub, only its configurations and tokenizers are downloaded."""
+    model_index(name_or_path, revision=revision)
+    if name_or_path is None or is_miniature(name_or_path) or Path(name_or_path).is_dir():
+        return pipeline_folder(name_or_path)
+    from huggingface_hub import snapshot_download
+
+    patterns = ["model_index.json", "*/config.json", "scheduler/*", "tokenizer*/*"]
+    try:
+        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=patterns))
+    except LOADING_ERRORS as error:
+        raise _loading_error(name_or_path, "", error) from error
 
 
 @contextmanager

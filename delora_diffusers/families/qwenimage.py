@@ -15,7 +15,6 @@ PROMPT_TOKENS = 512
 
 class QwenImage(Family):
     AUTOENCODER = "AutoencoderKLQwenImage"
-    TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     UNQUANTIZED = ("time_text_embed", "img_in", "txt_in", "norm_out", "proj_out")
     ARGUMENTS: Mapping[str, str] = {"encoder_hidden_states": "prompt_embeds", "mask": "prompt_embeds_mask"}
     GUIDANCE = "true_cfg_scale"

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from delora_diffusers.families.family import Family, Outputs
+from delora_diffusers.methods.config import UNET_TARGETS
 
 
 class StableDiffusion(Family):
@@ -12,12 +13,13 @@ class StableDiffusion(Family):
     TRAINABLE_ENCODERS = ("text_encoder",)
     PATCH = 1
     IS_FLOW = False
+    TARGETS = UNET_TARGETS
     UNQUANTIZED = ("time_embedding", "time_emb_proj", "add_embedding", "proj_in", "proj_out")
 
     def unsupported(self, denoiser: Any, autoencoder: Any) -> str | None:
         embedding = getattr(denoiser, "addition_embed_type", None)
         if embedding is not None:
-            return f"has a UNet with addition_embed_type {embedding}, which Stable Diffusion does not serve"
+            return f"has a UNet with addition_embed_type {embedding}, which its pipeline does not support"
         if any(getattr(autoencoder, name, None) is not None for name in ("latents_mean", "latents_std")):
             return "has an autoencoder with latents_mean or latents_std, which a StableDiffusionPipeline ignores"
         return unsupported_unet(denoiser, autoencoder)
@@ -38,7 +40,7 @@ def unsupported_unet(unet: Any, autoencoder: Any) -> str | None:
         return f"has a UNet with {unet.in_channels} input channels for {autoencoder.latent_channels} latent channels"
     if not isinstance(getattr(autoencoder, "scaling_factor", None), int | float):
         factor = getattr(autoencoder, "scaling_factor", None)
-        return f"has an autoencoder with scaling_factor {factor}, which is no number"
+        return f"has an autoencoder with scaling_factor {factor}, which is not a number"
     if getattr(autoencoder, "shift_factor", None):
         shift = autoencoder.shift_factor
         return f"has an autoencoder with shift_factor {shift}, which a Stable Diffusion pipeline ignores"

@@ -18,7 +18,6 @@ class StableDiffusion3(Family):
     TRAINABLE_ENCODERS = ("text_encoder", "text_encoder_2")
     PROMPT_LENGTHS: Mapping[str, int] = {"text_encoder_3": T5_TOKENS}
     WEIGHTING_SCHEME = "logit_normal"
-    TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     UNQUANTIZED = ("time_text_embed", "context_embedder", "norm_out", "proj_out")
     ARGUMENTS: Mapping[str, str] = {
         "encoder_hidden_states": "prompt_embeds",

@@ -10,6 +10,7 @@ from torch import Tensor
 from delora_diffusers.families.family import Family, Outputs
 from delora_diffusers.families.sd import FAMILY as SD
 from delora_diffusers.families.sd import unsupported_unet
+from delora_diffusers.methods.config import UNET_TARGETS
 
 
 class StableDiffusionXL(Family):
@@ -17,6 +18,7 @@ class StableDiffusionXL(Family):
     TEXT_ENCODERS = TRAINABLE_ENCODERS = ("text_encoder", "text_encoder_2")
     PATCH = 1
     IS_FLOW = False
+    TARGETS = UNET_TARGETS
     UNQUANTIZED = SD.UNQUANTIZED
     ARGUMENTS: Mapping[str, str] = {"encoder_hidden_states": "prompt_embeds", "text_embeds": "pooled_prompt_embeds"}
     HAS_SIZES = True
@@ -24,7 +26,7 @@ class StableDiffusionXL(Family):
     def unsupported(self, denoiser: Any, autoencoder: Any) -> str | None:
         embedding = getattr(denoiser, "addition_embed_type", None)
         if embedding != "text_time":
-            return f"has a UNet with addition_embed_type {embedding}, which SDXL does not serve"
+            return f"has a UNet with addition_embed_type {embedding}, which SDXL's pipeline does not support"
         scales = [getattr(autoencoder, name, None) is not None for name in ("latents_mean", "latents_std")]
         if any(scales) and not all(scales):
             return "has an autoencoder with latents_mean or latents_std, which a StableDiffusionXLPipeline ignores"

@@ -8,11 +8,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from delora_diffusers.families.family import Family, Outputs
+from delora_diffusers.methods.config import UNET_TARGETS
 
 PROMPT_TOKENS = 512
 
 
 class ZImage(Family):
+    TARGETS = UNET_TARGETS
     UNQUANTIZED = ("t_embedder", "cap_embedder", "all_x_embedder", "all_final_layer", "adaLN_modulation")
     GUIDANCE_SCALE = 5.0
     PADS_PROMPTS = False

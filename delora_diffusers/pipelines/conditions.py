@@ -86,7 +86,7 @@ def encode_prompts(pipeline: Any, prompts: Sequence[str], device: torch.device |
 
 
 def joined(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of several prompts, (1, ...) each, as one batch; shorter prompts are padded with zeros."""
+    """The tensors of several batches of prompts as one batch; shorter prompts are padded with zeros."""
     tensors = {name: [row[name] for row in rows] for name in rows[0]}
     return {name: torch.cat(_padded(same)) for name, same in tensors.items()}
 

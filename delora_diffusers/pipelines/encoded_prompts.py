@@ -103,9 +103,9 @@ def check_component(model: OpenModel, component: str, adapters: Sequence[Path]) 
 
 def load_text_encoder(model: OpenModel, name: str, dtype: torch.dtype, device: torch.device) -> Any:
     """Load a text encoder; if it does not fit the GPU, its blocks stay in host memory and are brought there in turn."""
-    size = sum(parameter.numel() for parameter in model.skeletons[name].parameters()) * dtype.itemsize
-    if device.type != "cuda" or size * 1.1 < free_bytes():
-        return model.load(name, dtype, device)
     encoder = model.load(name, dtype)
+    size = sum(parameter.nbytes for parameter in encoder.parameters())  # T5 keeps a part in float32
+    if device.type != "cuda" or size * 1.1 < free_bytes():
+        return encoder.to(device)
     offload_blocks(encoder, device)
     return encoder

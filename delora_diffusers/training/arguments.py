@@ -64,8 +64,12 @@ def positive_int(text: str) -> int:
     return value
 
 
-def shift(text: str) -> float | str:
-    return text if text == "resolution" else float(text)
+def timestep_shift(text: str) -> float | str:
+    """``resolution`` or a number."""
+    try:
+        return text if text == "resolution" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor resolution") from None
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -168,14 +172,12 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         help="of flow models: how times are sampled and the loss is weighted; default: logit_normal for Stable "
         "Diffusion 3, none (uniform) for the others",
     )
-    group.add_argument(
-        "--logit_mean", type=float, default=0.0, help="of logit_normal; positive means less noise; default: 0"
-    )
-    group.add_argument("--logit_std", type=float, default=1.0, help="of logit_normal; default: 1")
-    group.add_argument("--mode_scale", type=float, default=1.29, help="of mode; default: 1.29")
+    group.add_argument("--logit_mean", type=float, help="of logit_normal; positive means less noise; default: 0")
+    group.add_argument("--logit_std", type=float, help="of logit_normal; default: 1")
+    group.add_argument("--mode_scale", type=float, help="of mode; default: 1.29")
     group.add_argument(
         "--timestep_shift",
-        type=shift,
+        type=timestep_shift,
         help="of flow models: shift times towards the noise by this factor, or 'resolution' for one that grows with "
         "the image's size; default: the scheduler's, if it is fixed, else 1",
     )
@@ -347,10 +349,13 @@ def with_family_defaults(args: argparse.Namespace, family: "Family") -> argparse
             "one after another."
         )
     args = argparse.Namespace(**vars(args))
+    scheme = (args.weighting_scheme or family.WEIGHTING_SCHEME) if family.IS_FLOW else None
+    for flag, user in (("logit_mean", "logit_normal"), ("logit_std", "logit_normal"), ("mode_scale", "mode")):
+        if getattr(args, flag) is not None and scheme != user:
+            raise InputError(f"--{flag} belongs to --weighting_scheme {user}, which is not used; leave out --{flag}.")
     args.targets = args.targets or list(family.TARGETS)
     args.guidance_scale = family.GUIDANCE_SCALE if args.guidance_scale is None else args.guidance_scale
-    if family.IS_FLOW:
-        args.weighting_scheme = args.weighting_scheme or family.WEIGHTING_SCHEME
+    args.weighting_scheme = scheme
     return args
 
 

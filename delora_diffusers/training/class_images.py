@@ -106,6 +106,8 @@ def _generate(
                 [subject.seed * 1_000_003 + number for number, _ in batch],
                 args.resolution,
                 num_inference_steps=args.validation_inference_steps,
+                # Distilled flows need their own scale; other models have the pipeline's, as in diffusers' script.
+                guidance_scale=args.guidance_scale if model.family.IS_FLOW else None,
                 **conditions,
             )
         for (_, path), image in zip(batch, images):

@@ -137,7 +137,7 @@ def encode_images(
         if pending:
             encode_views(pending)
     size_conditions = None if sizes is None else _pinned(torch.tensor(sizes))
-    scale = family.scale(vae)
+    scale = family.scale(vae).on(device)
     return LatentCache(_pinned(torch.cat(means)), _pinned(torch.cat(stds)), first, scale, size_conditions)
 
 

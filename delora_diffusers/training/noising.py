@@ -47,9 +47,9 @@ def noising_of(model: OpenModel, args: argparse.Namespace) -> Noising:
         shift = 1.0 if config.get("use_dynamic_shifting") else config.shift
     return Flow(
         args.weighting_scheme or model.family.WEIGHTING_SCHEME,
-        args.logit_mean,
-        args.logit_std,
-        args.mode_scale,
+        0.0 if args.logit_mean is None else args.logit_mean,
+        1.0 if args.logit_std is None else args.logit_std,
+        1.29 if args.mode_scale is None else args.mode_scale,
         shift,
         model.family.PATCH,
         [config.get(name, usual) for name, usual in SHIFTS_BY_SIZE.items()],

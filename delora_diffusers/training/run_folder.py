@@ -116,10 +116,11 @@ def write_model_card(
         loading += f'\ncontrol = load_control(pipeline.unet, "{WEIGHTS_NAME}")'
         sampling = f"control.see(maps)  # a tensor (1, 3, height, width), values 0 to 1\n{sampling}"
     use = f"python -m delora_diffusers generate --adapter . {flags} --output_dir images"
-    code = f"""from diffusers import {pipeline}
+    imported, dtype = ("import torch\n", ", torch_dtype=torch.bfloat16") if components[0] == "transformer" else ("", "")
+    code = f"""{imported}from diffusers import {pipeline}
 from delora_diffusers import {imports}
 
-pipeline = {pipeline}.from_pretrained({base!r})
+pipeline = {pipeline}.from_pretrained({base!r}{dtype})
 {loading}
 {sampling}"""
     card = f"""---

@@ -17,7 +17,7 @@ from delora_diffusers.families.quantization import check_base_precision, quantiz
 from delora_diffusers.launching import launched_accelerator
 from delora_diffusers.memory import explain_out_of_memory
 from delora_diffusers.names import SD_PIPELINE
-from delora_diffusers.pipelines.conditions import read_prompts
+from delora_diffusers.pipelines.conditions import joined, read_prompts
 from delora_diffusers.pipelines.encoded_prompts import load_text_encoder
 from delora_diffusers.pipelines.noise_schedule import check_steps
 from delora_diffusers.precision import denoiser_dtype, dtype_of
@@ -81,9 +81,12 @@ def load_part(model: OpenModel, component: str, accelerator: Accelerator, dtype:
 
 def read_with(model: OpenModel, name: str, accelerator: Accelerator, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
     """The outputs of a text encoder for prompts, on the device; see ``read_prompts``. It is loaded for that only."""
-    with explain_out_of_memory(f"encoding prompts with the base model's {name}", SMALLER), torch.no_grad():
+    savings = ["--mixed_precision bf16 or fp16", "shorter prompts", "a smaller base model"]
+    with explain_out_of_memory(f"encoding prompts with the base model's {name}", savings), torch.no_grad():
         load_text_encoder(model, name, training_dtype(accelerator), accelerator.device)
-        outputs = read_prompts(model.pipeline, name, prompts, accelerator.device)
+        # CLIP's prompts are short. Those of language models need memory for hundreds of tokens each.
+        together = [list(prompts)] if name in model.family.TRAINABLE_ENCODERS else [[prompt] for prompt in prompts]
+        outputs = joined([read_prompts(model.pipeline, name, batch, accelerator.device) for batch in together])
     model.drop(name)
     return outputs
 
