@@ -33,14 +33,18 @@ def test_train_generate_and_score_by_hub_id(tiny_sd, tiny_scorers, photographs, 
         environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
         environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
 
+        def run(module: str, *words: object) -> None:
+            run_in_child(use_hub, endpoint, tmp_path / "cache" / "hub", module, list(map(str, words)), tmp_path / "log")
+
+        run("delora_diffusers.__main__", "info", "--memory", "tiny/stable-diffusion")
+        assert "| weights | adapter |" in (tmp_path / "log").read_text()
+        assert requests and not any(".safetensors" in request or ".bin" in request for request in requests)
+
         flags = training_flags(Path("tiny/stable-diffusion"), photographs, out, "--max_train_steps", 2)
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
         command = [*launch, "train_dreambooth_delora.py", *flags]
         result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr[-3000:]
-
-        def run(module: str, *words: object) -> None:
-            run_in_child(use_hub, endpoint, tmp_path / "cache" / "hub", module, list(map(str, words)), tmp_path / "log")
 
         generate = ["--adapter", out, "--prompt", "a sks toy", "--num_images", 2, "--num_inference_steps", 2]
         run("delora_diffusers.__main__", "generate", *generate, "--output_dir", images)
