@@ -257,11 +257,11 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
     from delora_diffusers.training.setup import (
         begin_run,
         check_prompt_lengths,
+        encode_with,
         load_denoiser_to_train,
         load_part,
         load_text_encoder_to_train,
         open_base_model,
-        read_with,
         save_run,
         start_accelerator,
         training_dtype,
@@ -298,7 +298,7 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
     encoded: dict[str, torch.Tensor] = {}
     for name in model.text_encoders:
         if args.with_prior_preservation or name not in trained_encoders:
-            encoded |= read_with(model, name, accelerator, prompts)
+            encoded |= encode_with(model, name, accelerator, prompts)
     config = model.skeletons[denoiser].config
     if args.with_prior_preservation or not args.train_text_encoder:
         encoded_prompts = PromptTable(prompts, conditions(pipeline, encoded, config))

@@ -31,7 +31,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from benchmarks.train_step import _load_libraries
+from benchmarks.train_step import _load_libraries, cuda_milliseconds
 from benchmarks.true_shapes import TRANSFORMERS
 from data.tiny_pipelines import KINDS
 from delora_diffusers import Adapter, AdapterConfig, attach
@@ -274,13 +274,7 @@ class Trial:
                 self.step()
                 marks.append(time.perf_counter())
             return [1000 * (end - start) for start, end in itertools.pairwise(marks)]
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-        events[0].record()
-        for event in events[1:]:
-            self.step()
-            event.record()
-        torch.cuda.synchronize()
-        return [start.elapsed_time(end) for start, end in itertools.pairwise(events)]
+        return cuda_milliseconds(self.step, steps)
 
 
 def measure(shape: Shape, options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -203,14 +203,19 @@ class Trial:
         return peak / 2**30, (torch.cuda.memory_reserved() - reserved) / 2**30
 
     def milliseconds(self, steps: int) -> list[float]:
-        """The times of consecutive steps, measured by CUDA events so that nothing waits between the steps."""
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-        marks[0].record()
-        for mark in marks[1:]:
-            self.step()
-            mark.record()
-        torch.cuda.synchronize()
-        return [start.elapsed_time(end) for start, end in itertools.pairwise(marks)]
+        """The times of consecutive steps."""
+        return cuda_milliseconds(self.step, steps)
+
+
+def cuda_milliseconds(step: Callable[[], object], steps: int) -> list[float]:
+    """The times of consecutive steps, measured by CUDA events so that nothing waits between the steps."""
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        step()
+        mark.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in itertools.pairwise(marks)]
 
 
 def _load_libraries() -> None:

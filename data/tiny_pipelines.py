@@ -10,9 +10,7 @@ statistics, scheduler and prompt templates. It is untrained: its images are nois
 
 import argparse
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import Any
 
 import torch
 
-from data.tiny_sd import write_tokenizer
+from data.tiny_sd import save_to_new_folder, write_tokenizer
 from data.tiny_tokenizers import mistral_processor, qwen_tokenizer, t5_tokenizer
 
 Components = dict[str, Any]
@@ -329,13 +327,7 @@ def write(out_dir: str | os.PathLike, kind: str, seed: int = 0) -> Path:
         kind: one of ``KINDS``. To load ``"sd3-no-t5"``, pass ``text_encoder_3=None, tokenizer_3=None`` to
             ``from_pretrained``, which does not accept a missing text encoder from the folder alone.
     """
-    out_dir = Path(out_dir)
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out_dir.parent) as temporary:
-        pipeline = build(Path(temporary), kind, seed)
-        pipeline.save_pretrained(Path(temporary) / "pipeline")
-        shutil.move(Path(temporary) / "pipeline", out_dir)
-    return out_dir
+    return save_to_new_folder(Path(out_dir), lambda folder: build(folder, kind, seed))
 
 
 def main(arguments: list[str] | None = None) -> None:

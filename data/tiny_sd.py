@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -228,13 +229,24 @@ def write(
         true_shapes: use the shapes of Stable Diffusion 1.5, in float16 (2.0 GB).
     """
     prediction_type = prediction_type or ("v_prediction" if kind == "sd2" else "epsilon")
-    out_dir = Path(out_dir)
+    shapes = TRUE_SHAPES if true_shapes else KINDS[kind]
+
+    def built(folder: Path) -> Any:
+        pipeline = build(folder, prediction_type, seed, shapes)
+        return pipeline.to(torch.float16) if true_shapes else pipeline
+
+    return save_to_new_folder(Path(out_dir), built)
+
+
+def save_to_new_folder(out_dir: Path, build: Callable[[Path], Any]) -> Path:
+    """Write a pipeline to a new folder, completely or not at all.
+
+    Args:
+        build: builds the pipeline; it may write what it needs for that to the folder that it is given.
+    """
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out_dir.parent) as temporary:
-        pipeline = build(Path(temporary) / "build", prediction_type, seed, TRUE_SHAPES if true_shapes else KINDS[kind])
-        if true_shapes:
-            pipeline.to(torch.float16)
-        pipeline.save_pretrained(Path(temporary) / "pipeline")
+        build(Path(temporary) / "build").save_pretrained(Path(temporary) / "pipeline")
         shutil.move(Path(temporary) / "pipeline", out_dir)
     return out_dir
 

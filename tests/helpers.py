@@ -107,7 +107,7 @@ def run_in_child(function, *arguments) -> int:
 def share_server() -> None:
     """Have the children of this process, such as the commands of a study, forked from the server it was forked from.
 
-    Otherwise it starts a server of its own, which takes as long to import everything as any new process.
+    Otherwise it starts its own server, which takes as long to import everything as any new process.
     """
     server = multiprocessing.forkserver._forkserver
     if server._forkserver_address:
@@ -157,7 +157,7 @@ def run_in_two_processes(function, *arguments) -> str:
 
 
 def start_eval(*words: object) -> Child:
-    """Start ``python -m eval WORDS`` with a server of its own, in a process group that a test can kill as a whole."""
+    """Start ``python -m eval WORDS`` with its own server, in a process group that a test can kill as a whole."""
     return start_in_child(_eval_in_group, [str(word) for word in words])
 
 

@@ -41,8 +41,9 @@ class Family(Protocol):
     UNQUANTIZED: tuple[str, ...] = ()
     """Parts of names of modules that a quantized base keeps in the training precision."""
     GUIDANCE: str = "guidance_scale"
-    """The argument of the pipeline that is the guidance scale, and its default."""
+    """The pipeline's argument for the guidance scale."""
     GUIDANCE_SCALE: float = 7.5
+    """Its default."""
     PADS_PROMPTS: bool = True
     """Whether all prompts have the same number of tokens; otherwise the denoiser computes each at its own length."""
     ARGUMENTS: Mapping[str, str] = {"encoder_hidden_states": "prompt_embeds"}

@@ -269,7 +269,7 @@ def _skeletons(folder: Path) -> dict[str, Any]:
 
 
 def _unused(folder: Path) -> dict[str, None]:
-    """The optional parts that a pipeline does not have, by name; diffusers has to be told of some."""
+    """The optional parts that a pipeline does not have, by name. Diffusers needs to be given some of them as None."""
     index = read_json(folder / "model_index.json")
     return {name: None for name, entry in index.items() if isinstance(entry, list) and entry[0] is None}
 

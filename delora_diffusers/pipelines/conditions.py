@@ -45,7 +45,7 @@ def read_prompts(pipeline: Any, name: str, prompts: Sequence[str], device: torch
     return {f"{name}/{number}": tensor for number, tensor in enumerate(outputs)}
 
 
-def is_encoders(name: str) -> bool:
+def belongs_to_text_encoder(name: str) -> bool:
     """Whether a tensor of this name is a text encoder's: its tokens or one of its outputs."""
     return name.startswith("text_encoder")
 

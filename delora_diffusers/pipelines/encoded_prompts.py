@@ -48,8 +48,9 @@ class EncodedPrompts:
         self.negative_prompt = negative_prompt or model.family.NO_PROMPT
         self._is_given = bool(negative_prompt)
         adapted = [component for component in adapted_components(adapters) if component != model.family.DENOISER]
-        for component in adapted:
-            check_component(model, component, adapters)
+        missing = next((component for component in adapted if component not in model.skeletons), None)
+        if missing is not None:
+            raise missing_component(model.pipeline, missing, adapters)
         self._depends_on_adapters = bool(adapted)
         self._encoded: dict[Key, dict[str, Tensor]] = {}
         wanted = {
@@ -89,16 +90,6 @@ class EncodedPrompts:
 
 Key = tuple[str, tuple[Weighted, ...]]
 """A text, and the adapters with which it is encoded."""
-
-
-def check_component(model: OpenModel, component: str, adapters: Sequence[Path]) -> None:
-    """Reject adapters of a component that the model does not have.
-
-    Raises:
-        InputError
-    """
-    if component not in model.skeletons:
-        raise missing_component(model.pipeline, component, adapters)
 
 
 def load_text_encoder(model: OpenModel, name: str, dtype: torch.dtype, device: torch.device) -> Any:

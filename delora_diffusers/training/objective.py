@@ -7,7 +7,7 @@ from torch import Tensor
 
 from delora_diffusers.adapter.control import Control
 from delora_diffusers.families.family import Family
-from delora_diffusers.pipelines.conditions import conditions, is_encoders
+from delora_diffusers.pipelines.conditions import belongs_to_text_encoder, conditions
 
 
 def denoising_losses(
@@ -57,6 +57,6 @@ class Losses:
         if self.control is not None:
             self.control.see(batch.pop("maps"))
         if self.pipeline is not None:
-            encoded = {name: batch.pop(name) for name in list(batch) if is_encoders(name)}
+            encoded = {name: batch.pop(name) for name in list(batch) if belongs_to_text_encoder(name)}
             batch |= conditions(self.pipeline, encoded, self.denoiser.config)
         return denoising_losses(self.family, self.denoiser, **batch, subjects=self.subjects)

@@ -79,7 +79,9 @@ def load_part(model: OpenModel, component: str, accelerator: Accelerator, dtype:
         return model.load(component, dtype or training_dtype(accelerator), accelerator.device)
 
 
-def read_with(model: OpenModel, name: str, accelerator: Accelerator, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+def encode_with(
+    model: OpenModel, name: str, accelerator: Accelerator, prompts: Sequence[str]
+) -> dict[str, torch.Tensor]:
     """The outputs of a text encoder for prompts, on the device; see ``read_prompts``. It is loaded for that only."""
     savings = ["--mixed_precision bf16 or fp16", "shorter prompts", "a smaller base model"]
     with explain_out_of_memory(f"encoding prompts with the base model's {name}", savings), torch.no_grad():
