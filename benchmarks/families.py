@@ -206,7 +206,7 @@ QUANTIZED_WAYS: dict[str, Way] = {
     "ours, DeLoRA, lean path, CUDA graph": Way(ours(path="lean"), graph=True),
     "PEFT LoRA, bf16 adapters, CUDA graph": Way(PEFT_LORA, graph=True),
 }
-"""PEFT's DeLoRA cannot adapt quantized modules."""
+"""PEFT's DeLoRA has no layers for quantized modules."""
 
 
 class Trial:
