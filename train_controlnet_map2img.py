@@ -19,7 +19,7 @@ from PIL import Image
 
 from data.maps import MapPair, check_pairs, find_hub_pairs, find_pairs, pair_views
 from data.palettes import read_palette
-from data.photographs import crop_boxes
+from delora_diffusers.crops import Size, crop_boxes
 from delora_diffusers.dispatch import exit_on_bad_input
 from delora_diffusers.errors import InputError
 from delora_diffusers.families.checks import check_model_folder
@@ -32,6 +32,7 @@ from delora_diffusers.training import arguments
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from delora_diffusers.families.loading import OpenModel
     from delora_diffusers.training.disk_cache import DiskCache
 
 MINIATURE = {"max_train_steps": 1000, "validation_steps": 500, "proportion_empty_prompts": 0.5}
@@ -111,6 +112,8 @@ def check_arguments(args: argparse.Namespace) -> None:
             "--control_learning_rate 0 freezes a new encoder, which outputs only zeros; give a pretrained encoder "
             "with --controlnet_model_name_or_path."
         )
+    if len(args.resolutions) > 1:
+        raise InputError("--resolution has several values; training on maps takes one.")
     if args.train_data_dir is not None and args.dataset_name is not None:
         raise InputError("--train_data_dir and --dataset_name are both given; choose one.")
     has_data = args.train_data_dir is not None or args.dataset_name is not None
@@ -159,6 +162,7 @@ class Views:
     """The views of each pair to train on, equally many per pair."""
 
     pairs: Sequence[MapPair]
+    sizes: Sequence[Size]
     args: argparse.Namespace
     per_pair: int
 
@@ -167,7 +171,7 @@ class Views:
         views = pair_views(
             pair.load_image(),
             pair.load_map(args.reduce_labels),
-            args.resolution,
+            self.sizes[number],
             offsets_of(number, args),
             args.random_flip,
         )
@@ -182,18 +186,20 @@ def offsets_of(number: int, args: argparse.Namespace) -> list[float] | None:
 
 
 def encode_data(
-    accelerator: "Accelerator", pipeline: Any, pairs: list[MapPair], args: argparse.Namespace
+    accelerator: "Accelerator", model: "OpenModel", pairs: list[MapPair], args: argparse.Namespace
 ) -> "DiskCache":
     """Encode latent posteriors, maps and caption embeddings once and keep them on disk."""
+    pipeline = model.pipeline
     from delora_diffusers.pipelines.autoencoder import encode
     from delora_diffusers.pipelines.conditions import encode_prompts, family_in, warn_of_truncation
     from delora_diffusers.training.disk_cache import build_cache, file_stamp, fingerprint
+    from delora_diffusers.training.photos import in_buckets
 
-    crops = max(
-        len(crop_boxes(upright_size(pair.image, pair.name), args.resolution, offsets_of(number, args)))
-        for number, pair in enumerate(pairs)
-        if pair.image is not None
-    )
+    whole = [upright_size(pair.image, pair.name) for pair in pairs if pair.image is not None]
+    buckets = in_buckets(whole, args, model.patch_pixels)
+    size_of = {number: size for size, numbers in buckets.items() for number in numbers}
+    sizes = [size_of[number] for number in range(len(pairs))]
+    crops = max(len(crop_boxes(*both, offsets_of(number, args))) for number, both in enumerate(zip(whole, sizes)))
     captions = [args.default_caption if pair.caption is None else pair.caption for pair in pairs]
     if accelerator.is_main_process:
         warn_of_truncation(pipeline, list(dict.fromkeys(captions)))
@@ -201,14 +207,16 @@ def encode_data(
     inputs: dict[str, Any] = {
         name: str(getattr(args, name)) for name in (*names, "random_flip", "reduce_labels", "dataset_name")
     }
+    if len(buckets) > 1:
+        inputs["sizes"] = sizes
     inputs["files"] = [file_stamp(f) for pair in pairs for f in (pair.image, pair.map) if isinstance(f, Path)]
     inputs |= {"names": [pair.name for pair in pairs], "captions": captions, "dtype": str(pipeline.text_encoder.dtype)}
     device, vae, family = accelerator.device, pipeline.vae, family_in(pipeline)
     return build_cache(
         accelerator,
         (args.cache_dir or args.output_dir / "cache") / fingerprint(inputs),
-        len(pairs),
-        Views(pairs, args, (1 + args.random_flip) * crops),
+        list(buckets.values()),
+        Views(pairs, sizes, args, (1 + args.random_flip) * crops),
         captions,
         lambda images: encode(family, vae, images.to(device, vae.dtype)),
         lambda texts: encode_prompts(pipeline, texts, device)["encoder_hidden_states"],
@@ -247,6 +255,7 @@ def train_on_maps(
     from delora_diffusers.training.loop import train
     from delora_diffusers.training.memory_report import plan_of, report_memory
     from delora_diffusers.training.objective import Losses
+    from delora_diffusers.training.photos import in_buckets
     from delora_diffusers.training.run_folder import data_digests
     from delora_diffusers.training.setup import (
         begin_run,
@@ -289,10 +298,12 @@ def train_on_maps(
     for name in model.text_encoders:
         load_part(model, name, accelerator)
     load_part(model, "vae", accelerator, torch.float32)
-    cache = encode_data(accelerator, pipeline, pairs, args)
+    cache = encode_data(accelerator, model, pairs, args)
     examples = []
     for pair in validation_pairs:
-        views = pair_views(pair.load_image(), pair.load_map(args.reduce_labels), args.resolution, None, False)
+        whole, semantic = pair.load_image(), pair.load_map(args.reduce_labels)
+        (size,) = in_buckets([whole.size], args, model.patch_pixels)
+        views = pair_views(whole, semantic, size, None, False)
         image, values = views[0]
         examples.append((pair.caption or args.default_caption or "", values, Image.fromarray(image)))
     with torch.no_grad():
@@ -325,7 +336,7 @@ def train_on_maps(
     caption = (args.default_caption if pairs[0].caption is None else pairs[0].caption) or ""
     files = AdapterFiles(adapters, [args], [caption], {"control": control, "pipeline": kind})
     trained_encoder, losses = None if frozen else encoder, Losses(model.family, unet, control=control)
-    train(accelerator, adapters, batches, losses, args, validate, trained_encoder, files)
+    train(accelerator, adapters, batches, losses, args, validate, trained_encoder, files, examples=batches.examples)
     save_run(accelerator, files, 0, f"{len(pairs)} images and their maps", data)
     accelerator.end_training()
 

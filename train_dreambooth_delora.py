@@ -10,13 +10,16 @@
 
 import argparse
 import copy
+import dataclasses
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.photographs import Photo, find_photographs, variants, view_sizes
+from data.captions import tag_orders, with_instance
+from data.concepts import Concept, read_concepts
+from data.photographs import Masks, Photo, find_photographs
 from data.subjects import Subject, read_subjects
 from delora_diffusers.dispatch import exit_on_bad_input
 from delora_diffusers.errors import InputError
@@ -32,8 +35,6 @@ if TYPE_CHECKING:
     import torch
 
     from delora_diffusers import Adapter
-    from delora_diffusers.families.loading import OpenModel
-    from delora_diffusers.training.encoding import LatentCache
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -44,6 +45,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--instance_prompt", help="prompt for photos without a caption, for example 'a photo of sks dog'"
     )
+    group.add_argument("--instance_name", help="replaces {instance} in prompts and captions, for example 'sks dog'")
+    group.add_argument(
+        "--concepts_list", type=Path, help="YAML file of several concepts for one adapter: docs/training.md"
+    )
     group.add_argument(
         "--subjects_file", type=Path, help="train several subjects at once, one JSON object per line: docs/training.md"
     )
@@ -52,8 +57,43 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument("--random_flip", action="store_true", help="also train on mirror images")
     group.add_argument("--train_text_encoder", action="store_true", help="also adapt the text encoder's attention")
+    group = parser.add_argument_group("captions and masks")
+    group.add_argument(
+        "--caption_dropout", type=float, default=0.0, help="probability of training without the caption, 0 to 1"
+    )
+    group.add_argument("--shuffle_tags", action="store_true", help="train on captions with their tags in random order")
+    group.add_argument("--keep_tags", type=int, default=0, help="leading tags that stay in place; default: 0")
+    group.add_argument(
+        "--use_masks", action="store_true", help="weight the loss by NAME.mask.png beside photos, or by alpha channels"
+    )
+    group.add_argument("--mask_data_dir", type=Path, help="folder of masks with the names of the photos; --use_masks")
+    group.add_argument(
+        "--mask_background_weight",
+        type=float,
+        default=0.1,
+        help="weight of the loss where a mask is black, relative to where it is white; default: 0.1",
+    )
+    group = parser.add_argument_group("validation")
     group.add_argument("--validation_prompt", nargs="+", default=[], help="prompts for validation images")
-    group = parser.add_argument_group("prior preservation")
+    group.add_argument("--validation_width", type=int, help="in pixels; default: --resolution")
+    group.add_argument("--validation_height", type=int, help="in pixels; default: --resolution")
+    group.add_argument(
+        "--validation_split", type=float, default=0.0, help="share of the photos to hold out for a validation loss"
+    )
+    group.add_argument("--validation_data_dir", type=Path, help="instead: a folder of photos for the validation loss")
+    group.add_argument(
+        "--keep_best",
+        choices=("loss", "dino"),
+        help="keep the adapter with the lowest validation loss, or with validation images most similar to the photos",
+    )
+    group.add_argument("--dino", help="DINO model for --keep_best dino: timm name, hf-hub:ID or local-dir:FOLDER")
+    group = parser.add_argument_group("keeping what the model knew")
+    group.add_argument(
+        "--with_output_preservation",
+        action="store_true",
+        help="also train the output for --class_prompt to stay the base model's; needs no class images",
+    )
+    group.add_argument("--output_preservation_weight", type=float, default=1.0, help="weight of that loss; default: 1")
     group.add_argument("--with_prior_preservation", action="store_true", help="also train on images of the class")
     group.add_argument(
         "--class_data_dir", type=Path, help="folder of class images; default: class_images in the output folder"
@@ -69,6 +109,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     arguments.add_adapter_arguments(parser)
     arguments.add_training_arguments(parser)
     args = arguments.parse_with_config(parser, argv)
+    args.use_masks = args.use_masks or args.mask_data_dir is not None
+    args.square = args.square or args.subjects_file is not None  # one batch has the photos of all subjects
     miniature = is_miniature(args.pretrained_model_name_or_path)
     return arguments.with_defaults(args, arguments.MINIATURE_SUBJECT_RATES if miniature else None)
 
@@ -81,14 +123,27 @@ def check_arguments(args: argparse.Namespace) -> None:
     """
     arguments.check_training_arguments(args)
     check_model_folder(args.pretrained_model_name_or_path, args.variant)
+    check_validation(args)
+    if args.keep_tags and not args.shuffle_tags:
+        raise InputError("--keep_tags belongs to --shuffle_tags, which is not given; leave it out.")
+    if args.keep_tags < 0:
+        raise InputError(f"--keep_tags {args.keep_tags} is negative; give the number of leading tags to keep.")
+    if args.concepts_list is not None:
+        for flag in ("instance_data_dir", "subjects_file"):
+            if getattr(args, flag):
+                raise InputError(f"--{flag} and --concepts_list are both given; choose one.")
     if args.subjects_file is None:
-        if args.instance_data_dir is None and not is_miniature(args.pretrained_model_name_or_path):
+        given = args.instance_data_dir or args.concepts_list
+        if given is None and not is_miniature(args.pretrained_model_name_or_path):
             raise InputError("no photos were given; specify their folder with --instance_data_dir.")
         return
-    single = ("instance_data_dir", "instance_prompt", "class_data_dir", "hub_model_id", "train_text_encoder")
-    for flag in (*single, "validation_prompt"):
+    single = ("instance_data_dir", "instance_prompt", "instance_name", "class_data_dir", "hub_model_id", "use_masks")
+    more = ("train_text_encoder", "validation_prompt", "validation_split", "validation_data_dir", "keep_best")
+    for flag in (*single, *more):
         if getattr(args, flag):
             raise InputError(f"--{flag} applies to a single subject; leave out either it or --subjects_file.")
+    if len(args.resolutions) > 1:
+        raise InputError("--resolution has several values, which apply to a single subject; give one.")
     if args.offload or args.base_precision in PACKAGES:
         flag = "--offload" if args.offload else f"--base_precision {args.base_precision}"
         raise InputError(f"{flag} trains a single subject at a time; leave out either it or --subjects_file.")
@@ -96,9 +151,29 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError("--mixed_precision fp16 scales the losses of all subjects together; use bf16 or no.")
 
 
+def check_validation(args: argparse.Namespace) -> None:
+    """Reject flags of validation that do not fit together.
+
+    Raises:
+        InputError
+    """
+    for flag in ("validation_width", "validation_height"):
+        side = getattr(args, flag)
+        if side is not None and (side % 8 or side < 8):
+            raise InputError(f"--{flag} {side} is not a multiple of 8; use {max(8, round(side / 8) * 8)}.")
+    if args.validation_split and args.validation_data_dir is not None:
+        raise InputError("--validation_split and --validation_data_dir are both given; choose one.")
+    if args.keep_best == "loss" and not args.validation_split and args.validation_data_dir is None:
+        raise InputError("--keep_best loss needs held-out photos; give --validation_split 0.2, for example.")
+    if args.keep_best == "dino" and not args.validation_prompt:
+        raise InputError("--keep_best dino compares validation images with the photos; give --validation_prompt.")
+    if args.dino is not None and args.keep_best != "dino":
+        raise InputError("--dino belongs to --keep_best dino, which is not given; leave it out.")
+
+
 def with_rendered_photos(args: argparse.Namespace) -> argparse.Namespace:
     """Render photos of a toy from the miniature's world if no photos were given; returns the updated arguments."""
-    if args.subjects_file is not None or args.instance_data_dir is not None:
+    if any((args.subjects_file, args.instance_data_dir, args.concepts_list)):
         return args
     from data.toybox.write import write_unseen_subject  # imports torch
 
@@ -115,10 +190,7 @@ def find_subjects(args: argparse.Namespace) -> list[Subject]:
         InputError: photos or prompts are missing or unreadable, or an output folder contains another run.
     """
     if args.subjects_file is None:
-        fields = (args.instance_data_dir, args.instance_prompt, args.output_dir, args.seed, args.class_prompt)
-        if args.with_prior_preservation:
-            check_class_folder(args.class_data_dir, args.instance_data_dir)
-        subjects = [Subject(find_photographs(args.instance_data_dir), *fields, args.class_data_dir)]
+        subjects = [Subject(find_concepts(args), args.output_dir, args.seed)]
     else:
         subjects = read_subjects(args.subjects_file, args.seed, args.class_prompt)
         for subject in subjects:
@@ -128,26 +200,75 @@ def find_subjects(args: argparse.Namespace) -> list[Subject]:
                     "checkpoints."
                 )
             check_run_folder(subject.output_dir, args.resume_from_checkpoint)
-            if args.with_prior_preservation:
-                check_class_folder(subject.class_data_dir, subject.instance_data_dir)
-    for subject in subjects:
-        uncaptioned = [photo.path for photo in subject.photographs if photo.caption is None]
-        if uncaptioned and not (subject.instance_prompt or "").strip():
-            raise InputError(
-                f"{uncaptioned[0]} has no caption; give --instance_prompt, for example 'a photo of sks dog'."
-            )
-        if args.with_prior_preservation and not (subject.class_prompt or "").strip():
-            raise InputError("--with_prior_preservation needs --class_prompt, for example 'a photo of a dog'.")
+    concepts = [concept for subject in subjects for concept in subject.concepts]
+    for concept in concepts:
+        if args.with_prior_preservation:
+            check_class_folder(concept.class_data_dir, concept.instance_data_dir)
+        for flag in ("with_prior_preservation", "with_output_preservation"):
+            if getattr(args, flag) and not (concept.class_prompt or "").strip():
+                raise InputError(f"--{flag} needs --class_prompt, for example 'a photo of a dog'.")
+        concept.prompts  # noqa: B018 - raises if one is missing
     if args.with_prior_preservation:
-        for path in {path for subject in subjects for path in subject.class_images()}:
+        for path in {path for concept in concepts for path in concept.class_images()}:
             load_rgb(path)
     return subjects
 
 
+def find_concepts(args: argparse.Namespace) -> list[Concept]:
+    """The concepts of a single subject.
+
+    Raises:
+        InputError
+    """
+    texts = ("instance_prompt", "instance_name", "class_prompt")
+    if args.concepts_list is not None:
+        keys = (*texts, "class_data_dir", "mask_data_dir")
+        defaults = {key: str(value) for key in keys if (value := getattr(args, key)) is not None}
+        return read_concepts(args.concepts_list, defaults, args.use_masks)
+    photos = find_photographs(args.instance_data_dir, Masks(args.use_masks, args.mask_data_dir))
+    prompts = {key: getattr(args, key) for key in texts}
+    return [Concept(photos, args.instance_data_dir, **prompts, class_data_dir=args.class_data_dir)]
+
+
+def split_photos(args: argparse.Namespace, subjects: Sequence[Subject]) -> tuple[Sequence[Subject], list[Concept]]:
+    """The subjects with the photos to train on, and their concepts with those that are held out, if there are any.
+
+    Raises:
+        InputError: there are too few photos.
+    """
+    from delora_diffusers.training.held_out import split
+
+    (subject, *_) = subjects
+    if args.validation_data_dir is not None:
+        photos = find_photographs(args.validation_data_dir, Masks(args.use_masks))
+        return subjects, [dataclasses.replace(subject.concepts[0], photographs=photos)]
+    if not args.validation_split:
+        return subjects, []
+    trained, held_out = [], []
+    for concept in subject.concepts:
+        photos = concept.photographs
+        if len(photos) < 2:
+            raise InputError(f"--validation_split needs at least 2 photos, but {concept.instance_data_dir} has 1.")
+        held = split(len(photos), args.validation_split, subject.seed)
+        held_out.append(dataclasses.replace(concept, photographs=[photos[number] for number in held]))
+        rest = [photo for number, photo in enumerate(photos) if number not in held]
+        trained.append(dataclasses.replace(concept, photographs=rest))
+    return [dataclasses.replace(subject, concepts=trained)], held_out
+
+
+def prompts_of(subject: Subject, args: argparse.Namespace) -> list[tuple[str, ...]]:
+    """The prompts of each photo, of which one is chosen in each step: its caption, or that with its tags shuffled."""
+    if not args.shuffle_tags:
+        return [(prompt,) for prompt in subject.prompts]
+    numbered = enumerate(subject.prompts)
+    return [tag_orders(prompt, (subject.seed, number), args.keep_tags) for number, prompt in numbered]
+
+
 def trained_prompts(args: argparse.Namespace, subjects: Sequence[Subject]) -> list[str]:
     """The prompts that micro-batches have."""
-    classes = [subject.class_prompt or "" for subject in subjects if args.with_prior_preservation]
-    return [prompt for subject in subjects for prompt in subject.prompts] + classes
+    uses_classes = args.with_prior_preservation or args.with_output_preservation
+    classes = [prompt for subject in subjects for prompt in subject.class_prompts if uses_classes]
+    return [p for subject in subjects for prompts in prompts_of(subject, args) for p in prompts] + classes
 
 
 def check_class_folder(class_data_dir: Path | None, instance_data_dir: Path) -> None:
@@ -170,19 +291,32 @@ def digest_data(args: argparse.Namespace, subjects: Sequence[Subject]) -> dict[s
     from delora_diffusers.training.run_folder import data_digests
 
     photos = data_digests(
-        (str(photo.path.resolve()), [photo.path], json.dumps([prompt, subject.seed, subject.class_prompt]))
+        (str(photo.path.resolve()), files_of(photo), json.dumps(trained_as(prompt, subject, concept)))
         for subject in subjects
-        for photo, prompt in zip(subject.photographs, subject.prompts)
+        for concept in subject.concepts
+        for photo, prompt in zip(concept.photographs, concept.prompts)
     )
     if not args.with_prior_preservation:
         return photos
     given = {
         path
         for subject in subjects
-        for path in subject.class_images()
+        for concept in subject.concepts
+        for path in concept.class_images()
         if not path.name.startswith(f"class-{subject.seed}-")
     }
     return photos | data_digests((str(path.resolve()), [path], None) for path in sorted(given))
+
+
+def files_of(photo: Photo) -> list[Path]:
+    """A photo, and its mask if that is another file."""
+    return [photo.path] if photo.mask in (None, photo.path) else [photo.path, photo.mask]
+
+
+def trained_as(prompt: str, subject: Subject, concept: Concept) -> list[Any]:
+    """What a photo is trained with."""
+    counts = [] if (concept.repeats, concept.weight) == (1, 1.0) else [concept.repeats, concept.weight]
+    return [prompt, subject.seed, concept.class_prompt, *counts]
 
 
 def attach_adapters(
@@ -210,21 +344,6 @@ def attach_adapters(
     return adapters
 
 
-def encode_photos(
-    model: "OpenModel", photos: Sequence[Photo], seed: int, args: argparse.Namespace, device: "torch.device"
-) -> "LatentCache":
-    """Encode all views of the photos with the autoencoder."""
-    from delora_diffusers.training.encoding import crop_offsets, encode_images
-
-    offsets = [crop_offsets(seed, number, not args.center_crop) for number in range(len(photos))]
-    views = (variants(p.load(), args.resolution, o, args.random_flip) for p, o in zip(photos, offsets))
-    sizes = None
-    if model.family.HAS_SIZES:
-        sizes_of_photos = (view_sizes(p.size(), args.resolution, o, args.random_flip) for p, o in zip(photos, offsets))
-        sizes = [size for sizes_of_photo in sizes_of_photos for size in sizes_of_photo]
-    return encode_images(model.family, model.pipeline.vae, views, len(photos), device, sizes=sizes)
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     check_arguments(args)
@@ -244,6 +363,7 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
     # Imported after the checks, so that bad input is rejected at once.
     import torch
 
+    from delora_diffusers.families.checks import check_patches
     from delora_diffusers.families.loading import family_named
     from delora_diffusers.pipelines.conditions import conditions, tokenize, warn_of_truncation
     from delora_diffusers.pipelines.offload import offload_blocks
@@ -251,9 +371,11 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
     from delora_diffusers.training.batches import SubjectBatches, SubjectData
     from delora_diffusers.training.class_images import ClassImages, generate_class_images
     from delora_diffusers.training.encoding import PromptTable
+    from delora_diffusers.training.held_out import BestAdapter, HeldOutLoss
     from delora_diffusers.training.loop import train
     from delora_diffusers.training.memory_report import plan_of, report_memory
     from delora_diffusers.training.objective import Losses
+    from delora_diffusers.training.photos import class_image_sizes, encode_concepts
     from delora_diffusers.training.setup import (
         begin_run,
         check_prompt_lengths,
@@ -271,6 +393,7 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
     family = family_named(args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant)
     args = arguments.with_family_defaults(args, family)
     data = digest_data(args, subjects)
+    subjects, held_out = split_photos(args, subjects)
     accelerator = start_accelerator(args, data)
     device = accelerator.device
     model, noising = open_base_model(accelerator, args)
@@ -281,6 +404,15 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
     attach_adapters({name: copy.deepcopy(model.skeletons[name]) for name in trained}, subjects, args)
     if args.cuda_graph:
         check_prompt_lengths(model, trained_prompts(args, subjects))
+    for flag in ("validation_width", "validation_height"):
+        check_patches(model.patch_pixels, getattr(args, flag) or args.resolution, flag)
+    similarity = None
+    if args.keep_best == "dino":
+        from eval.metrics.similarity import MINIATURE_DINO, DinoSimilarity
+
+        dino = args.dino or (MINIATURE_DINO if is_miniature(args.pretrained_model_name_or_path) else None)
+        photos = [photo.load() for concept in subjects[0].concepts for photo in concept.photographs]
+        similarity = DinoSimilarity(photos, dino, device)
     report_memory(
         accelerator,
         model,
@@ -291,27 +423,42 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
 
     # What stays constant during training is computed once, with one part of the model on the device at a time: prompt
     # embeddings, class images, latent posteriors.
-    prompts = [prompt for subject in subjects for prompt in (*subject.prompts, subject.class_prompt or "")]
-    prompts = list(dict.fromkeys([*prompts, *args.validation_prompt, model.family.NO_PROMPT]))
+    validated = [with_instance(p, args.instance_name, "--validation_prompt") for p in args.validation_prompt]
+    classes = [prompt for subject in subjects for prompt in subject.class_prompts]
+    prompts = [prompt for subject in subjects for photo in prompts_of(subject, args) for prompt in photo] + classes
+    prompts += [prompt for concept in held_out for prompt in concept.prompts]
+    prompts = list(dict.fromkeys([*prompts, *validated, model.family.NO_PROMPT]))
     if accelerator.is_main_process:
         warn_of_truncation(pipeline, prompts)
     encoded: dict[str, torch.Tensor] = {}
+    of_base_model = args.with_prior_preservation or args.with_output_preservation
     for name in model.text_encoders:
-        if args.with_prior_preservation or name not in trained_encoders:
+        if of_base_model or name not in trained_encoders:
             encoded |= encode_with(model, name, accelerator, prompts)
     config = model.skeletons[denoiser].config
-    if args.with_prior_preservation or not args.train_text_encoder:
+    if of_base_model or not args.train_text_encoder:
         encoded_prompts = PromptTable(prompts, conditions(pipeline, encoded, config))
     if args.with_prior_preservation:
-        folders = [s.class_data_dir or s.output_dir / "class_images" for s in subjects]
-        wanted = [ClassImages(folder, s.class_prompt or "", s.seed) for folder, s in zip(folders, subjects)]
-        generate_class_images(accelerator, model, wanted, encoded_prompts, args)
+        wanted: dict[Path, ClassImages] = {}
+        for subject in subjects:
+            sizes = class_image_sizes(subject.concepts, args, model.patch_pixels)
+            for number, prompt in enumerate(subject.class_prompts):
+                folder = subject.class_folder(number)
+                wanted.setdefault(folder, ClassImages(folder, prompt, subject.seed, sizes[number]))
+        generate_class_images(accelerator, model, list(wanted.values()), encoded_prompts, args)
     load_part(model, "vae", accelerator, torch.float32)
-    latents = [encode_photos(model, s.photographs, s.seed, args, device) for s in subjects]
-    class_latents: list[LatentCache | None] = [None] * len(subjects)
-    if args.with_prior_preservation:
-        class_images = [find_photographs(folder)[: args.num_class_images] for folder in folders]
-        class_latents = [encode_photos(model, i, s.seed, args, device) for i, s in zip(class_images, subjects)]
+    encoded_subjects = []
+    for subject in subjects:
+        class_images = None
+        if args.with_prior_preservation:
+            folders = [subject.class_folder(number) for number in range(len(subject.concepts))]
+            class_images = [find_photographs(folder)[: args.num_class_images] for folder in folders]
+        photo_prompts = prompts_of(subject, args)
+        buckets = encode_concepts(model, subject.concepts, photo_prompts, class_images, subject.seed, args, device)
+        encoded_subjects.append(SubjectData(subject.seed, buckets))
+    whole = argparse.Namespace(**vars(args) | {"center_crop": True, "random_flip": False})
+    held_out_prompts = [(prompt,) for concept in held_out for prompt in concept.prompts]
+    held_out_buckets = encode_concepts(model, held_out, held_out_prompts, None, args.seed, whole, device)
     if args.validation_prompt:
         pipeline.vae.to("cpu", training_dtype(accelerator))
     else:
@@ -329,23 +476,36 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
     else:
         table = encoded_prompts
         conditions_of = table.lookup
-    validate = None
-    if args.validation_prompt:
-        validate = SubjectValidation(accelerator, pipeline, conditions_of, args)
 
-    encoded_subjects = [
-        SubjectData(s.seed, s.prompts, photo_latents, s.class_prompt, prior_latents)
-        for s, photo_latents, prior_latents in zip(subjects, latents, class_latents)
-    ]
-    batches = SubjectBatches(noising, encoded_subjects, table, args.train_batch_size, args.prior_loss_weight, device)
+    batches = SubjectBatches(
+        noising,
+        encoded_subjects,
+        table,
+        args.train_batch_size,
+        args.prior_loss_weight,
+        device,
+        args.output_preservation_weight if args.with_output_preservation else None,
+        encoded_prompts if args.with_output_preservation and args.train_text_encoder else None,
+        args.caption_dropout,
+        model.family.NO_PROMPT,
+    )
     losses = Losses(model.family, models[denoiser], len(subjects), pipeline if args.train_text_encoder else None)
-    settings = [argparse.Namespace(**vars(args) | subject.flag_overrides()) for subject in subjects]
+    settings = [args]
+    if args.subjects_file is not None:
+        settings = [argparse.Namespace(**vars(args) | subject.flag_overrides()) for subject in subjects]
     files = AdapterFiles(adapters, settings, [s.prompts[0] for s in subjects], {"pipeline": type(pipeline).__name__})
-    same_shape = batches.have_same_shape
-    failed = train(accelerator, adapters, batches, losses, args, validate, files=files, same_shape=same_shape)
+    loss = None
+    if held_out:
+        loss = HeldOutLoss(held_out_buckets, noising, table, losses, args.train_batch_size, device)
+    best = BestAdapter(files, args.keep_best) if args.keep_best else None
+    validate = None
+    if validated or loss is not None:
+        validate = SubjectValidation(accelerator, pipeline, conditions_of, args, validated, loss, similarity, best)
+    shapes = {"same_length": batches.have_same_length, "examples": batches.examples}
+    failed = train(accelerator, adapters, batches, losses, args, validate, files=files, **shapes)
     for number, subject in enumerate(subjects):
         if number not in failed:
-            save_run(accelerator, files, number, f"{len(subject.photographs)} photos", data)
+            save_run(accelerator, files, number, f"{len(subject.prompts)} photos", data)
     accelerator.end_training()
     if failed:
         steps = ", ".join(f"{subjects[number].output_dir} at step {step}" for number, step in failed.items())

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 
 import train_dreambooth_delora
-from data.photographs import find_photographs, variants
+from data.photographs import find_photographs
 from delora_diffusers import detach, load_adapter
+from delora_diffusers.crops import views_of
 from delora_diffusers.families.loading import load_pipeline
 from delora_diffusers.families.table import family_of
 from delora_diffusers.methods.table import METHODS
@@ -48,7 +49,7 @@ class FixedLoss:
         self.pipeline = load_pipeline(model)
         self.family = family_of(type(self.pipeline).__name__)
         self.noising = Diffusion(ddpm_schedule(self.pipeline.scheduler, model))
-        views = [variants(photo.load(), resolution, None, False) for photo in find_photographs(folder)]
+        views = [views_of(photo.load(), (resolution, resolution), None, False) for photo in find_photographs(folder)]
         self.latents = encode_images(self.family, self.pipeline.vae, views, len(views), torch.device("cpu"))
         self.samples = samples
 

@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from data.palettes import indices_of
-from data.photographs import crop_boxes, scaled_size
+from delora_diffusers.crops import Size, views_of
 from delora_diffusers.errors import LOADING_ERRORS, InputError
 from delora_diffusers.image_files import (
     list_images,
@@ -248,21 +248,15 @@ def check_pairs(
 
 
 def pair_views(
-    image: Image.Image, semantic: np.ndarray, resolution: int, random_offsets: list[float] | None, flip: bool
+    image: Image.Image, semantic: np.ndarray, size: Size, random_offsets: list[float] | None, flip: bool
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The views of a pair to train on: image (resolution, resolution, 3) and map, cropped and flipped identically.
+    """The views of a pair to train on: image (height, width, 3) and map, cropped and flipped identically.
 
     Args:
         image: upright RGB image.
         semantic: its map, indices or colours, of the same size; scaled by nearest neighbour, never blended.
-        resolution: side length of the views in pixels.
-        random_offsets: see ``crop_boxes``.
-        flip: also return the mirror image of every view.
+        size: of the views, width and height in pixels.
+        random_offsets, flip: see ``views_of``.
     """
-    size = scaled_size(image.size, resolution)
-    scaled_image = image.resize(size, Image.Resampling.LANCZOS)
-    scaled_map = Image.fromarray(semantic).resize(size, Image.Resampling.NEAREST)
-    views = []
-    for box in crop_boxes(image.size, resolution, random_offsets):
-        views.append((np.asarray(scaled_image.crop(box)), np.asarray(scaled_map.crop(box))))
-    return views + ([(a[:, ::-1], b[:, ::-1]) for a, b in views] if flip else [])
+    views = views_of(image, size, random_offsets, flip, Image.fromarray(semantic))
+    return [(view.image, view.companion) for view in views if view.companion is not None]

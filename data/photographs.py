@@ -1,15 +1,18 @@
-"""A folder of photos: which images it contains, their captions, and the views of each to train on."""
+"""A folder of photos: which images it contains, their captions and their masks."""
 
 import dataclasses
+import logging
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
-from delora_diffusers.errors import InputError
+from delora_diffusers.errors import InputError, printable
 from delora_diffusers.image_files import (
+    has_alpha,
     list_images,
+    load_mask,
     load_rgb,
+    mask_beside,
     read_caption,
     readable_extensions,
     upright_size,
@@ -18,35 +21,67 @@ from delora_diffusers.image_files import (
 from delora_diffusers.json_lines import PHOTOS, read_json_lines
 from delora_diffusers.names import METADATA_NAME
 
+logger = logging.getLogger(__name__)
+
 MAX_ASPECT_RATIO = 16
 """Scaling the short side of a narrower image to the resolution would make it enormous."""
 
 
 @dataclasses.dataclass(frozen=True)
+class Masks:
+    """Whether and where photos have masks, which weight the loss.
+
+    Attributes:
+        use: masks beside the photos, and alpha channels. folder: has masks with the names of the photos instead.
+    """
+
+    use: bool = False
+    folder: Path | None = None
+
+    def of(self, photo: Path) -> Path | None:
+        """The file that has a photo's mask, which is the photo itself if it has an alpha channel; None if there is
+        none."""
+        if not self.use:
+            return None
+        if self.folder is not None:
+            return mask_beside(self.folder / photo.name, alone=True)
+        return mask_beside(photo) or (photo if has_alpha(photo) else None)
+
+
+@dataclasses.dataclass(frozen=True)
 class Photo:
-    """One image of a folder and its caption, if there is one."""
+    """One image of a folder, with its caption and the file of its mask if it has them."""
 
     path: Path
     caption: str | None = None
+    mask: Path | None = None
 
     def load(self) -> Image.Image:
         """The image, turned upright, as RGB."""
         return load_rgb(self.path)
+
+    def load_mask(self) -> Image.Image | None:
+        """Its mask, of the same size, from 0 for the background to 255; None if it has none.
+
+        Raises:
+            InputError: the mask cannot be read, has another shape than the photo, or is 0 everywhere.
+        """
+        return None if self.mask is None else load_mask(self.mask, self.size(), alpha=self.mask == self.path)
 
     def size(self) -> tuple[int, int]:
         """(width, height) upright, without decoding."""
         return upright_size(self.path, str(self.path))
 
 
-def find_photographs(folder: str | Path) -> list[Photo]:
-    """The images of a folder, sorted by name. Each is decoded once to check that it is readable.
+def find_photographs(folder: str | Path, masks: Masks = Masks()) -> list[Photo]:
+    """The images of a folder, sorted by name. Each is decoded once to check that it is readable, and so is its mask.
 
     Captions come from ``metadata.jsonl`` (``file_name`` and ``text``, the imagefolder convention) or from a ``.txt``
     file of the same name beside the image.
 
     Raises:
         InputError: the folder does not exist or has no images, an image cannot be read, or ``metadata.jsonl`` is
-            invalid.
+            invalid; or masks are asked for, and there are none.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -65,14 +100,31 @@ def find_photographs(folder: str | Path) -> list[Photo]:
         if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
             raise InputError(f"{path} is {width} x {height} pixels, too long and narrow for a square crop; remove it.")
         caption = captions.get(path.name)
-        photos.append(Photo(path, read_caption(path) if caption is None else caption))
+        photos.append(Photo(path, read_caption(path) if caption is None else caption, masks.of(path)))
+        photos[-1].load_mask()
     with_file: dict[str, Path] = {}
     for photo in photos:
         if photo.caption is not None and captions.get(photo.path.name) is None:
             other = with_file.setdefault(photo.path.stem, photo.path)
             if other != photo.path:
                 raise InputError(f"{other} and {photo.path.name} share one caption file; rename one of them.")
+    _check_masks(folder, photos, masks)
     return photos
+
+
+def _check_masks(folder: Path, photos: list[Photo], masks: Masks) -> None:
+    """Refuse masks that are asked for and missing; log photos without a mask, and masks that are not used."""
+    if not masks.use:
+        unused = sum(mask_beside(photo.path) is not None for photo in photos)
+        if unused:
+            logger.warning(printable(f"not used: {unused} masks in {folder}; give --use_masks to weight the loss."))
+        return
+    bare = [photo.path.name for photo in photos if photo.mask is None]
+    if len(bare) == len(photos):
+        where = f"{folder} has no mask" if masks.folder is None else f"--mask_data_dir {masks.folder} has no mask"
+        raise InputError(f"{where} for its photos; add for example {photos[0].path.stem}.mask.png.")
+    if bare:
+        logger.warning(printable(f"no mask for {', '.join(bare[:5])} in {folder}: the loss on all of it counts."))
 
 
 def _read_metadata(file: Path) -> dict[str, str | None]:
@@ -86,64 +138,3 @@ def _read_metadata(file: Path) -> dict[str, str | None]:
             raise InputError(f"{file} line {number} is not a record like {PHOTOS.example} (it has no text); fix it.")
         captions[record["file_name"]] = record.get("text", record.get("prompt"))
     return captions
-
-
-def crop_boxes(
-    size: tuple[int, int], resolution: int, random_offsets: list[float] | None
-) -> list[tuple[int, int, int, int]]:
-    """Square crops of an image whose short side was scaled to ``resolution``.
-
-    Args:
-        size: (width, height) of the image before scaling.
-        resolution: side length of the crops in pixels.
-        random_offsets: position of each crop along the long side, 0 to 1; None for one centre crop.
-
-    Returns:
-        Distinct boxes (left, top, right, bottom) in the scaled image.
-    """
-    width, height = scaled_size(size, resolution)
-    boxes = []
-    for offset in [0.5] if random_offsets is None else random_offsets:
-        left, top = round((width - resolution) * offset), round((height - resolution) * offset)
-        boxes.append((left, top, left + resolution, top + resolution))
-    return list(dict.fromkeys(boxes))
-
-
-def scaled_size(size: tuple[int, int], resolution: int) -> tuple[int, int]:
-    """(width, height) with the short side scaled to ``resolution``."""
-    scale = resolution / min(size)
-    return max(resolution, round(size[0] * scale)), max(resolution, round(size[1] * scale))
-
-
-def variants(image: Image.Image, resolution: int, random_offsets: list[float] | None, flip: bool) -> list[np.ndarray]:
-    """The views of a photo to train on, each (resolution, resolution, 3) uint8: its crops and their mirror images.
-
-    Args:
-        image: upright RGB image of any size.
-        resolution: side length of the views in pixels.
-        random_offsets: see ``crop_boxes``.
-        flip: also return the mirror image of every view.
-    """
-    scaled = image.resize(scaled_size(image.size, resolution), Image.Resampling.LANCZOS)
-    views = [np.asarray(scaled.crop(box)) for box in crop_boxes(image.size, resolution, random_offsets)]
-    return views + ([view[:, ::-1] for view in views] if flip else [])
-
-
-def view_sizes(
-    size: tuple[int, int], resolution: int, random_offsets: list[float] | None, flip: bool
-) -> list[tuple[int, int, int, int, int, int]]:
-    """Stable Diffusion XL's size conditions for each of the ``variants``.
-
-    Args:
-        size: (width, height) of the upright image. The other arguments are those of ``variants``.
-
-    Returns:
-        For each view: height and width of the image, top and left of the crop in the scaled image (mirrored if the view
-        is), height and width of the view.
-    """
-    width = scaled_size(size, resolution)[0]
-    boxes = crop_boxes(size, resolution, random_offsets)
-    corners = [(top, left) for left, top, _, _ in boxes]
-    if flip:
-        corners += [(top, width - right) for _, top, right, _ in boxes]
-    return [(size[1], size[0], top, left, resolution, resolution) for top, left in corners]

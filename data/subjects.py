@@ -1,48 +1,53 @@
 """The subjects of a training run: one, given by flags, or several trained at once, from a file with a line each."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data.photographs import Photo, find_photographs
+from data.concepts import Concept
+from data.photographs import find_photographs
 from delora_diffusers.errors import InputError
-from delora_diffusers.image_files import list_images
 from delora_diffusers.json_lines import SUBJECTS, read_json_lines
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """The settings that differ between subjects trained at once.
+    """What differs between subjects trained at once; each gets an adapter.
 
     Attributes:
-        photographs: at least one photo.
-        instance_prompt: for photos without a caption.
+        concepts: at least one. Several subjects have one each.
         output_dir: where its adapter is written.
         seed: of its initialization and of all its random numbers.
-        class_prompt, class_data_dir: for prior preservation; without a folder, class images go to ``output_dir``.
     """
 
-    photographs: list[Photo]
-    instance_data_dir: Path
-    instance_prompt: str
+    concepts: Sequence[Concept]
     output_dir: Path
     seed: int = 0
-    class_prompt: str | None = None
-    class_data_dir: Path | None = None
 
     @property
     def prompts(self) -> list[str]:
-        """The prompt for each photo."""
-        return [photo.caption or self.instance_prompt for photo in self.photographs]
+        """The prompt for each photo, of all concepts."""
+        return [prompt for concept in self.concepts for prompt in concept.prompts]
 
-    def class_images(self) -> list[Path]:
-        """The images that its folder of class images contains; none without a folder."""
-        folder = self.class_data_dir
-        return [] if folder is None or not folder.is_dir() else list_images(folder)
+    @property
+    def class_prompts(self) -> list[str]:
+        """The class prompts of its concepts."""
+        return [concept.class_prompt or "" for concept in self.concepts]
+
+    def class_folder(self, concept: int) -> Path:
+        """The folder of a concept's class images; concepts with the same class prompt share the default folder."""
+        given, prompts = self.concepts[concept].class_data_dir, self.class_prompts
+        if given is not None:
+            return given
+        folder, first = self.output_dir / "class_images", prompts.index(prompts[concept])
+        return folder / f"{first:02}" if len(set(prompts)) > 1 else folder
 
     def flag_overrides(self) -> dict[str, Any]:
-        """The flags to change in order to train this subject alone."""
-        return {name: getattr(self, name) for name in SUBJECTS.keys} | {"subjects_file": None}
+        """The flags to change in order to train this subject, of several, alone."""
+        (concept,) = self.concepts
+        flags = vars(concept) | vars(self)
+        return {name: flags[name] for name in SUBJECTS.keys} | {"subjects_file": None}
 
 
 def read_subjects(file: Path, seed: int, class_prompt: str | None) -> list[Subject]:
@@ -66,18 +71,15 @@ def read_subjects(file: Path, seed: int, class_prompt: str | None) -> list[Subje
         record = {"seed": seed, "class_prompt": class_prompt} | record
         if not record["instance_prompt"].strip() or not 0 <= record["seed"] < 2**32:
             raise InputError(f"{file} line {number} needs an instance_prompt, and a seed of at least 0; fix it.")
-        folder, output_dir = Path(record["instance_data_dir"]), Path(record["output_dir"])
-        subjects.append(
-            Subject(
-                find_photographs(folder),
-                folder,
-                record["instance_prompt"],
-                output_dir,
-                record["seed"],
-                record["class_prompt"] or None,
-                Path(record["class_data_dir"]) if record.get("class_data_dir") else None,
-            )
+        folder = Path(record["instance_data_dir"])
+        concept = Concept(
+            find_photographs(folder),
+            folder,
+            record["instance_prompt"],
+            class_prompt=record["class_prompt"] or None,
+            class_data_dir=Path(record["class_data_dir"]) if record.get("class_data_dir") else None,
         )
+        subjects.append(Subject([concept], Path(record["output_dir"]), record["seed"]))
     if not subjects:
         raise InputError(f"--subjects_file {file} is empty; write one line per subject.")
     folders = [subject.output_dir.resolve() for subject in subjects]

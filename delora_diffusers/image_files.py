@@ -4,6 +4,8 @@ import functools
 import logging
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,8 @@ UNREAD_EXTENSIONS = (
 )
 """Images that are not read; a warning names such files, since they look as if they were used."""
 CAPTION_EXTENSIONS = (".txt", ".caption")
+MASK_ENDINGS = (".mask", "-masklabel")
+"""What the name of a photo's mask has after that of the photo, before the extension; the second is OneTrainer's."""
 
 UNREADABLE = (
     *(
@@ -94,7 +98,33 @@ def list_images(folder: Path, extensions: tuple[str, ...] | None = None) -> list
     """
     extensions = readable_extensions() if extensions is None else extensions
     files = (path for path in _visible_files(folder) if path.name != CONTACT_SHEET_NAME)
-    return [path for path in files if path.suffix.lower() in extensions]
+    images = [path for path in files if path.suffix.lower() in extensions]
+    stems = {path.stem for path in images}
+    return [path for path in images if not _is_mask(path, stems)]
+
+
+def _is_mask(path: Path, stems: set[str]) -> bool:
+    """Whether an image is the mask of another image, of those with these names."""
+    return any(path.stem.endswith(ending) and path.stem.removesuffix(ending) in stems for ending in MASK_ENDINGS)
+
+
+def mask_beside(image: Path, alone: bool = False) -> Path | None:
+    """The mask beside an image, ``NAME.mask.png``; None if there is none.
+
+    Args:
+        alone: it may also be ``NAME.png``, in a folder that has masks only.
+
+    Raises:
+        InputError: there are two.
+    """
+    endings = (*MASK_ENDINGS, "") if alone else MASK_ENDINGS
+    names = {f"{image.stem}{ending}" for ending in endings} | ({image.name} if alone else set())
+    folder = image.parent
+    files = [path for path in _visible_files(folder) if path.stem in names or path.name in names]
+    files = [path for path in files if path.suffix.lower() in readable_extensions()]
+    if len(files) > 1:
+        raise InputError(f"{files[0]} and {files[1].name} are both masks of {image.name}; remove one of them.")
+    return files[0] if files else None
 
 
 def warn_of_unread_images(folder: Path, extensions: tuple[str, ...] | None = None) -> None:
@@ -153,21 +183,84 @@ def load_rgb(path: Path) -> Image.Image:
     Raises:
         InputError: the file cannot be decoded, or has no defined white.
     """
+    with _upright(path) as upright:
+        if upright.has_transparency_data:
+            upright = upright.convert("RGBA")
+            white = Image.new("RGBA", upright.size, "white")
+            upright = Image.alpha_composite(white, upright)
+        return upright.convert("RGB")
+
+
+@contextmanager
+def _upright(path: Path) -> Iterator[Image.Image]:
+    """A decoded image, turned by its EXIF orientation; 16 bits are made 8.
+
+    Raises:
+        InputError: see ``load_rgb``; also for what goes wrong while the image is used.
+    """
     try:
         with open_image(path) as image:
             image.load()
             upright = image.transpose(TRANSPOSE[turn]) if (turn := _orientation(image)) in TRANSPOSE else image
             if upright.mode in ("I", "F") or upright.mode.startswith("I;16"):
                 upright = _from_16_bits(upright, path, image.format)  # older versions of Pillow read 16-bit PNG as "I"
-            if upright.has_transparency_data:
-                upright = upright.convert("RGBA")
-                white = Image.new("RGBA", upright.size, "white")
-                upright = Image.alpha_composite(white, upright)
-            return upright.convert("RGB")
+            yield upright
     except InputError:
         raise
     except UNREADABLE as error:
         raise unreadable(str(path), error) from error
+
+
+def has_alpha(path: Path) -> bool:
+    """Whether an image has transparent or translucent pixels."""
+    with _upright(path) as image:
+        return _is_translucent(image)
+
+
+def _is_translucent(image: Image.Image) -> bool:
+    return image.has_transparency_data and bool((np.asarray(image.convert("RGBA").getchannel("A")) < 255).any())
+
+
+def load_mask(path: Path, size: tuple[int, int], alpha: bool = False) -> Image.Image:
+    """A photo's mask, grey, from 0 for the background to 255.
+
+    It is the alpha channel of an image that has transparent pixels, and otherwise the brightness. In a coloured palette
+    index 0 is the background and every other is not. If the largest value is 1, then 1 stands for 255.
+
+    Args:
+        size: (width, height) of the photo; a mask of the same shape is scaled to it.
+        alpha: always take the alpha channel.
+
+    Raises:
+        InputError: the file cannot be decoded, the shape is another, or every value is 0.
+    """
+    with _upright(path) as image:
+        if alpha or _is_translucent(image):
+            mask = image.convert("RGBA").getchannel("A")
+        elif image.mode == "P" and not _is_grey(image):
+            mask = Image.fromarray(np.where(np.asarray(image) == 0, 0, 255).astype(np.uint8))
+        else:
+            mask = image.convert("L")
+    largest = int(np.asarray(mask).max(initial=0))
+    if largest == 0:
+        raise InputError(f"the mask {path} is black everywhere, so it marks nothing; paint the subject white.")
+    if largest == 1:
+        mask = mask.point(lambda value: value * 255)
+    if mask.size != size:
+        width, height = mask.size
+        if abs(width * size[1] - height * size[0]) > max(width, height, *size):
+            raise InputError(
+                f"the mask {path} is {width} x {height} pixels, but its photo is {size[0]} x {size[1]}; give a mask of "
+                "the same shape."
+            )
+        mask = mask.resize(size, Image.Resampling.BOX)
+    return mask
+
+
+def _is_grey(image: Image.Image) -> bool:
+    """Whether all colours in use of an image with a palette are grey."""
+    used = image.convert("RGB").getcolors(256) or []
+    return all(isinstance(colour, tuple) and len(set(colour)) == 1 for _, colour in used)
 
 
 def _from_16_bits(image: Image.Image, path: Path, image_format: str | None) -> Image.Image:

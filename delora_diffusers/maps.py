@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
+from delora_diffusers.crops import Size, crop_boxes, scaled_size
 from delora_diffusers.errors import InputError
 from delora_diffusers.image_files import (
     UNREADABLE,
@@ -180,11 +181,8 @@ def paint(values: np.ndarray, palette: np.ndarray | None, name: str = "the map")
     return colours[values]
 
 
-def crop_square(values: np.ndarray, side: int) -> np.ndarray:
-    """Scale a map's short side to ``side`` pixels (nearest neighbour) and crop the centre square, as in training."""
-    height, width = values.shape[:2]
-    scale = side / min(height, width)
-    size = max(side, round(width * scale)), max(side, round(height * scale))
-    scaled = np.asarray(Image.fromarray(values).resize(size, Image.Resampling.NEAREST))
-    top, left = round((size[1] - side) / 2), round((size[0] - side) / 2)
-    return scaled[top : top + side, left : left + side]
+def crop_map(values: np.ndarray, size: Size) -> np.ndarray:
+    """Scale a map to cover a size (nearest neighbour) and crop its centre, as in training."""
+    whole = Image.fromarray(values)
+    (box,) = crop_boxes(whole.size, size, None)
+    return np.asarray(whole.resize(scaled_size(whole.size, size), Image.Resampling.NEAREST).crop(box))

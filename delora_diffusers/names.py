@@ -14,6 +14,8 @@ METADATA_NAME = "metadata.jsonl"
 CONTACT_SHEET_NAME = "contact_sheet.png"
 """The overview that generate writes beside its images."""
 CHECKPOINT_PREFIX = "checkpoint-"
+BEST_FOLDER = "best"
+"""The folder in an output folder that has the best adapter of a run."""
 
 MINIATURE = "mini-sd"
 """The base model that ships with the repository; the default."""

@@ -204,8 +204,9 @@ def train(flags: list[str]) -> None:
 
 def fixed_loss(model: Path, photographs: Path, adapter: Path) -> tuple[float, float]:
     """Losses of the base model and of the adapter with fixed noise and timesteps."""
-    from data.photographs import find_photographs, variants
+    from data.photographs import find_photographs
     from delora_diffusers import load_adapter
+    from delora_diffusers.crops import views_of
     from delora_diffusers.families.loading import load_pipeline
     from delora_diffusers.families.table import family_of
     from delora_diffusers.pipelines.conditions import encode_prompts
@@ -218,7 +219,7 @@ def fixed_loss(model: Path, photographs: Path, adapter: Path) -> tuple[float, fl
     attached = load_adapter(pipeline.unet, adapter)
     noising, family = Diffusion(ddpm_schedule(pipeline.scheduler, None)), family_of(type(pipeline).__name__)
     photos = find_photographs(photographs)
-    views = [variants(photo.load(), 64, None, False) for photo in photos]
+    views = [views_of(photo.load(), (64, 64), None, False) for photo in photos]
     cache = encode_images(family, pipeline.vae, views, len(views), torch.device("cpu"))
     losses = []
     with torch.no_grad():

@@ -10,6 +10,7 @@ subject, then those of the second and so on, and batches are ordered by subject 
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -187,6 +188,16 @@ class Adapter(nn.Module):
     def strength(self, value: float) -> None:
         self._strength = float(value)
         self._computed_from = None
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The base model, while it lasts: strength 0. Weights that are computed already stay for the next forward."""
+        before = self._strength, self.prepared
+        self._strength = 0.0
+        try:
+            yield
+        finally:
+            self._strength, self.prepared = before
 
     @property
     def names(self) -> list[str]:

@@ -36,6 +36,8 @@ SCHEDULERS = {
     "unipc": "UniPCMultistepScheduler",
 }
 
+SIDES = ("resolution", "width", "height")
+
 Records = list[dict[str, Any]]
 Planned = tuple[Any, Records]
 """A ``Request`` and the records of all its images; see ``files/records.py``."""
@@ -93,6 +95,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"default: the pipeline's usual one, for example 7.5, or 4 with {MINIATURE}",
     )
     parser.add_argument("--resolution", type=int, help="side length in pixels; default: the base model's")
+    parser.add_argument("--width", type=int, help="in pixels; default: --resolution")
+    parser.add_argument("--height", type=int, help="in pixels; default: --resolution")
     parser.add_argument("--batch_size", type=int, default=4, help="images per batch; default: 4")
     parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's setting")
     add_base_precision_argument(parser)
@@ -217,8 +221,10 @@ def _check_numbers(options: argparse.Namespace) -> None:
             raise InputError(f"--{flag} is {wrong}; give finite numbers.")
     if not -(2**62) < options.seed < 2**62:
         raise InputError(f"--seed {options.seed} is too large; choose a smaller one.")
-    if options.resolution is not None and (options.resolution < 8 or options.resolution % 8):
-        raise InputError(f"--resolution {options.resolution} is not a multiple of 8; use a multiple of 8.")
+    for flag in SIDES:
+        side = getattr(options, flag)
+        if side is not None and (side < 8 or side % 8):
+            raise InputError(f"--{flag} {side} is not a multiple of 8; use a multiple of 8.")
 
 
 def _plan(requests: list[Any], options: argparse.Namespace, base_model: "BaseModel") -> list[Planned]:
@@ -293,7 +299,7 @@ def _generate(
     from delora_diffusers.atomic import atomic_write
     from delora_diffusers.families.loading import open_model
     from delora_diffusers.files.records import save_with_record
-    from delora_diffusers.maps import crop_square, read_map
+    from delora_diffusers.maps import crop_map, read_map
     from delora_diffusers.memory import explain_out_of_memory
     from delora_diffusers.pipelines.adapted_pipeline import AdaptedModel, use_control
     from delora_diffusers.pipelines.conditions import warn_of_truncation
@@ -304,8 +310,8 @@ def _generate(
 
     _check_placement(options, batches, accelerator.device)
     model = open_model(base_model.name, revision=base_model.revision, variant=base_model.variant)
-    if options.resolution is not None:
-        check_patches(model.patch_pixels, options.resolution)
+    for flag in SIDES:
+        check_patches(model.patch_pixels, getattr(options, flag) or 0, flag)
     pipeline, device, dtype = model.pipeline, accelerator.device, dtype_of(accelerator.mixed_precision)
     _set_scheduler(pipeline, options, base_model)
     smaller = ["--base_precision nf4", "--offload"]
@@ -324,6 +330,7 @@ def _generate(
         adapted = AdaptedModel(denoiser, name, adapters)
         model.load("vae", dtype, device)
     side = options.resolution or default_resolution(pipeline, denoiser)
+    width, height = options.width or side, options.height or side
     in_use: list[tuple[Path, float]] | None = None
     for batch in tqdm(batches, desc="generating", disable=not accelerator.is_local_main_process):
         request, records, missing = batch
@@ -337,12 +344,12 @@ def _generate(
             use_control(denoiser, in_use)
         maps = None
         if options.map_dir is not None:
-            maps = [crop_square(read_map(Path(r["map_source"]), r["map_source"]), side) for r in records]
-        with explain_out_of_memory(f"generating {len(records)} images of {side} x {side} pixels at once", savings):
+            maps = [crop_map(read_map(Path(r["map_source"]), r["map_source"]), (width, height)) for r in records]
+        with explain_out_of_memory(f"generating {len(records)} images of {width} x {height} pixels at once", savings):
             images = sample_images(
                 pipeline,
                 [record["seed"] for record in records],
-                options.resolution if maps is None else side,
+                (width, height),
                 maps=maps,
                 num_inference_steps=options.num_inference_steps,
                 guidance_scale=options.guidance_scale,

@@ -76,11 +76,11 @@ def known_class(name_or_path: str | None, index: Path) -> str:
     return kind
 
 
-def check_patches(pixels: int, resolution: int) -> None:
-    """Reject a resolution that is not a multiple of the side of the denoiser's patches.
+def check_patches(pixels: int, resolution: int, flag: str = "resolution") -> None:
+    """Reject a side in pixels that is not a multiple of that of the denoiser's patches.
 
     Args:
-        pixels: side of a patch in pixels.
+        pixels: side of a patch in pixels. flag: that gives ``resolution``, for the message.
 
     Raises:
         InputError
@@ -88,7 +88,7 @@ def check_patches(pixels: int, resolution: int) -> None:
     if resolution % pixels:
         nearest = max(pixels, round(resolution / pixels) * pixels)
         raise InputError(
-            f"--resolution {resolution} is not a multiple of {pixels}, as this base model needs; use {nearest}."
+            f"--{flag} {resolution} is not a multiple of {pixels}, as this base model needs; use {nearest}."
         )
 
 

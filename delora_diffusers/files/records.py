@@ -82,6 +82,7 @@ def plan(request: Request, options: argparse.Namespace, base_model: str | None) 
         "scheduler": options.scheduler,
         "resolution": options.resolution,
     }
+    shared |= {side: value for side in ("width", "height") if (value := getattr(options, side)) is not None}
     weights = [weight for _, weight in request.adapters]
     if any(weight != 1 for weight in weights):
         shared["adapter_weights"] = weights

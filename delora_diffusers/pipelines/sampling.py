@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from delora_diffusers.adapter.control import as_signal, attached_control
+from delora_diffusers.crops import Size
 from delora_diffusers.errors import InputError
 from delora_diffusers.pipelines.autoencoder import decode
 from delora_diffusers.pipelines.conditions import family_in
@@ -17,7 +18,7 @@ from delora_diffusers.pipelines.conditions import family_in
 def sample_images(
     pipeline,
     seeds: Sequence[int],
-    resolution: int | None,
+    size: Size | int | None,
     *,
     maps: Sequence[np.ndarray] | None = None,
     guidance_scale: float | None = None,
@@ -30,7 +31,8 @@ def sample_images(
     Args:
         pipeline: of one of the families.
         seeds: one per prompt (or embedding) in ``arguments``.
-        resolution: side length in pixels; None for the model's default, or for that of the maps.
+        size: width and height, or the side of a square, in pixels; None for the model's default, or for that of the
+            maps.
         maps: one per seed, all of the same size, for a UNet with a control signal.
         guidance_scale: None for the pipeline's default.
         arguments: for the pipeline: ``prompt`` or ``prompt_embeds``, ``num_inference_steps``, ...
@@ -42,14 +44,14 @@ def sample_images(
     pipeline.set_progress_bar_config(disable=True)
     family = family_in(pipeline)
     denoiser = getattr(pipeline, family.DENOISER)
-    height = width = resolution or default_resolution(pipeline, denoiser)
     control = attached_control(denoiser)
     if control is not None and maps is not None:
         signal = as_signal(maps, control.palette)
-        if resolution is None:
-            height, width = signal.shape[-2:]
+        size = size or (signal.shape[-1], signal.shape[-2])
         control.encoder.to(denoiser.device)
         control.see(signal.to(denoiser.device, next(control.encoder.parameters()).dtype))
+    size = size or default_resolution(pipeline, denoiser)
+    width, height = (size, size) if isinstance(size, int) else size
     if guidance_scale is not None:
         arguments[family.GUIDANCE] = guidance_scale
     latents = pipeline(generator=generators, height=height, width=width, output_type="latent", **arguments).images

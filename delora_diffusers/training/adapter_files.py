@@ -42,17 +42,20 @@ class AdapterFiles:
         tensors = (tensor for adapter in self.adapters.values() for _, tensor in adapter.named_tensors(subject))
         return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
-    def write(self, subject: int, folder: Path, step: int | None = None) -> Path:
+    def write(
+        self, subject: int, folder: Path, step: int | None = None, readings: Mapping[str, float] | None = None
+    ) -> Path:
         """Write a subject's adapter to a folder, completely or not at all; returns the file.
 
         Args:
             step: of a checkpoint, whose file also records the mean distance ``|W' - W|_F``.
+            readings: further values to record.
         """
         args, prompt = self.subjects[subject], self.prompts[subject]
         training = {name: getattr(args, name) for name in RECORDED_FLAGS} | {"prompt": prompt}
         if step is not None:
             distance = self.denoiser.all_distances()[subject].mean().item()
-            training |= {"step": step, "distance": round(distance, 6)}
+            training |= {"step": step, "distance": round(distance, 6), **(readings or {})}
         (component, denoiser), *text_encoders = self.adapters.items()
         return save_adapter(
             denoiser,

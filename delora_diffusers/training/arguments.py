@@ -48,7 +48,8 @@ STEP_RULES = r"(\d*\.?\d+:\d+,)*\d*\.?\d+"
 """FACTOR:STEP pairs, each multiplying the learning rate up to that step, then the final factor."""
 
 MINIATURE_DEFAULTS: dict[str, Any] = {
-    "resolution": 128,
+    "resolution": [128],
+    "bucket_step": 16,
     "train_batch_size": 4,
     "max_train_steps": 300,
     "validation_steps": 100,
@@ -130,7 +131,20 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
     group.add_argument("--output_dir", type=Path, default=Path("runs/delora"), help="default: runs/delora")
     group.add_argument("--seed", type=int, default=0, help="default: 0")
-    group.add_argument("--resolution", type=int, default=512, help="side length in pixels, a multiple of 8")
+    group.add_argument(
+        "--resolution",
+        type=int,
+        nargs="+",
+        default=[512],
+        help="side in pixels of a square of the area to train at; with several, each photo is trained at each; "
+        "default: 512",
+    )
+    group.add_argument(
+        "--square", action="store_true", help="crop photos square instead of training at a size near their shape"
+    )
+    group.add_argument(
+        "--bucket_step", type=positive_int, default=64, help="sizes have sides in multiples of this; default: 64"
+    )
     group.add_argument("--train_batch_size", type=positive_int, default=1, help="batch size per process")
     group.add_argument("--max_train_steps", type=positive_int, default=1200, help="optimizer steps")
     group.add_argument("--gradient_accumulation_steps", type=positive_int, default=1, help="batches per optimizer step")
@@ -322,6 +336,8 @@ def with_defaults(
         maps: whether the defaults are those for semantic maps.
     """
     args = argparse.Namespace(**vars(args))
+    args.resolutions = sorted(set(args.resolution))
+    args.resolution = args.resolutions[-1]
     args.gradient_checkpointing = args.gradient_checkpointing or args.offload
     if args.learning_rate is None:
         args.learning_rate = (learning_rates or {}).get(args.method, METHODS[args.method].default_rate(maps))
@@ -373,6 +389,10 @@ RANGES: dict[str, tuple[float, float]] = {
     "logit_std": (0, 20),
     "mode_scale": (-1, 2 / (math.pi - 2)),
     "prior_loss_weight": (0, 1e6),
+    "output_preservation_weight": (0, 1e6),
+    "mask_background_weight": (0, 1),
+    "caption_dropout": (0, 1),
+    "validation_split": (0, 0.9),
     "lr_warmup_steps": (0, 1e9),
     "lr_power": (0, 1e3),
     "guidance_scale": (-1e3, 1e3),
@@ -420,9 +440,10 @@ def check_training_arguments(args: argparse.Namespace) -> None:
     Raises:
         InputError: a value is invalid, the output folder contains another run, or the disk is full.
     """
-    if args.resolution % 8 or args.resolution < 8:
-        nearest = max(8, round(args.resolution / 8) * 8)
-        raise InputError(f"--resolution {args.resolution} is not a multiple of 8; use {nearest}.")
+    for flag, sides in (("resolution", args.resolutions), ("bucket_step", [args.bucket_step])):
+        for side in sides:
+            if side % 8 or side < 8:
+                raise InputError(f"--{flag} {side} is not a multiple of 8; use {max(8, round(side / 8) * 8)}.")
     if not 0 <= args.seed < 2**32:
         raise InputError(f"--seed {args.seed} is not between 0 and {2**32 - 1}; choose another.")
     _check_numbers(args)

@@ -35,6 +35,8 @@ MAY_CHANGE = {
     "validation_steps",
     "num_validation_images",
     "validation_inference_steps",
+    "validation_width",
+    "validation_height",
     "logging_steps",
     "report_to",
     "push_to_hub",
@@ -180,14 +182,16 @@ def _same_path(before: Any, now: Any) -> bool:
     return both and os.path.samefile(before, now)
 
 
-def keep_earlier_path(args: argparse.Namespace) -> None:
-    """Continue a run on the path that it started on: before ``--path auto`` existed, the default was ``fast``."""
+def keep_earlier_defaults(args: argparse.Namespace) -> None:
+    """Continue a run with the defaults that it started with: before ``--path auto`` existed, the path was ``fast``, and
+    before ``--square`` existed, photos were cropped square."""
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     file = (args.output_dir if checkpoint is None else checkpoint.parent) / CONFIG_NAME
     config = read_json(file) if file.is_file() else {}
     before = config.get("arguments") if isinstance(config, dict) else None
-    if isinstance(before, dict) and args.path == "auto" and before.get("path") == "fast":
-        args.path = "fast"
+    if isinstance(before, dict):
+        args.path = "fast" if args.path == "auto" and before.get("path") == "fast" else args.path
+        args.square = args.square or "square" not in before
 
 
 def check_same_run(

@@ -9,6 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from delora_diffusers.crops import Size
 from delora_diffusers.errors import InputError
 from delora_diffusers.families.loading import OpenModel
 from delora_diffusers.files.records import recorded_in, save_with_record
@@ -27,11 +28,21 @@ Numbered = list[tuple[int, Path]]
 
 @dataclasses.dataclass(frozen=True)
 class ClassImages:
-    """The class images of a subject: their folder, the prompt that they are generated from, and the seed."""
+    """The class images of a concept.
+
+    Attributes:
+        prompt: that they are generated from. seed: of the subject.
+        sizes: (width, height) of the images, in turn.
+    """
 
     folder: Path
     prompt: str
     seed: int
+    sizes: Sequence[Size]
+
+    def size_of(self, number: int) -> Size:
+        """The size of image ``number``."""
+        return self.sizes[number % len(self.sizes)]
 
 
 def generate_class_images(
@@ -44,6 +55,7 @@ def generate_class_images(
     """Generate the class images that are missing, split across processes. Afterwards no model is loaded.
 
     Args:
+        subjects: with different folders.
         table: has the class prompts and the family's empty prompt, encoded.
 
     Raises:
@@ -73,20 +85,24 @@ def _share(accelerator: Accelerator, subject: ClassImages, args: argparse.Namesp
     paths = [folder / f"class-{subject.seed}-{number:05}.png" for number in range(args.num_class_images)]
     given = [path for path in list_images(folder) if path not in paths]
     wanted = list(enumerate(paths))[: max(0, args.num_class_images - len(given))]
-    record = _record(subject, args)
-    other = next((p for _, p in wanted if p.exists() and recorded_in(p) not in (None, record)), None)
+    other = next((p for n, p in wanted if p.exists() and recorded_in(p) not in (None, _record(subject, n, args))), None)
     if other is not None:
         raise InputError(
             f"{other} was generated for another class prompt, base model or resolution; give a new folder."
         )
-    batches = [wanted[i : i + args.sample_batch_size] for i in range(0, len(wanted), args.sample_batch_size)]
+    by_size: dict[Size, Numbered] = {}
+    for number, path in wanted:
+        by_size.setdefault(subject.size_of(number), []).append((number, path))
+    size = args.sample_batch_size
+    batches = [images[i : i + size] for images in by_size.values() for i in range(0, len(images), size)]
     batches = [batch for batch in batches if not all(path.exists() for _, path in batch)]
     return batches[accelerator.process_index :: accelerator.num_processes]
 
 
-def _record(subject: ClassImages, args: argparse.Namespace) -> dict[str, Any]:
-    base_model = recorded_model_name(args.pretrained_model_name_or_path)
-    return {"prompt": subject.prompt, "base_model": base_model, "resolution": args.resolution}
+def _record(subject: ClassImages, number: int, args: argparse.Namespace) -> dict[str, Any]:
+    base_model, (width, height) = recorded_model_name(args.pretrained_model_name_or_path), subject.size_of(number)
+    size = {"resolution": width} if width == height else {"width": width, "height": height}
+    return {"prompt": subject.prompt, "base_model": base_model, **size}
 
 
 def _generate(
@@ -104,12 +120,12 @@ def _generate(
             images = sample_images(
                 model.pipeline,
                 [subject.seed * 1_000_003 + number for number, _ in batch],
-                args.resolution,
+                subject.size_of(batch[0][0]),
                 num_inference_steps=args.validation_inference_steps,
                 # Distilled flows need their own scale; other models have the pipeline's, as in diffusers' script.
                 guidance_scale=args.guidance_scale if model.family.IS_FLOW else None,
                 **conditions,
             )
-        for (_, path), image in zip(batch, images):
+        for (number, path), image in zip(batch, images):
             if not path.exists():
-                save_with_record(image, path, _record(subject, args))
+                save_with_record(image, path, _record(subject, number, args))

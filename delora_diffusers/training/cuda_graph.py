@@ -1,10 +1,11 @@
-"""Forward and backward of a micro-batch; on CUDA, recorded once as a graph and replayed.
+"""Forward and backward of a micro-batch; on CUDA, recorded once for each shape as a graph and replayed.
 
 A step of Stable Diffusion launches some two thousand kernels, and below a batch size of about 16 a fast GPU waits for
 the CPU to launch them. A CUDA graph launches all of them at once. It reads and writes fixed memory addresses, so
 batches are copied into its inputs, and gradients are written, or accumulated, in place.
 """
 
+import dataclasses
 import gc
 from collections.abc import Callable, Mapping, Sequence
 
@@ -17,22 +18,39 @@ from delora_diffusers.adapter.tensors import Adapter
 from delora_diffusers.errors import InputError
 
 Batch = Mapping[str, Tensor]
-"""Tensors of a micro-batch by name, on the device, with the same shapes in every micro-batch of a run. They are new in
-every micro-batch: those with which the graph is recorded become its inputs and are overwritten."""
+"""Tensors of a micro-batch by name, on the device. They are new in every micro-batch: those with which a graph is
+recorded become its inputs and are overwritten."""
+Shapes = tuple[tuple[str, torch.Size], ...]
+"""The names and shapes of a micro-batch's tensors."""
+
+
+def shapes_of(batch: Batch) -> Shapes:
+    """The shapes of a micro-batch."""
+    return tuple((name, tensor.shape) for name, tensor in batch.items())
+
 
 EAGER_FIRST = 3
 """Micro-batches that run before recording, so that kernels choose their workspaces and gradients are allocated."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Recording:
+    """A recorded step: its graph, the tensors that it reads, and the losses that it writes."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: dict[str, Tensor]
+    losses: Tensor
+
+
 class MicroBatches:
-    """Accumulates the gradients of micro-batches.
+    """Adds up the gradients of micro-batches.
 
     Args:
         accelerator: scales the loss for accumulation and for fp16.
         adapters: their adapted weights are computed before each forward.
         parameters: everything that is trained.
         losses_of: returns each subject's loss in a batch, (subjects,); it must not be random or wait for the device.
-        capture: whether to record a graph. If so, gradients must be set to zero, not to None, between steps.
+        capture: whether to record graphs. If so, gradients must be set to zero, not to None, between steps.
     """
 
     def __init__(
@@ -48,11 +66,29 @@ class MicroBatches:
         self.parameters = parameters
         self.losses_of = losses_of
         self.capture = capture
+        # With one graph and no accumulation, the graph allocates the gradients itself, at its end, in memory that
+        # activations no longer need. Several graphs must add to the same gradients.
+        self._allocates_gradients = accelerator.gradient_accumulation_steps == 1
         self._eager_left = EAGER_FIRST
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._recordings: dict[Shapes, Recording] = {}
         self._stream = torch.cuda.Stream() if capture else None
-        self._inputs: dict[str, Tensor] = {}
-        self._losses: Tensor | None = None
+
+    def record_each(self, batches: Sequence[Batch]) -> None:
+        """Record a graph for the shapes of each of these batches, before training.
+
+        The gradients of the micro-batches that run for this are not used. All of them run before the first recording,
+        since a graph keeps its memory; and the largest is recorded first, so that the others fit into its memory.
+        """
+        self._allocates_gradients = False
+        self._eager_left = 0
+        ordered = sorted(batches, key=lambda batch: -sum(tensor.numel() for tensor in batch.values()))
+        for batch in ordered * EAGER_FIRST:
+            self._run_on_side_stream(batch)
+        for batch in ordered:
+            self._recordings[shapes_of(batch)] = self._record(batch)
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad.zero_()
 
     def __call__(self, batch: Batch) -> Tensor:
         """Add a batch's gradients to the parameters' and return its losses, detached.
@@ -65,13 +101,14 @@ class MicroBatches:
         if self._eager_left:
             self._eager_left -= 1
             return self._run_on_side_stream(batch)
-        if self._graph is None:
-            self._record(batch)
-        for name, static_input in self._inputs.items():
+        shapes = shapes_of(batch)
+        if shapes not in self._recordings:
+            self._recordings[shapes] = self._record(batch)
+        recording = self._recordings[shapes]
+        for name, static_input in recording.inputs.items():
             static_input.copy_(batch[name])
-        assert self._graph is not None and self._losses is not None
-        self._graph.replay()
-        return self._losses
+        recording.graph.replay()
+        return recording.losses
 
     def _forward_and_backward(self, batch: Batch) -> Tensor:
         for adapter in self.adapters:
@@ -89,10 +126,9 @@ class MicroBatches:
         torch.cuda.current_stream().wait_stream(self._stream)
         return losses
 
-    def _record(self, batch: Batch) -> None:
-        self._inputs = dict(batch)
-        if self.accelerator.gradient_accumulation_steps == 1:
-            # Then the graph allocates the gradients itself, at its end, in memory that activations no longer need.
+    def _record(self, batch: Batch) -> Recording:
+        inputs = dict(batch)
+        if self._allocates_gradients:
             for parameter in self.parameters:
                 parameter.grad = None
         # What the first micro-batches left in PyTorch's cache cannot be used by the graph, which has a pool of its own.
@@ -100,10 +136,12 @@ class MicroBatches:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
+        # Graphs run one after another, and nothing but gradients and losses outlives a run, so they share their memory.
+        pool = next((recording.graph.pool() for recording in self._recordings.values()), None)
         try:
             # Capture only this thread: with several processes, another thread monitors their communication.
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-                self._losses = self._forward_and_backward(self._inputs)
+            with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
+                losses = self._forward_and_backward(inputs)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -111,7 +149,7 @@ class MicroBatches:
             raise InputError(
                 f"the training step cannot be recorded as a CUDA graph ({reason}); give --no-cuda_graph."
             ) from error
-        self._graph = graph
+        return Recording(graph, inputs, losses)
 
 
 def can_capture(accelerator: Accelerator, adapters: Sequence[Adapter]) -> bool:

@@ -26,7 +26,7 @@ SHARD = 64
 """Pairs per shard."""
 
 Views = Callable[[int], list[tuple[np.ndarray, np.ndarray]]]
-"""Returns the views of pair i: (image (side, side, 3), map (side, side) or (side, side, 3)), uint8."""
+"""Returns the views of pair i: (image (height, width, 3), map (height, width) or (height, width, 3)), uint8."""
 
 
 @dataclasses.dataclass
@@ -35,7 +35,7 @@ class PairBatch:
 
     Attributes:
         mean, std: of the latent posteriors, (batch, channels, height, width), unscaled.
-        maps: (batch, side, side) class indices or (batch, side, side, 3) colours, uint8.
+        maps: (batch, height, width) class indices or (batch, height, width, 3) colours, uint8.
         embeddings: of the captions, (batch, tokens, width).
     """
 
@@ -46,27 +46,37 @@ class PairBatch:
 
 
 class DiskCache:
-    """A complete set of shards: ``count`` pairs with ``views`` views each."""
+    """A complete set of shards.
 
-    def __init__(self, folder: Path, count: int, views: int):
+    Args:
+        buckets: the pairs of each size; a batch is of one. views: of each pair.
+    """
+
+    def __init__(self, folder: Path, buckets: Sequence[Sequence[int]], views: int):
         self.folder = folder
-        self.count = count
+        self.buckets = buckets
         self.views = views
+        self._places = {
+            pair: (shard, row) for shard, members in enumerate(shards_of(buckets)) for row, pair in enumerate(members)
+        }
         self._open = functools.lru_cache(maxsize=256)(lambda shard: safe_open(shard_file(folder, shard), "pt"))
 
-    def __len__(self) -> int:
-        return self.count
-
     def read(self, pairs: Sequence[int], seed: int) -> PairBatch:
-        """Read a random view of each pair; the seed chooses the views."""
+        """Read a random view of each pair, all of one size; the seed chooses the views."""
         random = np.random.default_rng(seed)
         rows = []
         for pair in pairs:
-            shard, index = self._open(pair // SHARD), pair % SHARD
+            number, index = self._places[pair]
+            shard = self._open(number)
             view = index * self.views + int(random.integers(self.views))
             row = {name: shard.get_slice(name)[view : view + 1] for name in ("mean", "std", "maps")}
             rows.append(row | {"embeddings": shard.get_slice("embeddings")[index : index + 1]})
         return PairBatch(**{name: torch.cat([row[name] for row in rows]) for name in rows[0]})
+
+
+def shards_of(buckets: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+    """The pairs of each shard; all of a shard have the same size."""
+    return [pairs[start : start + SHARD] for pairs in buckets for start in range(0, len(pairs), SHARD)]
 
 
 def shard_file(folder: Path, shard: int) -> Path:
@@ -88,7 +98,7 @@ def file_stamp(path: Path) -> tuple[str, int, int]:
 def build_cache(
     accelerator: Accelerator,
     folder: Path,
-    count: int,
+    buckets: Sequence[Sequence[int]],
     views: Views,
     captions: Sequence[str],
     encode_images: Callable[[Tensor], tuple[Tensor, Tensor]],
@@ -98,28 +108,27 @@ def build_cache(
 
     Args:
         folder: of this cache; see ``fingerprint``.
-        count: number of pairs.
+        buckets: the pairs of each size.
         views: returns equally many views for every pair.
         captions: one per pair.
-        encode_images: returns the posterior's mean and standard deviation of images (batch, 3, side, side), -1 to 1.
+        encode_images: returns the posterior's mean and standard deviation of images (batch, 3, height, width), -1 to 1.
         encode_captions: returns embeddings (captions, tokens, width).
     """
-    shards = range((count + SHARD - 1) // SHARD)
-    missing = [shard for shard in shards if not shard_file(folder, shard).exists()]
+    shards = shards_of(buckets)
+    missing = [shard for shard in range(len(shards)) if not shard_file(folder, shard).exists()]
     accelerator.wait_for_everyone()  # all processes list the missing shards before any process writes one
     share = missing[accelerator.process_index :: accelerator.num_processes]
     for shard in tqdm(share, desc="encoding pairs", disable=not accelerator.is_local_main_process or not share):
-        members = range(shard * SHARD, min(count, (shard + 1) * SHARD))
         tensors: dict[str, list[Tensor]] = {"mean": [], "std": [], "maps": []}
-        for pair in members:
+        for pair in shards[shard]:
             images, maps = (np.stack(arrays) for arrays in zip(*views(pair)))
             mean, std = encode_images(torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1)
             tensors["mean"].append(mean.float().cpu())
             tensors["std"].append(std.float().cpu())
             tensors["maps"].append(torch.from_numpy(maps))
         contents = {name: torch.cat(parts).contiguous() for name, parts in tensors.items()}
-        contents["embeddings"] = encode_captions([captions[pair] for pair in members]).cpu().contiguous()
+        contents["embeddings"] = encode_captions([captions[pair] for pair in shards[shard]]).cpu().contiguous()
         with atomic_write(shard_file(folder, shard)) as temporary:
             save_file(contents, temporary)
     accelerator.wait_for_everyone()
-    return DiskCache(folder, count, len(views(0)))
+    return DiskCache(folder, buckets, len(views(buckets[0][0])))

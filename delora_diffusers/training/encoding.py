@@ -6,8 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 from tqdm.auto import tqdm
 
+from delora_diffusers.crops import View
 from delora_diffusers.families.family import Family
 from delora_diffusers.families.latents import LatentScale
 from delora_diffusers.memory import explain_out_of_memory
@@ -17,7 +19,7 @@ from delora_diffusers.training import order
 
 @dataclasses.dataclass
 class LatentCache:
-    """Latent posteriors of every view of every image, on the CPU, pinned if there is a GPU.
+    """Latent posteriors of every view of every image of one size, on the CPU, pinned if there is a GPU.
 
     Attributes:
         mean, std: (views, channels, height, width), float32.
@@ -25,6 +27,8 @@ class LatentCache:
         scale: the autoencoder's.
         sizes: (views, 6), SDXL's size conditions (``time_ids``) of each view: height and width of the photo, top and
             left of the crop, height and width of the view; None for other models.
+        weights: (views, 1, height, width), the weight of each latent's loss, with a mean of 1 in each view; None if no
+            image has a mask.
     """
 
     mean: Tensor
@@ -32,9 +36,20 @@ class LatentCache:
     first: list[int]
     scale: LatentScale
     sizes: Tensor | None = None
+    weights: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.first) - 1
+
+    @classmethod
+    def joined(cls, caches: Sequence["LatentCache"]) -> "LatentCache":
+        """The images of several caches, one after another."""
+        first = [0]
+        for cache in caches:
+            first += [first[-1] + start for start in cache.first[1:]]
+        mean, std = (_pinned(torch.cat([getattr(c, name) for c in caches])) for name in ("mean", "std"))
+        sizes = [cache.sizes for cache in caches if cache.sizes is not None]
+        return cls(mean, std, first, caches[0].scale, _pinned(torch.cat(sizes)) if sizes else None)
 
     def sample(self, images: Sequence[int], generator: torch.Generator, seed: int) -> Tensor:
         """Sample a scaled latent of a random view of each image, (batch, channels, height, width).
@@ -49,9 +64,12 @@ class LatentCache:
         noise = torch.randn(mean.shape, generator=generator, device=mean.device)
         return self.scale.scaled(mean + std * noise)
 
-    def sizes_of(self, images: Sequence[int], seed: int, device: torch.device) -> list[Tensor]:
-        """Size conditions of the views that ``sample`` chooses, (batch, 6); empty if the model takes none."""
-        return [] if self.sizes is None else [_rows_on(self.sizes, self._views(images, seed), device)]
+    def of_views(self, images: Sequence[int], seed: int, device: torch.device) -> dict[str, Tensor]:
+        """What else belongs to the views that ``sample`` chooses: ``time_ids`` (batch, 6) and ``pixel_weights``
+        (batch, 1, height, width), as far as there are any."""
+        tensors = {"time_ids": self.sizes, "pixel_weights": self.weights}
+        views = self._views(images, seed)
+        return {name: _rows_on(rows, views, device) for name, rows in tensors.items() if rows is not None}
 
     def _views(self, images: Sequence[int], seed: int) -> list[int]:
         """Indices of the views that ``sample`` chooses."""
@@ -105,20 +123,22 @@ class PromptTable:
 def encode_images(
     family: Family,
     vae,
-    images: Iterable[list[np.ndarray]],
+    images: Iterable[Sequence[View]],
     count: int,
     device: torch.device,
-    sizes: Sequence[tuple[int, ...]] | None = None,
+    background_weight: float | None = None,
 ) -> LatentCache:
     """Encode the views of each image with the autoencoder, in batches of at most ``PIXELS_AT_ONCE``.
 
     Args:
         family: of the base model. vae: on ``device``, in float32: this is done once, and nothing else is on the device.
-        images: the views of each image, (resolution, resolution, 3) uint8 each; consumed one image at a time.
+        images: the views of each image, all of the same size; consumed one image at a time.
         count: number of images, for the progress bar.
-        sizes: of all views, see ``LatentCache``; None if the model takes none.
+        background_weight: weight of the loss where the mask of a view is 0; None if masks are not used.
     """
-    means, stds, first, pending = [], [], [0], []
+    means, stds, first, sizes, weights = [], [], [0], [], []
+    pending: list[np.ndarray] = []
+    factor = family.latent_shape(vae.config)[1]
 
     def encode_views(views: list[np.ndarray]) -> None:
         pixels = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).to(device, vae.dtype) / 127.5 - 1
@@ -129,16 +149,40 @@ def encode_images(
     with explain_out_of_memory("encoding the images", ["a smaller --resolution"]):
         for views in tqdm(images, total=count, desc="encoding images", leave=False):
             first.append(first[-1] + len(views))
-            pending += views
+            pending += [view.image for view in views]
+            sizes += [view.sizes for view in views]
+            if background_weight is not None:
+                weights += [latent_weights(view, background_weight, factor) for view in views]
             batch_size = max(1, PIXELS_AT_ONCE // pending[0][..., 0].size)
             while len(pending) >= batch_size:
                 encode_views(pending[:batch_size])
                 pending = pending[batch_size:]
         if pending:
             encode_views(pending)
-    size_conditions = None if sizes is None else _pinned(torch.tensor(sizes))
-    scale = family.scale(vae).on(device)
-    return LatentCache(_pinned(torch.cat(means)), _pinned(torch.cat(stds)), first, scale, size_conditions)
+    return LatentCache(
+        _pinned(torch.cat(means)),
+        _pinned(torch.cat(stds)),
+        first,
+        family.scale(vae).on(device),
+        _pinned(torch.tensor(sizes)) if family.HAS_SIZES else None,
+        _pinned(torch.stack(weights)) if weights else None,
+    )
+
+
+def latent_weights(view: View, background_weight: float, factor: int) -> Tensor:
+    """Weight of each latent's loss from the view's mask, (1, height, width), with a mean of 1; 1 without a mask.
+
+    A latent has the mean of its pixels' weights: ``background_weight`` where the mask is 0, 1 where it is 255.
+
+    Args:
+        factor: pixels per latent along a side.
+    """
+    height, width = (size // factor for size in view.image.shape[:2])
+    if view.companion is None:
+        return torch.ones(1, height, width)
+    mask = torch.from_numpy(view.companion.astype(np.float32))[None] / 255
+    weights = background_weight + (1 - background_weight) * avg_pool2d(mask, factor)
+    return weights / weights.mean()
 
 
 def _pinned(tensor: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import argparse
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -35,7 +35,8 @@ def train(
     validate: Validation | None = None,
     control: torch.nn.Module | None = None,
     files: AdapterFiles | None = None,
-    same_shape: bool = True,
+    same_length: bool = True,
+    examples: Sequence[int] = (),
 ) -> dict[int, int]:
     """Train until ``args.max_train_steps``, from the start or from a checkpoint.
 
@@ -48,7 +49,9 @@ def train(
         validate: called on every process every ``args.validation_steps`` steps with the number of finished steps.
         control: a control encoder to train as well, at ``args.control_learning_rate``.
         files: writes the adapter files of each checkpoint.
-        same_shape: whether all micro-batches have the same shapes, as a CUDA graph needs.
+        same_length: whether the prompts of all micro-batches have the same number of tokens; otherwise no CUDA graph is
+            recorded.
+        examples: a micro-batch of each size of images, if there are several; a graph is recorded for each.
 
     Returns:
         The subjects whose loss was not finite, each with the first such step. Subjects trained beside them are not
@@ -68,8 +71,10 @@ def train(
     parameters = [p for module in trained for p in module.parameters()]
     gradients.broadcast_parameters(accelerator, parameters)
     start = _resume(accelerator, args)
+    if validate is not None:
+        validate.resume(start)
     monitor = LossMonitor(accelerator.device, subjects)
-    capture = _captures(accelerator, list(adapters.values()), same_shape, args)
+    capture = _captures(accelerator, list(adapters.values()), same_length, args)
     accumulate_gradients = MicroBatches(accelerator, list(adapters.values()), parameters, losses_of, capture)
     # A run may have been killed between this checkpoint and its validation images.
     overdue = validate is not None and start > 0 and _is_validated(start, args) and not validate.is_done(start)
@@ -84,6 +89,8 @@ def train(
         lambda: (list_checkpoints(args.output_dir) or [None])[-1],
     )
     with out_of_memory, tqdm(total=args.max_train_steps, initial=start, desc="training", disable=quiet) as progress:
+        if capture and examples:
+            accumulate_gradients.record_each([batch_of(microbatch) for microbatch in examples])
         for step in range(start, args.max_train_steps):
             for accumulation in range(args.gradient_accumulation_steps):
                 microbatch = (step * args.gradient_accumulation_steps + accumulation) * accelerator.num_processes
@@ -116,9 +123,9 @@ def train(
     return monitor.check(accelerator, args.output_dir)
 
 
-def _captures(accelerator: Accelerator, adapters: list[Adapter], same_shape: bool, args: argparse.Namespace) -> bool:
+def _captures(accelerator: Accelerator, adapters: list[Adapter], same_length: bool, args: argparse.Namespace) -> bool:
     """Whether to record the training step as a CUDA graph."""
-    if not same_shape:
+    if not same_length:
         if accelerator.device.type == "cuda" and accelerator.is_main_process and args.cuda_graph is not False:
             print(f"no CUDA graph is recorded: {RAGGED}", flush=True)
         return False

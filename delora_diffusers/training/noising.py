@@ -19,15 +19,12 @@ from delora_diffusers.pipelines.noise_schedule import check_flow, ddpm_schedule
 class Noising(Protocol):
     """Samples the noise and the timesteps of a micro-batch."""
 
-    def __call__(
-        self, latents: Tensor, generator: torch.Generator, sample_weights: Tensor | None = None
-    ) -> dict[str, Tensor]:
+    def __call__(self, latents: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Those arguments of ``denoising_losses`` by name: noisy, timesteps, target and weights.
 
         Args:
             latents: (batch, channels, height, width), float32, scaled.
             generator: samples noise and timesteps, on the latents' device.
-            sample_weights: (batch,), for prior preservation; None for equal weights.
         """
         ...
 
@@ -87,16 +84,12 @@ class Flow:
     shifts_by_size: Sequence[Any]
     noise_offset: float = 0.0
 
-    def __call__(
-        self, latents: Tensor, generator: torch.Generator, sample_weights: Tensor | None = None
-    ) -> dict[str, Tensor]:
+    def __call__(self, latents: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         noise = sample_noise(latents, self.noise_offset, generator)
         times = self.times(latents, generator)
         t = times[:, None, None, None]
         # Diffusers' schedules have no time below 0.001, where the weights of sigma_sqrt would be without bound.
         weights: Tensor = compute_loss_weighting_for_sd3(self.weighting_scheme, times.clamp_min(1e-3))
-        if sample_weights is not None:
-            weights = weights * sample_weights
         noisy = (1 - t) * latents + t * noise
         return {"noisy": noisy, "timesteps": times, "target": noise - latents, "weights": weights}
 
@@ -130,9 +123,7 @@ class Diffusion:
     snr_gamma: float | None = None
     noise_offset: float = 0.0
 
-    def __call__(
-        self, latents: Tensor, generator: torch.Generator, sample_weights: Tensor | None = None
-    ) -> dict[str, Tensor]:
+    def __call__(self, latents: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         scheduler: Any = self.scheduler
         noise = sample_noise(latents, self.noise_offset, generator)
         steps = scheduler.config.num_train_timesteps
@@ -143,8 +134,6 @@ class Diffusion:
         # Before the weights are computed, because add_noise moves the schedule to the device.
         noisy = scheduler.add_noise(latents, noise, timesteps)
         weights = loss_weights(scheduler, timesteps, self.snr_gamma)
-        if sample_weights is not None:
-            weights = weights * sample_weights
         return {"noisy": noisy, "timesteps": timesteps, "target": target, "weights": weights}
 
 

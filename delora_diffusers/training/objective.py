@@ -1,13 +1,21 @@
 """The denoising objective: the weighted squared error of what the denoiser predicts."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from delora_diffusers.adapter.attach import attachment
 from delora_diffusers.adapter.control import Control
 from delora_diffusers.families.family import Family
 from delora_diffusers.pipelines.conditions import belongs_to_text_encoder, conditions
+
+PRESERVED = "preserved"
+"""The tensor of a batch that lists its rows for output preservation, (rows,)."""
+BASE = "base/"
+"""Prefix of the conditions that these rows have in the base model, if they are not those of the batch."""
 
 
 def denoising_losses(
@@ -18,6 +26,7 @@ def denoising_losses(
     target: Tensor,
     weights: Tensor,
     subjects: int = 1,
+    pixel_weights: Tensor | None = None,
     **conditions: Tensor,
 ) -> Tensor:
     """Weighted squared error of the denoiser's prediction, (subjects,), float32; deterministic.
@@ -26,13 +35,46 @@ def denoising_losses(
         noisy, target: (batch, channels, height, width), float32.
         timesteps, weights: (batch,); see ``noising.Noising``.
         subjects: number of subjects in the batch, with equally many samples each, ordered by subject.
+        pixel_weights: (batch, 1, height, width), of each latent's error.
         conditions: (batch, ...) each, as the family's ``predict`` takes them.
     """
+    prediction = predict(family, denoiser, noisy, timesteps, conditions)
+    errors = (prediction - target.float()).square()
+    if pixel_weights is not None:
+        errors = errors * pixel_weights
+    return (errors.flatten(1).mean(dim=1) * weights).view(subjects, -1).mean(dim=1)
+
+
+def predict(
+    family: Family, denoiser: Any, noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]
+) -> Tensor:
+    """The denoiser's prediction, (batch, channels, height, width), float32, computed in its dtype."""
     dtype = denoiser.dtype
     floating = {n: tensor.to(dtype) if tensor.is_floating_point() else tensor for n, tensor in conditions.items()}
-    prediction = family.predict(denoiser, noisy.to(dtype), timesteps, **floating)
-    errors = (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
-    return (errors * weights).view(subjects, -1).mean(dim=1)
+    return family.predict(denoiser, noisy.to(dtype), timesteps, **floating).float()
+
+
+@torch.no_grad()
+def base_predictions(
+    family: Family,
+    denoiser: Any,
+    rows: Tensor,
+    base_conditions: Mapping[str, Tensor],
+    noisy: Tensor,
+    timesteps: Tensor,
+    target: Tensor,
+    **conditions: Tensor,
+) -> Tensor:
+    """The target with the base model's own prediction in some rows, for output preservation.
+
+    Args:
+        rows: (rows,), their numbers.
+        base_conditions: of these rows in the base model, as far as they differ from their conditions in the batch.
+    """
+    of_rows = {name: tensor.index_select(0, rows) for name, tensor in conditions.items()} | dict(base_conditions)
+    with attachment(denoiser).adapter.disabled():
+        prediction = predict(family, denoiser, noisy.index_select(0, rows), timesteps.index_select(0, rows), of_rows)
+    return target.index_copy(0, rows, prediction.to(target.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,4 +101,9 @@ class Losses:
         if self.pipeline is not None:
             encoded = {name: batch.pop(name) for name in list(batch) if belongs_to_text_encoder(name)}
             batch |= conditions(self.pipeline, encoded, self.denoiser.config)
+        if PRESERVED in batch:
+            rows = batch.pop(PRESERVED)
+            base = {name.removeprefix(BASE): batch.pop(name) for name in list(batch) if name.startswith(BASE)}
+            inputs = {name: tensor for name, tensor in batch.items() if name not in ("weights", "pixel_weights")}
+            batch["target"] = base_predictions(self.family, self.denoiser, rows, base, **inputs)
         return denoising_losses(self.family, self.denoiser, **batch, subjects=self.subjects)

@@ -37,7 +37,7 @@ def start_accelerator(args: argparse.Namespace, data: dict[str, str]) -> Acceler
             accelerate is configured for something that is not supported.
     """
     if args.resume_from_checkpoint is not None:
-        checkpoints.keep_earlier_path(args)
+        checkpoints.keep_earlier_defaults(args)
         checkpoints.check_same_run(args.output_dir, args.resume_from_checkpoint, run_folder.settings(args), data)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it on start-up
@@ -68,7 +68,8 @@ def open_base_model(accelerator: Accelerator, args: argparse.Namespace) -> tuple
         model = open_model(args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant)
     noising = noising_of(model, args)
     _check_trainable(model)
-    check_patches(model.patch_pixels, args.resolution)
+    for resolution in args.resolutions:
+        check_patches(model.patch_pixels, resolution)
     check_steps(model.pipeline.scheduler, args.validation_inference_steps, "validation_inference_steps")
     return model, noising
 

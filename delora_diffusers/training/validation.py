@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,13 +14,14 @@ from PIL import Image
 from torch import Tensor
 
 from delora_diffusers.adapter.control import Control
-from delora_diffusers.atomic import atomic_write
+from delora_diffusers.atomic import atomic_write, write_text
 from delora_diffusers.image_grid import labelled_grid
 from delora_diffusers.maps import paint
 from delora_diffusers.memory import explain_out_of_memory
 from delora_diffusers.pipelines.conditions import conditions, family_in, guided
 from delora_diffusers.pipelines.sampling import sample_images
 from delora_diffusers.training.encoding import PromptTable
+from delora_diffusers.training.held_out import BestAdapter
 
 Rows = list[tuple[str, list[Image.Image]]]
 """(label, images) per row of a grid."""
@@ -54,45 +56,81 @@ class Validation(Protocol):
         """Whether those of this step are written."""
         ...
 
+    def resume(self, step: int) -> None:
+        """Continue a run after this step."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class SubjectValidation:
-    """Generates ``args.num_validation_images`` images per validation prompt.
+    """Computes the loss on held-out photos, and generates ``args.num_validation_images`` images per validation prompt.
 
     Attributes:
         pipeline: with the adapted UNet; its autoencoder may be on the CPU and is moved to the device while needed.
         conditions_of: encodes the prompts and the family's empty prompt.
+        prompts: to generate images from.
+        held_out: computes the loss on held-out photos; None if there are none.
+        similarity: the similarity of generated images to the photos, or None.
+        best: keeps the best adapter, or None.
     """
 
     accelerator: Accelerator
     pipeline: Any
     conditions_of: Conditions
     args: argparse.Namespace
+    prompts: Sequence[str]
+    held_out: Callable[[], float] | None = None
+    similarity: Callable[[list[Image.Image]], float] | None = None
+    best: BestAdapter | None = None
 
     def is_done(self, step: int) -> bool:
-        return grid_file(self.args.output_dir, step).exists()
+        """Whether its last file is written."""
+        has_readings = self.held_out is not None or self.similarity is not None
+        files = [readings_file] * has_readings + [grid_file] * bool(self.prompts)
+        return all(file(self.args.output_dir, step).exists() for file in files)
+
+    def resume(self, step: int) -> None:
+        if self.best is not None and self.accelerator.is_main_process:
+            self.best.resume(step)
 
     @torch.no_grad()
     def __call__(self, step: int) -> None:
-        """Write the grid for this step, and one image per prompt for the model card."""
+        """Log the held-out loss, write the grid for this step, and one image per prompt for the model card."""
         if self.accelerator.is_main_process:
-            parked = (self.pipeline.vae.device, self.pipeline.vae.dtype)
-            self.pipeline.vae.to(self.accelerator.device)
-            savings = ["--num_validation_images 1", "a smaller --resolution", "no --validation_prompt"]
-            with explain_out_of_memory("generating validation images", savings):
-                rows = [(prompt, self._sample(prompt)) for prompt in self.args.validation_prompt]
-            self.pipeline.vae.to(*parked)
-            save_samples(self.args.output_dir / "samples", rows)
-            save_grid(self.accelerator, rows, self.args.output_dir, step)
+            readings = {}
+            if self.held_out is not None:
+                with explain_out_of_memory("computing the loss on held-out photos", ["a smaller --train_batch_size"]):
+                    readings["loss"] = self.held_out()
+            rows = self._generate() if self.prompts else []
+            if self.similarity is not None:
+                readings["dino"] = self.similarity([image for _, images in rows for image in images])
+            if self.best is not None:
+                self.best.offer(step, readings)
+            if readings:
+                self.accelerator.log({f"validation/{name}": value for name, value in readings.items()}, step=step)
+                text = json.dumps({"step": step, **readings}) + "\n"
+                write_text(readings_file(self.args.output_dir, step), text)
+            if rows:
+                save_samples(self.args.output_dir / "samples", rows)
+                save_grid(self.accelerator, rows, self.args.output_dir, step)
         self.accelerator.wait_for_everyone()
+
+    def _generate(self) -> Rows:
+        parked = (self.pipeline.vae.device, self.pipeline.vae.dtype)
+        self.pipeline.vae.to(self.accelerator.device)
+        savings = ["--num_validation_images 1", "a smaller --resolution", "no --validation_prompt"]
+        with explain_out_of_memory("generating validation images", savings):
+            rows = [(prompt, self._sample(prompt)) for prompt in self.prompts]
+        self.pipeline.vae.to(*parked)
+        return rows
 
     def _sample(self, prompt: str) -> list[Image.Image]:
         seeds = list(range(self.args.seed, self.args.seed + self.args.num_validation_images))
-        empty = family_in(self.pipeline).NO_PROMPT
+        empty, side = family_in(self.pipeline).NO_PROMPT, self.args.resolution
         return sample_images(
             self.pipeline,
             seeds,
-            self.args.resolution,
+            (self.args.validation_width or side, self.args.validation_height or side),
             **guided(self.pipeline, self.conditions_of([prompt]), self.conditions_of([empty]), count=len(seeds)),
             num_inference_steps=self.args.validation_inference_steps,
             guidance_scale=self.args.guidance_scale,
@@ -106,7 +144,7 @@ class MapValidation:
     Attributes:
         pipeline: with the adapted UNet and its control signal; its autoencoder may be on the CPU.
         conditions_of: encodes the captions and the empty prompt.
-        control: the control signal. examples: (caption, map, image), all of the same size.
+        control: the control signal. examples: (caption, map, image).
     """
 
     accelerator: Accelerator
@@ -119,30 +157,43 @@ class MapValidation:
     def is_done(self, step: int) -> bool:
         return grid_file(self.args.output_dir, step).exists()
 
+    def resume(self, step: int) -> None:
+        pass
+
     @torch.no_grad()
     def __call__(self, step: int) -> None:
         """Write the grid for this step."""
         if self.accelerator.is_main_process:
             parked = (self.pipeline.vae.device, self.pipeline.vae.dtype)
             self.pipeline.vae.to(self.accelerator.device)
-            captions, maps, targets = (list(column) for column in zip(*self.examples))
+            by_size: dict[tuple[int, ...], list[int]] = {}
+            for number, (_, values, _) in enumerate(self.examples):
+                by_size.setdefault(values.shape[:2], []).append(number)
+            images: dict[int, Image.Image] = {}
             savings = ["--num_validation_images 1", "a smaller --resolution"]
             with explain_out_of_memory("generating validation images", savings):
-                images = sample_images(
-                    self.pipeline,
-                    [self.args.seed + number for number in range(len(self.examples))],
-                    None,
-                    maps=maps,
-                    **guided(self.pipeline, self.conditions_of(captions), self.conditions_of([""] * len(captions))),
-                    num_inference_steps=self.args.validation_inference_steps,
-                    guidance_scale=self.args.guidance_scale,
-                )
+                for numbers in by_size.values():
+                    images |= zip(numbers, self._sample(numbers))
             self.pipeline.vae.to(*parked)
-            painted = [Image.fromarray(paint(values, self.control.palette)) for values in maps]
-            columns = zip(captions, painted, images, targets)
-            rows = [(f"{caption}: map, generated, real", [semantic, *pair]) for caption, semantic, *pair in columns]
+            rows = []
+            for number, (caption, values, target) in enumerate(self.examples):
+                painted = Image.fromarray(paint(values, self.control.palette))
+                rows.append((f"{caption}: map, generated, real", [painted, images[number], target]))
             save_grid(self.accelerator, rows, self.args.output_dir, step)
         self.accelerator.wait_for_everyone()
+
+    def _sample(self, numbers: Sequence[int]) -> list[Image.Image]:
+        """Generate from examples of the same size."""
+        captions, maps, _ = zip(*(self.examples[number] for number in numbers))
+        return sample_images(
+            self.pipeline,
+            [self.args.seed + number for number in numbers],
+            None,
+            maps=maps,
+            **guided(self.pipeline, self.conditions_of([*captions]), self.conditions_of([""] * len(captions))),
+            num_inference_steps=self.args.validation_inference_steps,
+            guidance_scale=self.args.guidance_scale,
+        )
 
 
 def save_samples(folder: Path, rows: Rows) -> None:
@@ -150,6 +201,11 @@ def save_samples(folder: Path, rows: Rows) -> None:
     for number, (_, images) in enumerate(rows):
         with atomic_write(folder / f"{number:02}.png") as temporary:
             images[0].save(temporary, format="PNG")
+
+
+def readings_file(output_dir: Path, step: int) -> Path:
+    """The held-out loss and other readings of a step, as JSON."""
+    return output_dir / "validation" / f"step-{step:06}.json"
 
 
 def grid_file(output_dir: Path, step: int) -> Path:

@@ -75,7 +75,7 @@ class Truth:
                 raise InputError(f"the map of {pair.name} is in colour; give its --palette.")
             values = indices_of(values, self.palette, f"the map of {pair.name}")
         image = pair.load_image() if pair.image is not None else Image.new("RGB", values.shape[1::-1])
-        cropped, semantic = pair_views(image, values, side, None, False)[0]
+        cropped, semantic = pair_views(image, values, (side, side), None, False)[0]
         lookup = np.arange(256, dtype=np.uint8)
         for map_class, segmenter_class in self.label_map.items():
             lookup[map_class] = segmenter_class

@@ -16,7 +16,7 @@ from delora_diffusers import (
     save_adapter,
 )
 from delora_diffusers.adapter.control import as_signal, attached_control, new_encoder, pretrained_encoder
-from delora_diffusers.maps import crop_square
+from delora_diffusers.maps import crop_map
 from delora_diffusers.methods.config import MAP_TARGETS
 from tests.helpers import randomize
 
@@ -143,7 +143,7 @@ def test_maps_are_cropped_as_in_training():
     indices = np.random.default_rng(0).integers(0, 9, (30, 45), dtype=np.uint8)
     image = Image.new("RGB", (45, 30))
     for side in (16, 30, 64):
-        assert np.array_equal(crop_square(indices, side), pair_views(image, indices, side, None, False)[0][1])
+        assert np.array_equal(crop_map(indices, (side, 20)), pair_views(image, indices, (side, 20), None, False)[0][1])
 
 
 @pytest.mark.parametrize("missing", ["control_encoder.conv_out.weight", "control_encoder.blocks.0.bias"])

@@ -215,7 +215,9 @@ def test_maps_of_one_name_in_two_folders_are_two(tmp_path):
     assert [(m.key, m.caption) for m in maps] == [("a/seg", "scene a"), ("b/seg", "scene b"), ("a/b/seg", "scene a/b")]
     import argparse
 
-    options = argparse.Namespace(num_inference_steps=1, guidance_scale=1.0, negative_prompt="", scheduler=None)
+    options = argparse.Namespace(
+        num_inference_steps=1, guidance_scale=1.0, negative_prompt="", scheduler=None, width=None, height=None
+    )
     more = {"resolution": None, "map_dir": folder, "default_caption": None, "max_maps": None, "num_images": 2}
     options = argparse.Namespace(**vars(options) | more)
     records = plan(Request((), (), tmp_path / "out", 0), options, None)

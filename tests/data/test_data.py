@@ -1,14 +1,12 @@
-"""Photos of every file format, their captions and their crops."""
+"""Photos of every file format, their captions."""
 
 import json
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
-from data.photographs import crop_boxes, find_photographs, scaled_size, variants
+from data.photographs import find_photographs
 from delora_diffusers.errors import InputError
 from delora_diffusers.image_files import load_rgb
 
@@ -60,21 +58,3 @@ def test_captions(tmp_path):
     (tmp_path / "metadata.jsonl").write_text("no json\n")
     with pytest.raises(InputError, match="metadata.jsonl line 1"):
         find_photographs(tmp_path)
-
-
-@given(st.integers(1, 4000), st.integers(1, 4000), st.lists(st.floats(0, 1), min_size=1, max_size=5))
-def test_crops_are_square_and_inside_the_image(width, height, offsets):
-    scaled = scaled_size((width, height), 64)
-    assert min(scaled) == 64
-    for box in (*crop_boxes((width, height), 64, offsets), *crop_boxes((width, height), 64, None)):
-        left, top, right, bottom = box
-        assert right - left == bottom - top == 64
-        assert left >= 0 and top >= 0 and right <= scaled[0] and bottom <= scaled[1]
-
-
-def test_variants():
-    views = variants(gradient(), 24, [0.0, 1.0], flip=True)
-    assert len(views) == 4 and all(view.shape == (24, 24, 3) for view in views)
-    assert np.array_equal(views[2], views[0][:, ::-1])
-    assert views[0][..., 0].mean() < views[1][..., 0].mean()
-    assert len(variants(gradient(24, 24), 24, [0.1, 0.7], flip=False)) == 1

@@ -27,7 +27,7 @@ from tests.helpers import PALETTE, painted_map, write_map_folders
 def test_augmentation_keeps_image_and_map_aligned(width, height, resolution, offsets, flip, seed):
     """Images are painted in their maps' colours, so every view of an image must show the colours of its map."""
     image, indices = painted_map(seed, (width, height))
-    views = pair_views(image, np.asarray(indices), resolution, offsets, flip)
+    views = pair_views(image, np.asarray(indices), (resolution, resolution), offsets, flip)
     assert len(views) % 2 == 0 if flip else views
     for view, semantic in views:
         assert view.shape == (resolution, resolution, 3) and semantic.shape == (resolution, resolution)

@@ -311,10 +311,6 @@ def test_what_is_noised_and_predicted(name):
     formulas = {"sigma_sqrt": times**-2, "cosmap": 2 / (math.pi * (1 - 2 * times + 2 * times**2))}
     weights = formulas.get(name, torch.ones(64))
     torch.testing.assert_close(batch["weights"], weights)
-    given = torch.linspace(0, 2, 64)
-    weighted = flow(latents, torch.Generator().manual_seed(5), given)
-    torch.testing.assert_close(weighted["weights"], weights * given)
-    assert torch.equal(weighted["noisy"], batch["noisy"])
 
 
 def test_the_weight_of_a_vanishing_time_is_bounded():

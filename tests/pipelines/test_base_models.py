@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from data.tiny_sd import write
 from delora_diffusers import AdapterConfig, InputError, attach, save_adapter
+from delora_diffusers.crops import View
 from delora_diffusers.families.checks import check_model_folder, check_variant
 from delora_diffusers.families.loading import family_named, load_pipeline
 from delora_diffusers.families.table import family_of
@@ -153,7 +154,7 @@ def test_latents_mean_and_std_are_honoured_in_training_and_sampling(tiny_xl, tmp
     torch.testing.assert_close(scale.unscaled(scale.scaled(x)), x, atol=1e-5, rtol=1e-5)
 
     view = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-    cache = encode_images(family, pipeline.vae, [[view]], 1, torch.device("cpu"))
+    cache = encode_images(family, pipeline.vae, [[View(view, None, (64, 64, 0, 0, 64, 64))]], 1, torch.device("cpu"))
     sampled = cache.sample([0], torch.Generator().manual_seed(1), 0)
     noise = torch.randn(cache.mean.shape, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(sampled, scale.scaled(cache.mean + cache.std * noise))

@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -181,13 +182,13 @@ def test_conditions_equal_those_of_the_stock_pipeline(models, kind):
 
 
 def test_size_conditions_of_xl():
-    from data.photographs import crop_boxes, scaled_size, view_sizes
+    from delora_diffusers.crops import crop_boxes, scaled_size, views_of
 
-    sizes = view_sizes((300, 200), 100, [0.0, 1.0], flip=True)
-    assert scaled_size((300, 200), 100) == (150, 100)
-    assert crop_boxes((300, 200), 100, [0.0, 1.0]) == [(0, 0, 100, 100), (50, 0, 150, 100)]
+    views = views_of(Image.new("RGB", (300, 200)), (100, 100), [0.0, 1.0], flip=True)
+    assert scaled_size((300, 200), (100, 100)) == (150, 100)
+    assert crop_boxes((300, 200), (100, 100), [0.0, 1.0]) == [(0, 0, 100, 100), (50, 0, 150, 100)]
     # In the mirror image the left crop is on the right.
-    assert sizes == [(200, 300, 0, left, 100, 100) for left in (0, 50, 50, 0)]
+    assert [view.sizes for view in views] == [(200, 300, 0, left, 100, 100) for left in (0, 50, 50, 0)]
 
 
 def test_text_encoder_adapters_load_with_either_naming(models, tmp_path):

@@ -190,7 +190,7 @@ def test_scoring(generated, pairs, tiny_segmenter, tiny_scorers, tmp_path, capsy
     segmenter = Segmenter(str(tiny_segmenter), "cpu")
     correct = total = 0
     for pair in find_pairs(pairs):
-        truth = pair_views(pair.load_image(), pair.load_map(), 64, None, False)[0][1]
+        truth = pair_views(pair.load_image(), pair.load_map(), (64, 64), None, False)[0][1]
         predicted = segmenter([Image.open(generated / pair.name).convert("RGB")])[0]
         correct, total = correct + ((predicted == truth) & (truth != 5)).sum(), total + (truth != 5).sum()
     assert result["scores"]["pixel_accuracy"] == pytest.approx(correct / total, abs=1e-12)

@@ -11,6 +11,7 @@ import yaml
 from PIL import Image
 
 from delora_diffusers import InputError, launching
+from delora_diffusers.crops import View
 from delora_diffusers.families.table import family_of
 from delora_diffusers.launching import UNSUPPORTED, launched_accelerator
 from delora_diffusers.memory import explain_out_of_memory
@@ -298,14 +299,18 @@ def test_large_views_are_encoded_one_at_a_time(side, expected):
     shapes = []
 
     class Autoencoder(torch.nn.Module):
-        dtype, config = torch.float32, argparse.Namespace(scaling_factor=1.0)
+        dtype, config = (
+            torch.float32,
+            argparse.Namespace(scaling_factor=1.0, latent_channels=3, block_out_channels=(1, 1, 1, 1)),
+        )
 
         def encode(self, pixels):
             shapes.append(len(pixels))
             latents = pixels[:, :, ::8, ::8]
             return argparse.Namespace(latent_dist=argparse.Namespace(mean=latents, std=latents))
 
-    views = [np.full((side, side, 3), value, np.uint8) for value in range(5)]
+    images = [np.full((side, side, 3), value, np.uint8) for value in range(5)]
+    views = [View(image, None, (side, side, 0, 0, side, side)) for image in images]
     cache = encode_images(
         family_of("StableDiffusionPipeline"), Autoencoder(), [views[:2], views[2:]], 2, torch.device("cpu")
     )

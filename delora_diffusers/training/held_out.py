@@ -1,0 +1,100 @@
+"""The loss on photos that are not trained on, and the adapter for which it, or the similarity to photos, is best."""
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from delora_diffusers.files.reading import read_header
+from delora_diffusers.names import BEST_FOLDER, WEIGHTS_NAME
+from delora_diffusers.training import order
+from delora_diffusers.training.adapter_files import AdapterFiles
+from delora_diffusers.training.batches import Bucket
+from delora_diffusers.training.cuda_graph import Batch
+from delora_diffusers.training.encoding import PromptTable
+from delora_diffusers.training.noising import Noising
+from delora_diffusers.training.objective import Losses
+
+logger = logging.getLogger(__name__)
+
+DRAWS = 16
+"""Noise and timestep are drawn so often for each photo, always the same ones."""
+DIRECTIONS = {"loss": -1, "dino": 1}
+"""Whether a reading is better when it is higher or lower."""
+
+
+def split(count: int, share: float, seed: int) -> list[int]:
+    """The numbers of the photos to hold out: about this share of them, at least one, and not all."""
+    held = min(max(1, round(count * share)), count - 1)
+    random = torch.Generator().manual_seed(order.mixed_seed(seed, count, 11))
+    return sorted(torch.randperm(count, generator=random)[:held].tolist())
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOutLoss:
+    """The mean loss of photos with fixed noise and timesteps.
+
+    Attributes:
+        buckets: the photos. table: the conditions of their prompts. losses: with the model and its adapter.
+    """
+
+    buckets: Sequence[Bucket]
+    noising: Noising
+    table: PromptTable
+    losses: Losses
+    batch_size: int
+    device: torch.device
+
+    @torch.no_grad()
+    def __call__(self) -> float:
+        """The loss, which has the same noise and timesteps in every call."""
+        sums = [(self.losses(**batch).sum() * count, count) for batch, count in self._batches()]
+        return float(sum(loss for loss, _ in sums)) / sum(count for _, count in sums)
+
+    def _batches(self) -> Iterator[tuple[Batch, int]]:
+        number = 0
+        for bucket in self.buckets:
+            for _ in range(DRAWS):
+                for start in range(0, len(bucket.samples), self.batch_size):
+                    samples = bucket.samples[start : start + self.batch_size]
+                    photos = [sample.image for sample in samples]
+                    generator = order.generator(0, number, self.device)
+                    batch = self.noising(bucket.latents.sample(photos, generator, number), generator)
+                    batch |= bucket.latents.of_views(photos, number, self.device)
+                    yield batch | self.table.lookup([sample.prompts[0] for sample in samples]), len(samples)
+                    number += 1
+
+
+@dataclasses.dataclass
+class BestAdapter:
+    """Keeps the adapter with the best reading so far in ``best/`` of the output folder.
+
+    Attributes:
+        by: the reading, ``loss`` or ``dino``. best: its value so far, None if there is none.
+    """
+
+    files: AdapterFiles
+    by: str
+    best: float | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where it is kept."""
+        return self.files.subjects[0].output_dir / BEST_FOLDER
+
+    def resume(self, step: int) -> None:
+        """Continue from the adapter that an earlier part of the run kept, if it is of this step or of one before."""
+        if (self.folder / WEIGHTS_NAME).is_file():
+            training = read_header(self.folder)["training"]
+            if training["step"] <= step:
+                self.best = training[f"validation_{self.by}"]
+
+    def offer(self, step: int, readings: Mapping[str, float]) -> None:
+        """Keep the current adapter if its reading is better than all before."""
+        value = readings[self.by]
+        better = self.best is None or DIRECTIONS[self.by] * (value - self.best) > 0
+        if better and self.files.is_finite(0):
+            self.best = value
+            self.files.write(0, self.folder, step, {f"validation_{self.by}": value})
