@@ -150,6 +150,25 @@ def trained_prompts(args: argparse.Namespace, subjects: Sequence[Subject]) -> li
     return [prompt for subject in subjects for prompt in subject.prompts] + classes
 
 
+def count_trained_chunks(args: argparse.Namespace, subjects: Sequence[Subject], pipeline: Any) -> int:
+    """The chunks in which the prompts of micro-batches are encoded; see ``--max_prompt_chunks``.
+
+    Raises:
+        InputError: a subject's prompts would be padded to the length of another's, which changes its adapter.
+    """
+    from delora_diffusers.pipelines.conditions import count_chunks
+
+    counts = [count_chunks(pipeline, trained_prompts(args, [s]), args.max_prompt_chunks) for s in subjects]
+    if len(set(counts)) > 1:
+        other = next(number for number, count in enumerate(counts) if count != counts[0])
+        raise InputError(
+            f"the prompts of {subjects[0].output_dir} fill {counts[0]} chunks and those of "
+            f"{subjects[other].output_dir} {counts[other]}; train these subjects separately, or leave out "
+            "--max_prompt_chunks."
+        )
+    return counts[0]
+
+
 def check_class_folder(class_data_dir: Path | None, instance_data_dir: Path) -> None:
     """Reject a folder of class images that cannot be used.
 
@@ -245,7 +264,13 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
     import torch
 
     from delora_diffusers.families.loading import family_named
-    from delora_diffusers.pipelines.conditions import conditions, tokenize, warn_of_truncation
+    from delora_diffusers.pipelines.conditions import (
+        conditions,
+        count_chunks,
+        first_chunks,
+        tokenize,
+        warn_of_truncation,
+    )
     from delora_diffusers.pipelines.offload import offload_blocks
     from delora_diffusers.training.adapter_files import AdapterFiles
     from delora_diffusers.training.batches import SubjectBatches, SubjectData
@@ -281,10 +306,11 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
     attach_adapters({name: copy.deepcopy(model.skeletons[name]) for name in trained}, subjects, args)
     if args.cuda_graph:
         check_prompt_lengths(model, trained_prompts(args, subjects))
+    trained_chunks = count_trained_chunks(args, subjects, pipeline)
     report_memory(
         accelerator,
         model,
-        plan_of(args, arguments.adapter_config(args), accelerator.mixed_precision, len(subjects)),
+        plan_of(args, arguments.adapter_config(args), accelerator.mixed_precision, len(subjects), trained_chunks),
     )
     # All checks have passed, and nothing was written before this.
     begin_run(accelerator, args, data, "dreambooth-delora")
@@ -294,18 +320,24 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
     prompts = [prompt for subject in subjects for prompt in (*subject.prompts, subject.class_prompt or "")]
     prompts = list(dict.fromkeys([*prompts, *args.validation_prompt, model.family.NO_PROMPT]))
     if accelerator.is_main_process:
-        warn_of_truncation(pipeline, prompts)
+        warn_of_truncation(pipeline, prompts, args.max_prompt_chunks)
+    # Validation prompts may change when a run is resumed, so they do not decide how prompts are padded in training.
+    validation_chunks = count_chunks(
+        pipeline, [*args.validation_prompt, model.family.NO_PROMPT], args.max_prompt_chunks
+    )
+    chunks = max(trained_chunks, validation_chunks)
     encoded: dict[str, torch.Tensor] = {}
     for name in model.text_encoders:
         if args.with_prior_preservation or name not in trained_encoders:
-            encoded |= encode_with(model, name, accelerator, prompts)
+            encoded |= encode_with(model, name, accelerator, prompts, chunks)
     config = model.skeletons[denoiser].config
     if args.with_prior_preservation or not args.train_text_encoder:
-        encoded_prompts = PromptTable(prompts, conditions(pipeline, encoded, config))
+        encoded_prompts = conditions(pipeline, encoded, config)
+        table = PromptTable(prompts, first_chunks(encoded_prompts, trained_chunks, chunks))
     if args.with_prior_preservation:
         folders = [s.class_data_dir or s.output_dir / "class_images" for s in subjects]
         wanted = [ClassImages(folder, s.class_prompt or "", s.seed) for folder, s in zip(folders, subjects)]
-        generate_class_images(accelerator, model, wanted, encoded_prompts, args)
+        generate_class_images(accelerator, model, wanted, table, args)
     load_part(model, "vae", accelerator, torch.float32)
     latents = [encode_photos(model, s.photographs, s.seed, args, device) for s in subjects]
     class_latents: list[LatentCache | None] = [None] * len(subjects)
@@ -324,11 +356,13 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
         offload_blocks(models[denoiser], device)
     if args.train_text_encoder:
         outputs = {n: tensor for n, tensor in encoded.items() if n.partition("/")[0] not in trained_encoders}
-        table = PromptTable(prompts, outputs | tokenize(pipeline, prompts, device, trained_encoders))
-        conditions_of: Conditions = TrainedConditions(pipeline, table, config)
+        table, validated = (
+            PromptTable(prompts, outputs | tokenize(pipeline, prompts, device, trained_encoders, count))
+            for count in (trained_chunks, validation_chunks)
+        )
+        conditions_of: Conditions = TrainedConditions(pipeline, validated, config)
     else:
-        table = encoded_prompts
-        conditions_of = table.lookup
+        conditions_of = PromptTable(prompts, first_chunks(encoded_prompts, validation_chunks, chunks)).lookup
     validate = None
     if args.validation_prompt:
         validate = SubjectValidation(accelerator, pipeline, conditions_of, args)

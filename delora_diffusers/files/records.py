@@ -82,6 +82,8 @@ def plan(request: Request, options: argparse.Namespace, base_model: str | None) 
         "scheduler": options.scheduler,
         "resolution": options.resolution,
     }
+    if options.max_prompt_chunks > 1:
+        shared["max_prompt_chunks"] = options.max_prompt_chunks
     weights = [weight for _, weight in request.adapters]
     if any(weight != 1 for weight in weights):
         shared["adapter_weights"] = weights
