@@ -277,5 +277,9 @@ def test_captions_of_maps_are_cached_by_their_chunks(models, tmp_path):
     (pairs / "images" / "a.txt").write_text(LONG)
     assert shapes("whole", *chunks, "--num_validation_images", 1) == {77, 3 * 77}
     assert shapes("cut") == {77, 3 * 77} and len(list((tmp_path / "cache").iterdir())) == 3
-    (pairs / "images" / "a.txt").write_text("a")
-    assert shapes("later", *chunks, "--validation_data_dir", write_map_folders(tmp_path / "others"))
+    # A validation caption that needs more chunks than those trained on, with empty prompts in training.
+    (pairs / "images" / "a.txt").write_text("scene a")
+    others = write_map_folders(tmp_path / "others")
+    (others / "images" / "a.txt").write_text(LONG)
+    assert shapes("validated", *chunks, "--proportion_empty_prompts", 1, "--validation_data_dir", others)
+    assert (tmp_path / "validated" / WEIGHTS_NAME).is_file()
