@@ -186,23 +186,31 @@ def offsets_of(number: int, args: argparse.Namespace) -> list[float] | None:
 
 
 def encode_data(
-    accelerator: "Accelerator", model: "OpenModel", pairs: list[MapPair], args: argparse.Namespace
+    accelerator: "Accelerator",
+    model: "OpenModel",
+    pairs: list[MapPair],
+    captions: list[str],
+    chunks: int,
+    args: argparse.Namespace,
 ) -> "DiskCache":
-    """Encode latent posteriors, maps and caption embeddings once and keep them on disk."""
-    pipeline = model.pipeline
+    """Encode latent posteriors, maps and caption embeddings once and keep them on disk.
+
+    Args:
+        captions: one per pair. chunks: in which they are encoded; see ``--max_prompt_chunks``.
+    """
     from delora_diffusers.pipelines.autoencoder import encode
     from delora_diffusers.pipelines.conditions import encode_prompts, family_in, warn_of_truncation
     from delora_diffusers.training.disk_cache import build_cache, file_stamp, fingerprint
     from delora_diffusers.training.photos import in_buckets
 
+    pipeline = model.pipeline
     whole = [upright_size(pair.image, pair.name) for pair in pairs if pair.image is not None]
     buckets = in_buckets(whole, args, model.patch_pixels)
     size_of = {number: size for size, numbers in buckets.items() for number in numbers}
     sizes = [size_of[number] for number in range(len(pairs))]
     crops = max(len(crop_boxes(*both, offsets_of(number, args))) for number, both in enumerate(zip(whole, sizes)))
-    captions = [args.default_caption if pair.caption is None else pair.caption for pair in pairs]
     if accelerator.is_main_process:
-        warn_of_truncation(pipeline, list(dict.fromkeys(captions)))
+        warn_of_truncation(pipeline, list(dict.fromkeys(captions)), args.max_prompt_chunks)
     names = ("pretrained_model_name_or_path", "revision", "variant", "resolution", "seed", "center_crop", "num_crops")
     inputs: dict[str, Any] = {
         name: str(getattr(args, name)) for name in (*names, "random_flip", "reduce_labels", "dataset_name")
@@ -211,6 +219,7 @@ def encode_data(
         inputs["sizes"] = sizes
     inputs["files"] = [file_stamp(f) for pair in pairs for f in (pair.image, pair.map) if isinstance(f, Path)]
     inputs |= {"names": [pair.name for pair in pairs], "captions": captions, "dtype": str(pipeline.text_encoder.dtype)}
+    inputs |= {"prompt_chunks": chunks} if chunks > 1 else {}
     device, vae, family = accelerator.device, pipeline.vae, family_in(pipeline)
     return build_cache(
         accelerator,
@@ -219,7 +228,7 @@ def encode_data(
         Views(pairs, sizes, args, (1 + args.random_flip) * crops),
         captions,
         lambda images: encode(family, vae, images.to(device, vae.dtype)),
-        lambda texts: encode_prompts(pipeline, texts, device)["encoder_hidden_states"],
+        lambda texts: encode_prompts(pipeline, texts, device, chunks)["encoder_hidden_states"],
     )
 
 
@@ -247,7 +256,7 @@ def train_on_maps(
     from delora_diffusers.adapter.control import new_encoder, pretrained_encoder
     from delora_diffusers.families.loading import family_named
     from delora_diffusers.families.table import family_of
-    from delora_diffusers.pipelines.conditions import encode_prompts
+    from delora_diffusers.pipelines.conditions import count_chunks, encode_prompts, first_chunks
     from delora_diffusers.pipelines.offload import offload_blocks
     from delora_diffusers.training.adapter_files import AdapterFiles
     from delora_diffusers.training.batches import MapBatches
@@ -291,14 +300,16 @@ def train_on_maps(
         encoder = pretrained_encoder(args.controlnet_model_name_or_path, skeleton, pipeline.vae_scale_factor)
     else:
         encoder = new_encoder(skeleton, pipeline.vae_scale_factor, generator)
-    plan = plan_of(args, arguments.adapter_config(args), accelerator.mixed_precision, 1)
+    captions = [(args.default_caption if pair.caption is None else pair.caption) or "" for pair in pairs]
+    chunks = count_chunks(pipeline, captions, args.max_prompt_chunks)
+    plan = plan_of(args, arguments.adapter_config(args), accelerator.mixed_precision, 1, chunks)
     report_memory(accelerator, model, plan)
     begin_run(accelerator, args, data, "map2img-delora")
 
     for name in model.text_encoders:
         load_part(model, name, accelerator)
     load_part(model, "vae", accelerator, torch.float32)
-    cache = encode_data(accelerator, model, pairs, args)
+    cache = encode_data(accelerator, model, pairs, captions, chunks, args)
     examples = []
     for pair in validation_pairs:
         whole, semantic = pair.load_image(), pair.load_map(args.reduce_labels)
@@ -308,7 +319,11 @@ def train_on_maps(
         examples.append((pair.caption or args.default_caption or "", values, Image.fromarray(image)))
     with torch.no_grad():
         prompts = list(dict.fromkeys(["", *(caption for caption, _, _ in examples)]))
-        table = PromptTable(prompts, encode_prompts(pipeline, prompts, device))
+        validation_chunks = count_chunks(pipeline, prompts, args.max_prompt_chunks)
+        most = max(chunks, validation_chunks)
+        encoded = encode_prompts(pipeline, prompts, device, most)
+    table = PromptTable(prompts, first_chunks(encoded, validation_chunks, most))
+    (empty_prompt,) = PromptTable(prompts, first_chunks(encoded, chunks, most)).lookup([""])["encoder_hidden_states"]
     model.drop(*model.text_encoders)
     pipeline.vae.to("cpu", training_dtype(accelerator))
 
@@ -325,7 +340,7 @@ def train_on_maps(
         noising,
         cache,
         model.family.scale(pipeline.vae),
-        table.lookup([""])["encoder_hidden_states"][0],
+        empty_prompt,
         palette,
         args.seed,
         args.train_batch_size,
@@ -333,8 +348,7 @@ def train_on_maps(
         device,
     )
     validate = MapValidation(accelerator, pipeline, table.lookup, control, examples, args)
-    caption = (args.default_caption if pairs[0].caption is None else pairs[0].caption) or ""
-    files = AdapterFiles(adapters, [args], [caption], {"control": control, "pipeline": kind})
+    files = AdapterFiles(adapters, [args], captions[:1], {"control": control, "pipeline": kind})
     trained_encoder, losses = None if frozen else encoder, Losses(model.family, unet, control=control)
     train(accelerator, adapters, batches, losses, args, validate, trained_encoder, files, examples=batches.examples)
     save_run(accelerator, files, 0, f"{len(pairs)} images and their maps", data)

@@ -271,6 +271,25 @@ def trained_prompts(args: argparse.Namespace, subjects: Sequence[Subject]) -> li
     return [p for subject in subjects for prompts in prompts_of(subject, args) for p in prompts] + classes
 
 
+def count_trained_chunks(args: argparse.Namespace, subjects: Sequence[Subject], pipeline: Any) -> int:
+    """The chunks in which the prompts of micro-batches are encoded; see ``--max_prompt_chunks``.
+
+    Raises:
+        InputError: a subject's prompts would be padded to the length of another's, which changes its adapter.
+    """
+    from delora_diffusers.pipelines.conditions import count_chunks
+
+    counts = [count_chunks(pipeline, trained_prompts(args, [s]), args.max_prompt_chunks) for s in subjects]
+    if len(set(counts)) > 1:
+        other = next(number for number, count in enumerate(counts) if count != counts[0])
+        raise InputError(
+            f"the prompts of {subjects[0].output_dir} fill {counts[0]} chunks and those of "
+            f"{subjects[other].output_dir} {counts[other]}; train these subjects separately, or leave out "
+            "--max_prompt_chunks."
+        )
+    return counts[0]
+
+
 def check_class_folder(class_data_dir: Path | None, instance_data_dir: Path) -> None:
     """Reject a folder of class images that cannot be used.
 
@@ -365,7 +384,13 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
 
     from delora_diffusers.families.checks import check_patches
     from delora_diffusers.families.loading import family_named
-    from delora_diffusers.pipelines.conditions import conditions, tokenize, warn_of_truncation
+    from delora_diffusers.pipelines.conditions import (
+        conditions,
+        count_chunks,
+        first_chunks,
+        tokenize,
+        warn_of_truncation,
+    )
     from delora_diffusers.pipelines.offload import offload_blocks
     from delora_diffusers.training.adapter_files import AdapterFiles
     from delora_diffusers.training.batches import SubjectBatches, SubjectData
@@ -404,6 +429,7 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
     attach_adapters({name: copy.deepcopy(model.skeletons[name]) for name in trained}, subjects, args)
     if args.cuda_graph:
         check_prompt_lengths(model, trained_prompts(args, subjects))
+    trained_chunks = count_trained_chunks(args, subjects, pipeline)
     for flag in ("validation_width", "validation_height"):
         check_patches(model.patch_pixels, getattr(args, flag) or args.resolution, flag)
     similarity = None
@@ -416,28 +442,32 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
     report_memory(
         accelerator,
         model,
-        plan_of(args, arguments.adapter_config(args), accelerator.mixed_precision, len(subjects)),
+        plan_of(args, arguments.adapter_config(args), accelerator.mixed_precision, len(subjects), trained_chunks),
     )
     # All checks have passed, and nothing was written before this.
     begin_run(accelerator, args, data, "dreambooth-delora")
 
     # What stays constant during training is computed once, with one part of the model on the device at a time: prompt
     # embeddings, class images, latent posteriors.
-    validated = [with_instance(p, args.instance_name, "--validation_prompt") for p in args.validation_prompt]
+    validation_prompts = [with_instance(p, args.instance_name, "--validation_prompt") for p in args.validation_prompt]
     classes = [prompt for subject in subjects for prompt in subject.class_prompts]
     prompts = [prompt for subject in subjects for photo in prompts_of(subject, args) for prompt in photo] + classes
     prompts += [prompt for concept in held_out for prompt in concept.prompts]
-    prompts = list(dict.fromkeys([*prompts, *validated, model.family.NO_PROMPT]))
+    prompts = list(dict.fromkeys([*prompts, *validation_prompts, model.family.NO_PROMPT]))
     if accelerator.is_main_process:
-        warn_of_truncation(pipeline, prompts)
+        warn_of_truncation(pipeline, prompts, args.max_prompt_chunks)
+    # Validation prompts may change when a run is resumed, so they do not decide how prompts are padded in training.
+    validation_chunks = count_chunks(pipeline, [*validation_prompts, model.family.NO_PROMPT], args.max_prompt_chunks)
+    chunks = max(trained_chunks, validation_chunks)
     encoded: dict[str, torch.Tensor] = {}
     of_base_model = args.with_prior_preservation or args.with_output_preservation
     for name in model.text_encoders:
         if of_base_model or name not in trained_encoders:
-            encoded |= encode_with(model, name, accelerator, prompts)
+            encoded |= encode_with(model, name, accelerator, prompts, chunks)
     config = model.skeletons[denoiser].config
     if of_base_model or not args.train_text_encoder:
-        encoded_prompts = PromptTable(prompts, conditions(pipeline, encoded, config))
+        encoded_prompts = conditions(pipeline, encoded, config)
+        base_table = PromptTable(prompts, first_chunks(encoded_prompts, trained_chunks, chunks))
     if args.with_prior_preservation:
         wanted: dict[Path, ClassImages] = {}
         for subject in subjects:
@@ -445,7 +475,7 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
             for number, prompt in enumerate(subject.class_prompts):
                 folder = subject.class_folder(number)
                 wanted.setdefault(folder, ClassImages(folder, prompt, subject.seed, sizes[number]))
-        generate_class_images(accelerator, model, list(wanted.values()), encoded_prompts, args)
+        generate_class_images(accelerator, model, list(wanted.values()), base_table, args)
     load_part(model, "vae", accelerator, torch.float32)
     encoded_subjects = []
     for subject in subjects:
@@ -471,11 +501,14 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
         offload_blocks(models[denoiser], device)
     if args.train_text_encoder:
         outputs = {n: tensor for n, tensor in encoded.items() if n.partition("/")[0] not in trained_encoders}
-        table = PromptTable(prompts, outputs | tokenize(pipeline, prompts, device, trained_encoders))
-        conditions_of: Conditions = TrainedConditions(pipeline, table, config)
+        table, validation_table = (
+            PromptTable(prompts, outputs | tokenize(pipeline, prompts, device, trained_encoders, count))
+            for count in (trained_chunks, validation_chunks)
+        )
+        conditions_of: Conditions = TrainedConditions(pipeline, validation_table, config)
     else:
-        table = encoded_prompts
-        conditions_of = table.lookup
+        table = base_table
+        conditions_of = PromptTable(prompts, first_chunks(encoded_prompts, validation_chunks, chunks)).lookup
 
     batches = SubjectBatches(
         noising,
@@ -485,7 +518,7 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
         args.prior_loss_weight,
         device,
         args.output_preservation_weight if args.with_output_preservation else None,
-        encoded_prompts if args.with_output_preservation and args.train_text_encoder else None,
+        base_table if args.with_output_preservation and args.train_text_encoder else None,
         args.caption_dropout,
         model.family.NO_PROMPT,
     )
@@ -498,9 +531,10 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
     if held_out:
         loss = HeldOutLoss(held_out_buckets, noising, table, losses, args.train_batch_size, device)
     best = BestAdapter(files, args.keep_best) if args.keep_best else None
+    readings = (loss, similarity, best)
     validate = None
-    if validated or loss is not None:
-        validate = SubjectValidation(accelerator, pipeline, conditions_of, args, validated, loss, similarity, best)
+    if validation_prompts or loss is not None:
+        validate = SubjectValidation(accelerator, pipeline, conditions_of, args, validation_prompts, *readings)
     shapes = {"same_length": batches.have_same_length, "examples": batches.examples}
     failed = train(accelerator, adapters, batches, losses, args, validate, files=files, **shapes)
     for number, subject in enumerate(subjects):

@@ -11,7 +11,7 @@ from delora_diffusers.commands.arguments import (
     weighted_adapters,
 )
 from delora_diffusers.errors import InputError, reason
-from delora_diffusers.families.checks import check_patches
+from delora_diffusers.families.checks import PROMPT_CHUNKS_HELP, check_patches, check_prompt_chunks
 from delora_diffusers.families.quantization import (
     PACKAGES,
     add_base_precision_argument,
@@ -24,6 +24,7 @@ from delora_diffusers.text_files import is_text, read_lines
 
 if TYPE_CHECKING:
     from delora_diffusers.pipelines.adapted_pipeline import BaseModel
+    from delora_diffusers.pipelines.encoded_prompts import EncodedPrompts
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -73,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--default_caption", help="caption for maps that have none")
     parser.add_argument("--max_maps", type=int, help="use only the first N maps")
     parser.add_argument("--negative_prompt", default="", help="what the images should not show")
+    parser.add_argument("--max_prompt_chunks", type=int, default=1, help=PROMPT_CHUNKS_HELP)
     parser.add_argument("--num_images", type=int, help="images per prompt (default: 4) or per map (default: 1)")
     parser.add_argument(
         "--seed",
@@ -187,6 +189,7 @@ def run(options: argparse.Namespace) -> None:
         raise InputError("--negative_prompt has no effect on this model, which has no negative prompt; leave it out.")
     if options.scheduler is not None and family.IS_FLOW:
         raise InputError(f"--scheduler {options.scheduler} is not for flow models such as this one; leave it out.")
+    check_prompt_chunks(family, base_model.name, options.max_prompt_chunks)
     if options.guidance_scale is None:
         options.guidance_scale = 4.0 if is_miniature(base_model.name) else family.GUIDANCE_SCALE
     for request in requests:
@@ -212,7 +215,7 @@ def run(options: argparse.Namespace) -> None:
 def _check_numbers(options: argparse.Namespace) -> None:
     if options.num_images is None:
         options.num_images = 4 if options.map_dir is None else 1
-    for flag in ("num_images", "batch_size", "num_inference_steps", "max_maps"):
+    for flag in ("num_images", "batch_size", "num_inference_steps", "max_maps", "max_prompt_chunks"):
         if getattr(options, flag) is not None and getattr(options, flag) < 1:
             raise InputError(f"--{flag} is {getattr(options, flag)}; give at least 1.")
     for flag, values in (("strength", options.strength), ("guidance_scale", [options.guidance_scale or 0.0])):
@@ -319,10 +322,12 @@ def _generate(
         smaller.insert(0, "--mixed_precision bf16 or fp16")
     savings = ["--batch_size 1", *smaller, "a smaller --resolution"]
     if accelerator.is_main_process:
-        warn_of_truncation(pipeline, list(dict.fromkeys(record["prompt"] for b in batches for record in b.records)))
+        texts = [*(record["prompt"] for b in batches for record in b.records), options.negative_prompt]
+        warn_of_truncation(pipeline, list(dict.fromkeys(texts)), options.max_prompt_chunks)
     with explain_out_of_memory("loading the base model", smaller):
         used = [(record["prompt"], _scaled(batch)) for batch in batches for record in batch.records]
-        prompts = EncodedPrompts(model, adapters, used, options.negative_prompt, device, dtype)
+        chunks = options.max_prompt_chunks
+        prompts = EncodedPrompts(model, adapters, used, options.negative_prompt, device, dtype, chunks)
         name = model.family.DENOISER
         weights_dtype = denoiser_dtype(options.base_precision, accelerator.mixed_precision)
         quantization = quantization_config(options.base_precision, weights_dtype, model.family.UNQUANTIZED)
@@ -331,6 +336,7 @@ def _generate(
         model.load("vae", dtype, device)
     side = options.resolution or default_resolution(pipeline, denoiser)
     width, height = options.width or side, options.height or side
+    batches = [part for batch in batches for part in _of_equal_length(batch, prompts)]
     in_use: list[tuple[Path, float]] | None = None
     for batch in tqdm(batches, desc="generating", disable=not accelerator.is_local_main_process):
         request, records, missing = batch
@@ -362,6 +368,15 @@ def _generate(
         for record, semantic in zip(records, maps or []):
             with atomic_write(request.output_dir / record["map"]) as temporary:
                 Image.fromarray(semantic).save(temporary, format="PNG")
+
+
+def _of_equal_length(batch: Batch, prompts: "EncodedPrompts") -> list[Batch]:
+    """A batch by the number of chunks of its prompts, so that an image does not depend on the other prompts."""
+    parts: dict[int, Records] = {}
+    for record in batch.records:
+        parts.setdefault(prompts.chunks_of(record["prompt"]), []).append(record)
+    of_parts = [Batch(batch.request, part, [r for r in part if r in batch.missing]) for part in parts.values()]
+    return [part for part in of_parts if part.missing]
 
 
 def _check_placement(options: argparse.Namespace, batches: list[Batch], device: Any) -> None:

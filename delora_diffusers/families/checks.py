@@ -3,10 +3,14 @@
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from delora_diffusers.errors import InputError
 from delora_diffusers.names import FAMILIES, is_miniature, may_be_hub_id
 from delora_diffusers.text_files import read_json
+
+if TYPE_CHECKING:
+    from delora_diffusers.families.family import Family
 
 COMPONENTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 """The models of a pipeline that are loaded; others, such as a safety checker, are not used."""
@@ -89,6 +93,23 @@ def check_patches(pixels: int, resolution: int, flag: str = "resolution") -> Non
         nearest = max(pixels, round(resolution / pixels) * pixels)
         raise InputError(
             f"--{flag} {resolution} is not a multiple of {pixels}, as this base model needs; use {nearest}."
+        )
+
+
+PROMPT_CHUNKS_HELP = "read up to N x 75 tokens of a prompt, in N chunks (Stable Diffusion 1.x, 2.x and XL); default: 1"
+"""Of ``--max_prompt_chunks``."""
+
+
+def check_prompt_chunks(family: "Family", name: str | None, chunks: int) -> None:
+    """Reject ``--max_prompt_chunks`` for a family that has no use for it.
+
+    Raises:
+        InputError
+    """
+    if chunks > 1 and not family.CHUNKS_PROMPTS:
+        raise InputError(
+            f"--max_prompt_chunks {chunks} is for Stable Diffusion 1.x, 2.x and XL, which {name} is not; leave it out: "
+            "T5 or a language model reads the long prompts of other models."
         )
 
 

@@ -44,6 +44,8 @@ class Family(Protocol):
     """The pipeline's argument for the guidance scale."""
     GUIDANCE_SCALE: float = 7.5
     """Its default."""
+    CHUNKS_PROMPTS: bool = False
+    """Whether prompts that are longer than CLIP reads are encoded in chunks, with ``--max_prompt_chunks``."""
     PADS_PROMPTS: bool = True
     """Whether all prompts have the same number of tokens; otherwise the denoiser computes each at its own length."""
     ARGUMENTS: Mapping[str, str] = {"encoder_hidden_states": "prompt_embeds"}
@@ -65,15 +67,24 @@ class Family(Protocol):
         """
         return True
 
-    def tokenize(self, pipeline: Any, name: str, prompts: Sequence[str]) -> Tensor:
-        """Token ids for a text encoder that reads prompts as they are, (prompts, tokens)."""
+    def tokenize(self, pipeline: Any, name: str, prompts: Sequence[str], chunks: int = 1) -> Tensor:
+        """Token ids for a text encoder that reads prompts as they are, (prompts, tokens).
+
+        Args:
+            chunks: if more than one, the ids are (prompts, chunks, tokens). Each chunk has its own start and end token
+                and padding. Shorter prompts are padded with empty chunks, longer ones are truncated.
+        """
         tokenizer = getattr(pipeline, name.replace("text_encoder", "tokenizer"))
         length = self.PROMPT_LENGTHS.get(name, tokenizer.model_max_length)
         padded = {"padding": "max_length", "max_length": length, "truncation": True}
-        return tokenizer(list(prompts), return_tensors="pt", **padded).input_ids
+        if chunks == 1:
+            return tokenizer(list(prompts), return_tensors="pt", **padded).input_ids
+        empty = tokenizer("", **padded).input_ids
+        rows = (tokenizer(prompt, return_overflowing_tokens=True, **padded).input_ids for prompt in prompts)
+        return torch.tensor([[*row, *[empty] * chunks][:chunks] for row in rows])
 
     def read(self, pipeline: Any, name: str, tokens: Tensor) -> tuple[Tensor, ...]:
-        """A text encoder's output for token ids (prompts, tokens); not of families that override ``encode``."""
+        """A text encoder's output for token ids, see ``tokenize``; not of families that override ``encode``."""
         raise TypeError(f"{type(self).__name__} reads no token ids")
 
     def encode(

@@ -15,6 +15,7 @@ class StableDiffusion(Family):
     IS_FLOW = False
     TARGETS = UNET_TARGETS
     UNQUANTIZED = ("time_embedding", "time_emb_proj", "add_embedding", "proj_in", "proj_out")
+    CHUNKS_PROMPTS = True
 
     def unsupported(self, denoiser: Any, autoencoder: Any) -> str | None:
         embedding = getattr(denoiser, "addition_embed_type", None)
@@ -25,13 +26,25 @@ class StableDiffusion(Family):
         return unsupported_unet(denoiser, autoencoder)
 
     def read(self, pipeline: Any, name: str, tokens: Tensor) -> tuple[Tensor, ...]:
-        return (pipeline.text_encoder(tokens)[0],)
+        return (join_chunks(pipeline.text_encoder(tokens.flatten(0, -2))[0], len(tokens)),)
 
     def conditions(self, outputs: Outputs, config: Any) -> dict[str, Tensor]:
         return {"encoder_hidden_states": outputs["text_encoder"][0]}
 
     def predict(self, denoiser: Any, noisy: Tensor, timesteps: Tensor, **conditions: Tensor) -> Tensor:
         return denoiser(noisy, timesteps, **conditions, return_dict=False)[0]
+
+
+def join_chunks(hidden: Tensor, prompts: int) -> Tensor:
+    """The hidden states of each prompt's chunks one after another, (prompts, chunks * tokens, width).
+
+    Start and end tokens of every chunk are kept, as the user interfaces AUTOMATIC1111 (modules/sd_hijack_clip.py) and
+    ComfyUI (comfy/sd1_clip.py) do; kohya's sd-scripts drop those between chunks (library/strategy_sd.py).
+
+    Args:
+        hidden: (prompts * chunks, tokens, width).
+    """
+    return hidden.reshape(prompts, -1, hidden.shape[-1])
 
 
 def unsupported_unet(unet: Any, autoencoder: Any) -> str | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from delora_diffusers.families.family import Family, Outputs
 from delora_diffusers.families.sd import FAMILY as SD
-from delora_diffusers.families.sd import unsupported_unet
+from delora_diffusers.families.sd import join_chunks, unsupported_unet
 from delora_diffusers.methods.config import UNET_TARGETS
 
 
@@ -20,6 +20,7 @@ class StableDiffusionXL(Family):
     IS_FLOW = False
     TARGETS = UNET_TARGETS
     UNQUANTIZED = SD.UNQUANTIZED
+    CHUNKS_PROMPTS = True
     ARGUMENTS: Mapping[str, str] = {"encoder_hidden_states": "prompt_embeds", "text_embeds": "pooled_prompt_embeds"}
     HAS_SIZES = True
 
@@ -36,8 +37,10 @@ class StableDiffusionXL(Family):
         return unsupported_unet(denoiser, autoencoder)
 
     def read(self, pipeline: Any, name: str, tokens: Tensor) -> tuple[Tensor, ...]:
-        output = getattr(pipeline, name)(tokens, output_hidden_states=True)
-        return output.hidden_states[-2], output[0]
+        output = getattr(pipeline, name)(tokens.flatten(0, -2), output_hidden_states=True)
+        # The pooled output is the first chunk's, as in AUTOMATIC1111, ComfyUI and sd-scripts.
+        pooled = output[0].unflatten(0, (len(tokens), -1))[:, 0]
+        return join_chunks(output.hidden_states[-2], len(tokens)), pooled
 
     def conditions(self, outputs: Outputs, config: Any) -> dict[str, Tensor]:
         hidden = torch.cat([output[0] for output in outputs.values()], dim=-1)

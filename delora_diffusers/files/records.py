@@ -83,6 +83,8 @@ def plan(request: Request, options: argparse.Namespace, base_model: str | None) 
         "resolution": options.resolution,
     }
     shared |= {side: value for side in ("width", "height") if (value := getattr(options, side)) is not None}
+    if options.max_prompt_chunks > 1:
+        shared["max_prompt_chunks"] = options.max_prompt_chunks
     weights = [weight for _, weight in request.adapters]
     if any(weight != 1 for weight in weights):
         shared["adapter_weights"] = weights

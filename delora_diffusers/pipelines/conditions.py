@@ -1,6 +1,7 @@
 """Prompts as conditions for the denoiser: the outputs of the text encoders."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,21 +28,51 @@ def text_encoders(pipeline: Any) -> dict[str, Any]:
 
 
 def tokenize(
-    pipeline: Any, prompts: Sequence[str], device: torch.device | str, names: Sequence[str] | None = None
+    pipeline: Any,
+    prompts: Sequence[str],
+    device: torch.device | str,
+    names: Sequence[str] | None = None,
+    chunks: int = 1,
 ) -> dict[str, Tensor]:
-    """Token ids for text encoders, (prompts, tokens), by the encoder's name.
+    """Token ids for text encoders by the encoder's name; see ``Family.tokenize``.
 
     Args:
         names: of the encoders; None for all that are loaded.
     """
     family = family_in(pipeline)
     names = list(text_encoders(pipeline)) if names is None else names
-    return {name: family.tokenize(pipeline, name, prompts).to(device) for name in names}
+    return {name: family.tokenize(pipeline, name, prompts, chunks).to(device) for name in names}
 
 
-def read_prompts(pipeline: Any, name: str, prompts: Sequence[str], device: torch.device | str) -> dict[str, Tensor]:
-    """The outputs of a text encoder that is loaded, (prompts, ...) each, as ``NAME/0``, ``NAME/1``, ..."""
-    outputs = family_in(pipeline).encode(pipeline, name, prompts, device)
+def count_chunks(pipeline: Any, prompts: Sequence[str], most: int) -> int:
+    """The chunks of CLIP's tokens in which the longest of these prompts is encoded, at most ``most``.
+
+    A chunk has as many tokens as CLIP reads, 77, of which two mark its start and its end.
+    """
+    if most == 1:
+        return 1
+    tokenizer, longest = family_in(pipeline).prompt_limit(pipeline)
+    return min(most, max(_chunks_of(tokenizer(prompt, verbose=False).input_ids, longest) for prompt in prompts))
+
+
+def _chunks_of(ids: Sequence[int], longest: int) -> int:
+    """The chunks that the token ids of a prompt fill, of which the first and the last mark its start and its end."""
+    return max(1, math.ceil((len(ids) - 2) / (longest - 2)))
+
+
+def read_prompts(
+    pipeline: Any, name: str, prompts: Sequence[str], device: torch.device | str, chunks: int = 1
+) -> dict[str, Tensor]:
+    """The outputs of a text encoder that is loaded, (prompts, ...) each, as ``NAME/0``, ``NAME/1``, ...
+
+    Args:
+        chunks: in which all prompts are encoded; more than one only for families that have ``CHUNKS_PROMPTS``.
+    """
+    family = family_in(pipeline)
+    if chunks == 1:
+        outputs = family.encode(pipeline, name, prompts, device)
+    else:
+        outputs = family.read(pipeline, name, family.tokenize(pipeline, name, prompts, chunks).to(device))
     return {f"{name}/{number}": tensor for number, tensor in enumerate(outputs)}
 
 
@@ -76,12 +107,22 @@ def without_full_mask(conditions: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in conditions.items() if name != "mask"}
 
 
-def encode_prompts(pipeline: Any, prompts: Sequence[str], device: torch.device | str) -> dict[str, Tensor]:
-    """Encode prompts with all text encoders, which are loaded, in their dtype; see ``conditions``."""
+def first_chunks(conditions: dict[str, Tensor], kept: int, chunks: int) -> dict[str, Tensor]:
+    """The conditions of prompts in the first ``kept`` of the ``chunks`` in which they are encoded."""
+    if kept == chunks:
+        return conditions
+    hidden = conditions["encoder_hidden_states"]
+    return conditions | {"encoder_hidden_states": hidden[:, : hidden.shape[1] // chunks * kept]}
+
+
+def encode_prompts(
+    pipeline: Any, prompts: Sequence[str], device: torch.device | str, chunks: int = 1
+) -> dict[str, Tensor]:
+    """Encode prompts with all text encoders, which are loaded, in their dtype; see ``conditions``, ``read_prompts``."""
     encoded: dict[str, Tensor] = {}
     config = getattr(getattr(pipeline, family_in(pipeline).DENOISER), "config", None)
     for name in text_encoders(pipeline):
-        encoded |= read_prompts(pipeline, name, prompts, device)
+        encoded |= read_prompts(pipeline, name, prompts, device, chunks)
     return conditions(pipeline, encoded, config)
 
 
@@ -117,15 +158,23 @@ def guided(
     return family_in(pipeline).guided(pipeline, prompts, negative, given)
 
 
-def warn_of_truncation(pipeline: Any, prompts: Sequence[str]) -> None:
-    """Log the prompts that are longer than the text encoder reads, and what it does not read of the first."""
-    tokenizer, longest = family_in(pipeline).prompt_limit(pipeline)
-    cut = [(prompt, ids) for prompt in prompts if len(ids := tokenizer(prompt, verbose=False).input_ids) > longest]
+def warn_of_truncation(pipeline: Any, prompts: Sequence[str], chunks: int = 1) -> None:
+    """Log the prompts that are longer than the text encoder reads, and what it does not read of the first.
+
+    Args:
+        chunks: at most as many are read of a prompt.
+    """
+    family = family_in(pipeline)
+    tokenizer, longest = family.prompt_limit(pipeline)
+    most = chunks * (longest - 2) + 2
+    cut = [(prompt, ids) for prompt in prompts if len(ids := tokenizer(prompt, verbose=False).input_ids) > most]
     if cut:
         prompt, ids = cut[0]
-        unread = tokenizer.decode(ids[longest - 1 :], skip_special_tokens=True)
+        unread = tokenizer.decode(ids[most - 1 :], skip_special_tokens=True)
         more = f"; {len(cut) - 1} more prompts are too long" if len(cut) > 1 else ""
-        message = f"truncated: the prompt {shortened(prompt)!r} has {len(ids)} tokens, of which {longest} are read"
+        if family.CHUNKS_PROMPTS:
+            more += f"; use --max_prompt_chunks {max(_chunks_of(ids, longest) for _, ids in cut)} to read everything"
+        message = f"truncated: the prompt {shortened(prompt)!r} has {len(ids)} tokens, of which {most} are read"
         logger.warning(printable(f"{message}; not read: {shortened(unread)!r}{more}."))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from delora_diffusers.errors import InputError
+from delora_diffusers.families.checks import PROMPT_CHUNKS_HELP, check_prompt_chunks
 from delora_diffusers.families.quantization import PACKAGES, add_base_precision_argument, check_base_precision
 from delora_diffusers.methods.config import (
     EVERYTHING,
@@ -145,6 +146,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--bucket_step", type=positive_int, default=64, help="sizes have sides in multiples of this; default: 64"
     )
+    group.add_argument("--max_prompt_chunks", type=positive_int, default=1, help=PROMPT_CHUNKS_HELP)
     group.add_argument("--train_batch_size", type=positive_int, default=1, help="batch size per process")
     group.add_argument("--max_train_steps", type=positive_int, default=1200, help="optimizer steps")
     group.add_argument("--gradient_accumulation_steps", type=positive_int, default=1, help="batches per optimizer step")
@@ -364,6 +366,7 @@ def with_family_defaults(args: argparse.Namespace, family: "Family") -> argparse
             f"--subjects_file trains several subjects at once only on a UNet, which {name} does not have; train them "
             "one after another."
         )
+    check_prompt_chunks(family, name, args.max_prompt_chunks)
     args = argparse.Namespace(**vars(args))
     scheme = (args.weighting_scheme or family.WEIGHTING_SCHEME) if family.IS_FLOW else None
     for flag, user in (("logit_mean", "logit_normal"), ("logit_std", "logit_normal"), ("mode_scale", "mode")):

@@ -48,7 +48,7 @@ class Plan:
         batch_size: samples per step, class images and all subjects included. resolution: side in pixels.
         dtype: of the frozen models. base_precision: see ``--base_precision``.
         adapter: of the denoiser. subjects: trained at once.
-        text_encoder: whether the text encoders are trained too.
+        text_encoder: whether the text encoders are trained too. prompt_chunks: in which prompts are encoded.
     """
 
     batch_size: int
@@ -61,9 +61,12 @@ class Plan:
     eight_bit: bool = False
     subjects: int = 1
     text_encoder: bool = False
+    prompt_chunks: int = 1
 
 
-def plan_of(args: argparse.Namespace, adapter: AdapterConfig, mixed_precision: str, subjects: int) -> Plan:
+def plan_of(
+    args: argparse.Namespace, adapter: AdapterConfig, mixed_precision: str, subjects: int, prompt_chunks: int = 1
+) -> Plan:
     """The plan that the flags of a training script describe."""
     prior = getattr(args, "with_prior_preservation", False)
     return Plan(
@@ -77,6 +80,7 @@ def plan_of(args: argparse.Namespace, adapter: AdapterConfig, mixed_precision: s
         eight_bit=args.use_8bit_adam,
         subjects=subjects,
         text_encoder=getattr(args, "train_text_encoder", False),
+        prompt_chunks=prompt_chunks,
     )
 
 
@@ -105,7 +109,7 @@ def step_memory(model: OpenModel, plan: Plan) -> StepMemory:
             for name in trained:
                 checkpoint_text_encoder(encoders[name])
         pipeline = SimpleNamespace(**encoders)
-        tokens = {name: _tokens(family, name, encoder, plan.batch_size) for name, encoder in encoders.items()}
+        tokens = {name: _tokens(family, name, encoder, plan) for name, encoder in encoders.items()}
         with torch.no_grad():
             outputs = {name: family.read(pipeline, name, ids) for name, ids in tokens.items()}
         encoded = {name: torch.empty(plan.batch_size, *shape) for name, shape in shapes.items()}
@@ -133,10 +137,11 @@ def _batch(model: OpenModel, plan: Plan) -> dict[str, torch.Tensor]:
     return batch | ({"time_ids": torch.zeros(plan.batch_size, 6)} if model.family.HAS_SIZES else {})
 
 
-def _tokens(family: Family, name: str, encoder: Any, prompts: int) -> torch.Tensor:
-    """Token ids of a text encoder, (prompts, tokens)."""
+def _tokens(family: Family, name: str, encoder: Any, plan: Plan) -> torch.Tensor:
+    """Token ids of a text encoder; see ``Family.tokenize``."""
     length = family.PROMPT_LENGTHS.get(name) or encoder.config.max_position_embeddings
-    return torch.zeros(prompts, length, dtype=torch.long)
+    chunks = [plan.prompt_chunks] if plan.prompt_chunks > 1 else []
+    return torch.zeros(plan.batch_size, *chunks, length, dtype=torch.long)
 
 
 def _bytes_saved(family: Family, denoiser: nn.Module, plan: Plan) -> int:

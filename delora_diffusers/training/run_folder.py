@@ -115,6 +115,8 @@ def write_model_card(
         flags, imports = "--map_dir maps", "load_adapter, load_control, merge"
         loading += f'\ncontrol = load_control(pipeline.unet, "{WEIGHTS_NAME}")'
         sampling = f"control.see(maps)  # a tensor (1, 3, height, width), values 0 to 1\n{sampling}"
+    if args.max_prompt_chunks > 1:
+        flags += f" --max_prompt_chunks {args.max_prompt_chunks}"
     use = f"python -m delora_diffusers generate --adapter . {flags} --output_dir images"
     imported, dtype = ("import torch\n", ", torch_dtype=torch.bfloat16") if components[0] == "transformer" else ("", "")
     code = f"""{imported}from diffusers import {pipeline}

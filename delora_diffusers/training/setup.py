@@ -81,7 +81,7 @@ def load_part(model: OpenModel, component: str, accelerator: Accelerator, dtype:
 
 
 def encode_with(
-    model: OpenModel, name: str, accelerator: Accelerator, prompts: Sequence[str]
+    model: OpenModel, name: str, accelerator: Accelerator, prompts: Sequence[str], chunks: int = 1
 ) -> dict[str, torch.Tensor]:
     """The outputs of a text encoder for prompts, on the device; see ``read_prompts``. It is loaded for that only."""
     savings = ["--mixed_precision bf16 or fp16", "shorter prompts", "a smaller base model"]
@@ -89,7 +89,7 @@ def encode_with(
         load_text_encoder(model, name, training_dtype(accelerator), accelerator.device)
         # CLIP's prompts are short. Those of language models need memory for hundreds of tokens each.
         together = [list(prompts)] if name in model.family.TRAINABLE_ENCODERS else [[prompt] for prompt in prompts]
-        outputs = joined([read_prompts(model.pipeline, name, batch, accelerator.device) for batch in together])
+        outputs = joined([read_prompts(model.pipeline, name, batch, accelerator.device, chunks) for batch in together])
     model.drop(name)
     return outputs
 

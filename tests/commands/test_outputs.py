@@ -215,10 +215,17 @@ def test_maps_of_one_name_in_two_folders_are_two(tmp_path):
     assert [(m.key, m.caption) for m in maps] == [("a/seg", "scene a"), ("b/seg", "scene b"), ("a/b/seg", "scene a/b")]
     import argparse
 
-    options = argparse.Namespace(
-        num_inference_steps=1, guidance_scale=1.0, negative_prompt="", scheduler=None, width=None, height=None
-    )
-    more = {"resolution": None, "map_dir": folder, "default_caption": None, "max_maps": None, "num_images": 2}
+    options = argparse.Namespace(num_inference_steps=1, guidance_scale=1.0, negative_prompt="", scheduler=None)
+    more = {
+        "max_prompt_chunks": 1,
+        "resolution": None,
+        "width": None,
+        "height": None,
+        "map_dir": folder,
+        "default_caption": None,
+        "max_maps": None,
+        "num_images": 2,
+    }
     options = argparse.Namespace(**vars(options) | more)
     records = plan(Request((), (), tmp_path / "out", 0), options, None)
     assert len({r["file_name"] for r in records}) == 6 and len({r["map"] for r in records}) == 3

@@ -37,10 +37,10 @@ def counted(patch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The prompts that the first text encoder reads."""
     original, read = encoded_prompts.read_prompts, []
 
-    def counting(pipeline: Any, name: str, prompts: Any, device: Any):
+    def counting(pipeline: Any, name: str, prompts: Any, device: Any, chunks: int):
         assert list(text_encoders(pipeline)) == [name]  # no other is loaded
         read.extend(prompts if name == "text_encoder" else [])
-        return original(pipeline, name, prompts, device)
+        return original(pipeline, name, prompts, device, chunks)
 
     patch.setattr(encoded_prompts, "read_prompts", counting)
     yield read

@@ -54,6 +54,9 @@ def test_what_each_flag_saves(model):
     assert offloaded.weights < plain.weights
     trained = step_memory(model, dataclasses.replace(PLAN, text_encoder=True))
     assert trained.weights > plain.weights and trained.adapter > plain.adapter
+    for before in (plain, trained):
+        longer = step_memory(model, dataclasses.replace(PLAN, text_encoder=before is trained, prompt_chunks=3))
+        assert longer.activations > before.activations and longer.weights == before.weights
 
 
 def test_the_plan_of_the_flags(tiny_sd, photographs, tmp_path):
