@@ -119,8 +119,8 @@ def test_subject_command(tmp_path, capsys):
 def test_subject_command_with_shapes_and_masks(tmp_path):
     shapes = [(40, 24), (24, 40), (32, 32)]
     flags = ["--count", "4", "--place", "beach", "--masks", "--shapes", *(f"{w}x{h}" for w, h in shapes)]
-    main(["subject", "4", str(tmp_path / "s"), *flags])
-    scenes = subject_scenes(4, 4, place="beach")
+    main(["subject", "14", str(tmp_path / "s"), *flags])  # a mug, the first class after the background
+    scenes = subject_scenes(14, 4, place="beach")
     assert len(list((tmp_path / "s").iterdir())) == 8
     for number, scene in enumerate(scenes):
         images, maps = render([scene], shapes[number % 3])
