@@ -14,7 +14,7 @@ from typing import Any
 
 from accelerate.state import AcceleratorState
 
-from benchmarks.miniature_subjects import flags
+from benchmarks.miniature_runs import flags
 from benchmarks.reporting import print_and_save
 from delora_diffusers.__main__ import main as library
 from delora_diffusers.methods.table import METHODS as METHOD_TABLE

@@ -8,24 +8,27 @@ continues after an interruption.
 
 import argparse
 import json
-import multiprocessing
 import os
-import shutil
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.miniature_runs import (
+    IDENTIFIER,
+    IMAGES_PER_PROMPT,
+    PROMPT_PLACES,
+    generate,
+    prepare,
+    run_all,
+    score,
+    train,
+)
 from benchmarks.reporting import print_and_save
 from delora_diffusers.atomic import write_text
 
-IDENTIFIER = "sks"
-PROMPT_PLACES = ("on the beach", "in the snow", "in the jungle", "on a wooden floor", "at night", "in a meadow")
 SUBJECTS = tuple(range(8))
 SEARCH_SUBJECTS = (100, 101, 103, 104, 107)
-PHOTOS_PER_SUBJECT, IMAGES_PER_PROMPT = 5, 2
-GENERATION: dict[str, Any] = {"num_inference_steps": 25, "guidance_scale": 4.0, "batch_size": 12}
+PHOTOS_PER_SUBJECT = 5
 WIDTH = 140
 """Approximate width of mini-sd's projections; lambda is the relative bound times the square root of the width."""
 
@@ -56,70 +59,32 @@ SEARCH: dict[str, dict[str, Any]] = {
 """Changes to the paper's learning rate, bound 0.35 and 300 steps of batch 4."""
 
 
-def flags(values: dict[str, Any]) -> list[str]:
-    """Command line flags from values by name: ``{"rank": 4}`` gives ``["--rank", "4"]``."""
-    arguments = []
-    for name, value in values.items():
-        arguments += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    return arguments
-
-
 def run_one(task: tuple[Path, int, str | None, dict[str, Any]]) -> dict[str, Any]:
     """Train (unless the setting is None), generate and score one subject; an existing result is read instead."""
     folder, number, setting, values = task
     result_file = folder / "result.json"
     if result_file.exists():
         return json.loads(result_file.read_text())
-    for output in ("adapter", "pictures"):  # an interrupted run starts from scratch
-        shutil.rmtree(folder / output, ignore_errors=True)
+    prepare(folder, "adapter", "pictures")
 
-    from accelerate.state import AcceleratorState
-
-    import train_dreambooth_delora
-    from data.photographs import find_photographs
     from data.toybox.write import write_unseen_subject
-    from delora_diffusers.__main__ import main as library
-    from eval.metrics.encoders import default_device, load_encoders
-    from eval.metrics.generated import read_generated
-    from eval.metrics.protocols import IDENTIFIERS, PROTOCOLS
-    from eval.metrics.subjects import score_subject
 
-    folder.mkdir(parents=True, exist_ok=True)
     photos, images = folder / "photographs", folder / "pictures"
     kind = write_unseen_subject(photos, number, PHOTOS_PER_SUBJECT)
     subject = f"a photo of {IDENTIFIER} {kind}"
     start = time.monotonic()
-    generation = {"output_dir": images, "num_images": IMAGES_PER_PROMPT, **GENERATION}
+    generation: dict[str, Any] = {"output_dir": images, "num_images": IMAGES_PER_PROMPT}
     generation["prompt"] = [f"{subject} {place}" for place in PROMPT_PLACES]
     if setting is not None:
-        training = {"instance_data_dir": photos, "instance_prompt": subject}
-        training |= {"output_dir": folder / "adapter", "report_to": "none", **values}
-        AcceleratorState._reset_state(reset_partial_state=True)
-        train_dreambooth_delora.main(flags(training))
+        train({"instance_data_dir": photos, "instance_prompt": subject, "output_dir": folder / "adapter", **values})
         generation["adapter"] = folder / "adapter"
     seconds = time.monotonic() - start
-    AcceleratorState._reset_state(reset_partial_state=True)
-    library(["generate", *flags(generation)])
-    references = [photo.path for photo in find_photographs(photos)]
-    protocol = PROTOCOLS["toybox"]
-    encoders = load_encoders(protocol, None, None, default_device(), "fp32")
-    scored = score_subject(read_generated(images), references, protocol, encoders, IDENTIFIERS, batch_size=32)
+    generate(generation)
+    scored = score(images, photos)
     result = {"subject": number, "kind": kind, "setting": setting, "values": values, "seconds": round(seconds, 1)}
     result |= {"scores": scored["scores"], "real": scored["real"]}
     write_text(result_file, json.dumps(result, indent=1) + "\n")
     return result
-
-
-def run_or_report(task: tuple, run: Callable[[Any], dict[str, Any]] = run_one) -> dict[str, Any] | None:
-    """Run a task; if it fails, print the error and return None, so that the other tasks go on."""
-    import torch
-
-    torch.set_num_threads(1)
-    try:
-        return run(task)
-    except BaseException as error:
-        print(f"{task[0]}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return None
 
 
 def subject_table(results: list[dict[str, Any]]) -> str:
@@ -178,11 +143,9 @@ def main(argv: list[str] | None = None) -> None:
             folder = options.out_dir / (setting or "base").replace(" ", "-").replace(",", "") / f"{number:03}"
             tasks.append((folder, number, setting, values))
     results = []
-    with multiprocessing.get_context("spawn").Pool(min(options.workers, len(tasks)), maxtasksperchild=8) as pool:
-        for result in pool.imap_unordered(run_or_report, tasks, chunksize=1):
-            if result is not None:
-                results.append(result)
-                print(json.dumps({k: result[k] for k in ("subject", "setting", "seconds", "scores")}), flush=True)
+    for result in run_all(run_one, tasks, options.workers):
+        results.append(result)
+        print(json.dumps({k: result[k] for k in ("subject", "setting", "seconds", "scores")}), flush=True)
     order = [None, *settings]
     results.sort(key=lambda r: (order.index(r["setting"]), r["subject"]))
     table = search_table(results) if options.search else subject_table(results)

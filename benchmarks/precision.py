@@ -8,13 +8,13 @@ command continues after an interruption.
 
 import argparse
 import json
-import multiprocessing
 import os
 import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.miniature_subjects import SUBJECTS, run_one, run_or_report
+from benchmarks.miniature_runs import run_all
+from benchmarks.miniature_subjects import SUBJECTS, run_one
 from benchmarks.reporting import print_and_save
 from delora_diffusers.atomic import write_text
 
@@ -190,20 +190,13 @@ def main() -> None:
             for values in [settings | {"seed": seed}]
             for number in options.subjects
         ]
-        workers = min(options.workers, len(tasks))
         results = []
-        with multiprocessing.get_context("spawn").Pool(workers) as pool:
-            for result in pool.imap_unordered(_run, tasks, chunksize=1):
-                if result is not None:
-                    results.append(result)
-                    summary = {key: result[key] for key in ("subject", "setting", "seconds", "scores", "distance")}
-                    print(json.dumps(summary), flush=True)
+        for result in run_all(run_subject, tasks, options.workers, per_process=None):
+            results.append(result)
+            summary = {key: result[key] for key in ("subject", "setting", "seconds", "scores", "distance")}
+            print(json.dumps(summary), flush=True)
         table = subjects_table(results)
     print_and_save(table, options.output)
-
-
-def _run(task: tuple) -> dict[str, Any] | None:
-    return run_or_report(task, run_subject)
 
 
 if __name__ == "__main__":

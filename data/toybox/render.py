@@ -34,10 +34,17 @@ def column(values: Sequence[float], device: torch.device | str) -> Tensor:
     return torch.tensor(values, dtype=torch.float64).to(torch.float32).to(device)[:, None]
 
 
-def camera_rays(scenes: Sequence[Scene], side: int, device: torch.device | str) -> Rays:
-    """Rays through the centres of side x side samples, row by row."""
-    centres = (torch.arange(side, dtype=torch.float32, device=device) + 0.5) / side * 2 - 1
-    down, right = (grid.reshape(-1) for grid in torch.meshgrid(centres, centres, indexing="ij"))
+def camera_rays(scenes: Sequence[Scene], width: int, height: int, device: torch.device | str) -> Rays:
+    """Rays through the centres of width x height samples, row by row.
+
+    The shorter side always has the same field of view, so the centre of a rectangle is what a square shows.
+    """
+    short = min(width, height)
+    down, right = (
+        (torch.arange(side, dtype=torch.float32, device=device) + 0.5 - (side - short) / 2) / short * 2 - 1
+        for side in (height, width)
+    )
+    down, right = (grid.reshape(-1) for grid in torch.meshgrid(down, right, indexing="ij"))
     origins, directions = [], []
     for view in (scene.view for scene in scenes):
         cos_e, sin_e = math.cos(view.elevation), math.sin(view.elevation)
@@ -269,23 +276,28 @@ def tone(linear: Tensor) -> Tensor:
 
 @torch.no_grad()
 def render(
-    scenes: Sequence[Scene], size: int = SIZE, device: torch.device | str = "cpu", batch_size: int | None = None
+    scenes: Sequence[Scene],
+    size: int | tuple[int, int] = SIZE,
+    device: torch.device | str = "cpu",
+    batch_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Render scenes.
 
     Args:
         scenes: the scenes to render.
-        size: side length of the images in pixels.
+        size: (width, height) of the images in pixels, or the side length of squares. A rectangle shows more of the
+            scene along its longer side than a square; the toy keeps its size relative to the shorter side.
         device: where to render.
         batch_size: scenes rendered at a time; 8 on the CPU and 64 elsewhere by default.
 
     Returns:
-        Images (scenes, 3, size, size) and semantic maps (scenes, size, size) with indices into ``SEMANTIC_CLASSES``,
-        both uint8 on ``device``.
+        Images (scenes, 3, height, width) and semantic maps (scenes, height, width) with indices into
+        ``SEMANTIC_CLASSES``, both uint8 on ``device``.
     """
+    width, height = (size, size) if isinstance(size, int) else size
     batch_size = batch_size or (8 if torch.device(device).type == "cpu" else 64)
-    images = torch.empty((len(scenes), 3, size, size), dtype=torch.uint8, device=device)
-    maps = torch.empty((len(scenes), size, size), dtype=torch.uint8, device=device)
+    images = torch.empty((len(scenes), 3, height, width), dtype=torch.uint8, device=device)
+    maps = torch.empty((len(scenes), height, width), dtype=torch.uint8, device=device)
     order = sorted(range(len(scenes)), key=lambda i: (scenes[i].subject.kind, scenes[i].view.place, i))
     by_kind: dict[str, list[int]] = {}
     for i in order:
@@ -293,16 +305,16 @@ def render(
     for kind, members in by_kind.items():
         for first in range(0, len(members), batch_size):
             chosen = members[first : first + batch_size]
-            colour, semantic = _render_samples(kind, [scenes[i] for i in chosen], size * SUPERSAMPLING, device)
+            rays = camera_rays([scenes[i] for i in chosen], width * SUPERSAMPLING, height * SUPERSAMPLING, device)
+            colour, semantic = _render_samples(kind, [scenes[i] for i in chosen], rays)
             rows = torch.tensor(chosen, device=device)
-            images[rows], maps[rows] = _pixels(colour, semantic, size)
+            images[rows], maps[rows] = _pixels(colour, semantic, width, height)
     return images, maps
 
 
-def _render_samples(kind: str, scenes: list[Scene], side: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Colour (batch, side * side, 3) and semantic class (batch, side * side) of scenes with toys of one class."""
-    rays = camera_rays(scenes, side, device)
-    count = side * side
+def _render_samples(kind: str, scenes: list[Scene], rays: Rays) -> tuple[Tensor, Tensor]:
+    """Colour (batch, rays, 3) and semantic class (batch, rays) of scenes with toys of one class."""
+    count, device = rays.direction.shape[1], rays.direction.device
     colour = torch.empty((len(scenes), count, 3), device=device)
     semantic = torch.empty((len(scenes), count), dtype=torch.uint8, device=device)
     ground = torch.empty((len(scenes), count), device=device)
@@ -316,9 +328,9 @@ def _render_samples(kind: str, scenes: list[Scene], side: int, device: torch.dev
     return colour, semantic
 
 
-def _pixels(colour: Tensor, semantic: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def _pixels(colour: Tensor, semantic: Tensor, width: int, height: int) -> tuple[Tensor, Tensor]:
     """Average the samples of each pixel; its class is the most frequent class of its samples."""
     batch, s = len(colour), SUPERSAMPLING
-    averaged = tone(colour).reshape(batch, size, s, size, s, 3).mean(dim=(2, 4)).permute(0, 3, 1, 2)
-    samples = semantic.reshape(batch, size, s, size, s).permute(0, 1, 3, 2, 4).reshape(batch, size, size, s * s)
+    averaged = tone(colour).reshape(batch, height, s, width, s, 3).mean(dim=(2, 4)).permute(0, 3, 1, 2)
+    samples = semantic.reshape(batch, height, s, width, s).permute(0, 1, 3, 2, 4).reshape(batch, height, width, s * s)
     return (averaged * 255 + 0.5).clamp(0, 255).to(torch.uint8), samples.mode(dim=-1).values

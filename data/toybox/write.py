@@ -3,7 +3,7 @@
 import argparse
 import colorsys
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from data.toybox.captions import IDENTIFIERS, caption
-from data.toybox.places import PLACES
+from data.toybox.places import PLACES, STUFF
 from data.toybox.render import SIZE, render
 from data.toybox.scenes import SEMANTIC_CLASSES, Scene, photograph, training_subject, unseen_subject
 from delora_diffusers.atomic import atomic_folder
@@ -20,6 +20,11 @@ from delora_diffusers.json_lines import write_json_lines
 from delora_diffusers.names import METADATA_NAME
 
 BATCH = 32
+
+Shapes = Sequence[tuple[int, int]]
+"""(width, height) of images in pixels; image i has shape i modulo their number."""
+
+SQUARE: Shapes = ((SIZE, SIZE),)
 
 
 def palette() -> list[int]:
@@ -32,17 +37,25 @@ def palette() -> list[int]:
     return flat + [0] * (768 - len(flat))
 
 
-def render_with_maps(scenes: list[Scene], size: int, device: str) -> Iterator[tuple[Image.Image, Image.Image]]:
+def render_with_maps(scenes: list[Scene], shapes: Shapes, device: str) -> Iterator[tuple[Image.Image, Image.Image]]:
     """(image, semantic map with a palette) of each scene, with a progress bar."""
-    colours = palette()
+    colours, batch = palette(), BATCH * len(shapes)
     with tqdm(total=len(scenes), desc="rendering", disable=None) as progress:
-        for first in range(0, len(scenes), BATCH):
-            images, maps = render(scenes[first : first + BATCH], size, device)
-            for pixels, labels in zip(images.permute(0, 2, 3, 1).cpu().numpy(), maps.cpu().numpy()):
-                semantic = Image.fromarray(labels, mode="P")
+        for first in range(0, len(scenes), batch):
+            chunk = scenes[first : first + batch]
+            columns = [render(chunk[i :: len(shapes)], shape, device) for i, shape in enumerate(shapes[: len(chunk)])]
+            for index in range(len(chunk)):
+                images, maps = columns[index % len(shapes)]
+                row = index // len(shapes)
+                semantic = Image.fromarray(maps[row].cpu().numpy(), mode="P")
                 semantic.putpalette(colours)
-                yield Image.fromarray(pixels), semantic
+                yield Image.fromarray(images[row].permute(1, 2, 0).cpu().numpy()), semantic
                 progress.update()
+
+
+def toy_mask(semantic: Image.Image) -> Image.Image:
+    """The mask of the toy in a semantic map: 8-bit grey, 255 on the toy and 0 elsewhere."""
+    return Image.fromarray(np.where(np.asarray(semantic) >= len(STUFF), 255, 0).astype(np.uint8))
 
 
 def subject_scenes(number: int, count: int, seen: bool = False, seed: int = 0, place: str | None = None) -> list[Scene]:
@@ -53,25 +66,38 @@ def subject_scenes(number: int, count: int, seen: bool = False, seed: int = 0, p
     return [photograph(subject, seed, i, name) for i, name in enumerate(places)]
 
 
-def write_unseen_subject(folder: Path, number: int = 0, count: int = 5) -> str:
+def write_unseen_subject(
+    folder: Path,
+    number: int = 0,
+    count: int = 5,
+    place: str | None = None,
+    shapes: Shapes = SQUARE,
+    masks: bool = False,
+) -> str:
     """Write photos of an unseen subject to ``folder``, unless it exists.
+
+    Args:
+        place: see ``subject_scenes``. shapes, masks: see ``write_photos``.
 
     Returns:
         The subject's class.
     """
-    scenes = subject_scenes(number, count)
-
-    def write(temporary: Path) -> None:
-        for index, (image, _) in enumerate(render_with_maps(scenes, SIZE, "cpu")):
-            image.save(temporary / f"{index:02}.png")
-
-    write_once(folder, write)
+    scenes = subject_scenes(number, count, place=place)
+    write_once(folder, lambda temporary: write_photos(temporary, scenes, shapes, masks, "cpu"))
     return scenes[0].subject.kind
+
+
+def write_photos(folder: Path, scenes: list[Scene], shapes: Shapes, masks: bool, device: str) -> None:
+    """Write ``00.png``, ``01.png``, ... and, if ``masks``, the mask of the toy in each as ``00.mask.png``, ..."""
+    for index, (image, semantic) in enumerate(render_with_maps(scenes, shapes, device)):
+        image.save(folder / f"{index:02}.png")
+        if masks:
+            toy_mask(semantic).save(folder / f"{index:02}.mask.png")
 
 
 def write_map_pairs(folder: Path, count: int, seed: int = 0, unseen: bool = False) -> None:
     """Write captions, images and maps of ``count`` different subjects to ``folder``, unless it exists."""
-    options = argparse.Namespace(count=count, seed=seed, unseen=unseen, size=SIZE, device="cpu")
+    options = argparse.Namespace(count=count, seed=seed, unseen=unseen, shapes=SQUARE, device="cpu")
     write_once(folder, lambda temporary: write_world(temporary, options, maps=True))
 
 
@@ -93,10 +119,9 @@ def world_scenes(count: int, seed: int, unseen: bool = False) -> list[Scene]:
 
 
 def write_subject(folder: Path, options: argparse.Namespace) -> None:
-    """Write photos of one subject, with captions if ``options.captions``."""
+    """Write photos of one subject, with masks if ``options.masks`` and with captions if ``options.captions``."""
     scenes = subject_scenes(options.number, options.count, options.seen, options.seed, options.place)
-    for index, (image, _) in enumerate(render_with_maps(scenes, options.size, options.device)):
-        image.save(folder / f"{index:02}.png")
+    write_photos(folder, scenes, options.shapes, options.masks, options.device)
     if options.captions:
         text = f"a photo of {IDENTIFIERS[0]} {scenes[0].subject.kind}"
         lines = [
@@ -110,7 +135,7 @@ def write_world(folder: Path, options: argparse.Namespace, maps: bool) -> None:
     """Write captioned images of many subjects, with their semantic maps if ``maps``."""
     scenes = world_scenes(options.count, options.seed, options.unseen)
     lines = []
-    for index, (image, semantic) in enumerate(render_with_maps(scenes, options.size, options.device)):
+    for index, (image, semantic) in enumerate(render_with_maps(scenes, options.shapes, options.device)):
         scene, name = scenes[index], f"{index:05}.png"
         image.save(folder / name)
         line = {"file_name": name, "text": caption(scene, np.random.default_rng((options.seed, index, 11)))}

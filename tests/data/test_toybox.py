@@ -22,6 +22,7 @@ from data.toybox.scenes import (
 )
 from data.toybox.shapes import CLASSES
 from data.toybox.surfaces import PATTERNS
+from data.toybox.write import subject_scenes
 
 SIZE = 48
 
@@ -45,6 +46,21 @@ def test_image_does_not_depend_on_its_batch(rendered):
     for number in (0, 9):
         alone = render(example_scenes(14)[number : number + 1], SIZE)
         assert torch.equal(alone[0][0], rendered[0][number]) and torch.equal(alone[1][0], rendered[1][number])
+
+
+@pytest.mark.parametrize("shape", [(80, SIZE), (SIZE, 80)])
+def test_rectangle_shows_more_than_the_square_and_the_same_at_its_centre(rendered, shape):
+    width, height = shape
+    left, top = (width - SIZE) // 2, (height - SIZE) // 2
+    images, maps = render(example_scenes(14), shape)
+    assert images.shape == (14, 3, height, width) and maps.shape == (14, height, width)
+    assert torch.equal(images[:, :, top : top + SIZE, left : left + SIZE], rendered[0])
+    assert torch.equal(maps[:, top : top + SIZE, left : left + SIZE], rendered[1])
+    # The toys are inside the square already, nearly always; what a rectangle adds is background.
+    on_toy = maps >= len(STUFF)
+    assert on_toy.sum() < 1.02 * (rendered[1] >= len(STUFF)).sum()
+    border = images[:, :, :, :left] if left else images[:, :, :top]
+    assert all(strip.float().std() > 1 for strip in border)
 
 
 @pytest.mark.gpu
@@ -100,6 +116,32 @@ def test_subject_command(tmp_path, capsys):
     assert "wrote" in capsys.readouterr().out
 
 
+def test_subject_command_with_shapes_and_masks(tmp_path):
+    shapes = [(40, 24), (24, 40), (32, 32)]
+    flags = ["--count", "4", "--place", "beach", "--masks", "--shapes", *(f"{w}x{h}" for w, h in shapes)]
+    main(["subject", "14", str(tmp_path / "s"), *flags])  # a mug, the first class after the background
+    scenes = subject_scenes(14, 4, place="beach")
+    assert len(list((tmp_path / "s").iterdir())) == 8
+    for number, scene in enumerate(scenes):
+        images, maps = render([scene], shapes[number % 3])
+        with Image.open(tmp_path / "s" / f"{number:02}.png") as image:
+            assert np.array_equal(np.asarray(image), images[0].permute(1, 2, 0))
+        with Image.open(tmp_path / "s" / f"{number:02}.mask.png") as mask:
+            assert mask.mode == "L" and mask.size == shapes[number % 3]
+            toy = maps[0].numpy() == SEMANTIC_CLASSES.index(scene.subject.kind)
+            assert np.array_equal(np.asarray(mask), np.where(toy, 255, 0))
+
+
+def test_maps_command_with_shapes(tmp_path):
+    main(["maps", str(tmp_path / "m"), "--count", "3", "--shapes", "32x24", "24x32"])
+    for name, shape in (("00000", (32, 24)), ("00001", (24, 32)), ("00002", (32, 24))):
+        sizes = []
+        for folder in ("", "maps"):
+            with Image.open(tmp_path / "m" / folder / f"{name}.png") as image:
+                sizes.append(image.size)
+        assert sizes == [shape, shape]
+
+
 def test_maps_command(tmp_path):
     main(["maps", str(tmp_path / "m"), "--count", "4", "--size", "32", "--seed", "1"])
     names = json.loads((tmp_path / "m" / "classes.json").read_text())
@@ -119,6 +161,10 @@ def test_maps_command(tmp_path):
     [
         (["render", "{out}", "--count", "0"], "count"),
         (["render", "{out}", "--size", "7"], "size"),
+        (["maps", "{out}", "--shapes", "32x32", "32x7"], "error: --shapes 32x7 is too small; give sides of at least 8"),
+        (["maps", "{out}", "--shapes", "8x33"], "error: --shapes 8x33 is too long"),
+        (["subject", "0", "{out}", "--shapes", "32"], "'32' is not a shape; write it as WIDTHxHEIGHT"),
+        (["subject", "0", "{out}", "--shapes", "32x32", "--size", "32"], "not allowed with argument --shapes"),
         (["subject", "0", "{out}", "--place", "the moon"], "the moon"),
         (["render", "{out}", "--device", "nonsense"], "--device nonsense cannot be used"),
         (["subject", "0", "{existing}"], "already exists"),
