@@ -338,7 +338,8 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
         for s, photo_latents, prior_latents in zip(subjects, latents, class_latents)
     ]
     batches = SubjectBatches(noising, encoded_subjects, table, args.train_batch_size, args.prior_loss_weight, device)
-    losses = Losses(model.family, models[denoiser], len(subjects), pipeline if args.train_text_encoder else None)
+    trained_pipeline = pipeline if args.train_text_encoder else None
+    losses = Losses(model.family, models[denoiser], len(subjects), trained_pipeline, loss_type=args.loss_type)
     settings = [argparse.Namespace(**vars(args) | subject.flag_overrides()) for subject in subjects]
     files = AdapterFiles(adapters, settings, [s.prompts[0] for s in subjects], {"pipeline": type(pipeline).__name__})
     same_shape = batches.have_same_shape
