@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from diffusers.training_utils import EMAModel
-from torch import nn
+from torch import Tensor, nn
 
 from delora_diffusers.adapter.tensors import Adapter
 
@@ -34,10 +34,10 @@ class WeightAverage:
         optimizer: torch.optim.Optimizer,
         ema_decay: float | None = None,
     ):
-        self.parameters = list(parameters)
+        self.parameters: list[Tensor] = [*parameters]
         self.adapters = adapters
         self.optimizer = optimizer
-        self.ema = None if ema_decay is None else EMAModel(self.parameters, decay=ema_decay, foreach=True)
+        self.ema = None if ema_decay is None else EMAModel(parameters, decay=ema_decay, foreach=True)
         self.schedule_free = "train_mode" in optimizer.param_groups[0]
         self._train_mode(True)
 

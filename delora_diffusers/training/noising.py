@@ -221,4 +221,5 @@ def loss_weights(noise_scheduler, timesteps: Tensor, snr_gamma: float | None, de
         ratio = ratio.clamp(1e-12, LARGEST_SNR)
         return 1 / (ratio + 1) if predicts_v else ratio.rsqrt()
     divisor = ratio + 1 if predicts_v else ratio.clamp_min(1e-12)
+    assert snr_gamma is not None
     return ratio.clamp_max(snr_gamma) / divisor
