@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from diffusers.training_utils import EMAModel
-from torch import Tensor, nn
+from torch import nn
 
 from delora_diffusers.adapter.tensors import Adapter
 
@@ -34,10 +34,10 @@ class WeightAverage:
         optimizer: torch.optim.Optimizer,
         ema_decay: float | None = None,
     ):
-        self.parameters: list[Tensor] = [*parameters]
+        self.parameters = list(parameters)
         self.adapters = adapters
         self.optimizer = optimizer
-        self.ema = None if ema_decay is None else EMAModel(parameters, decay=ema_decay, foreach=True)
+        self.ema = None if ema_decay is None else EMAModel(self.parameters, decay=ema_decay, foreach=True)
         self.schedule_free = "train_mode" in optimizer.param_groups[0]
         self._train_mode(True)
 
@@ -51,7 +51,7 @@ class WeightAverage:
         """Replace the weights by their average, for good: after the last step."""
         if self.ema is not None:
             # Not ema.copy_to, which hides the change from the adapters, and they would keep the old products.
-            torch._foreach_copy_(self.parameters, self.ema.shadow_params)
+            torch._foreach_copy_([*self.parameters], self.ema.shadow_params)
         elif self.schedule_free:
             self.optimizer.eval()
         else:
@@ -72,7 +72,7 @@ class WeightAverage:
             yield
         finally:
             with torch.no_grad():
-                torch._foreach_copy_(self.parameters, trained)
+                torch._foreach_copy_([*self.parameters], trained)
             self._train_mode(True)
 
     def _train_mode(self, mode: bool) -> None:

@@ -122,8 +122,15 @@ def given_options(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         InputError: one is not of the form KEY=VALUE, or is given twice.
     """
-    options: dict[str, Any] = {}
+    words: list[str] = []
     for word in args.optimizer_args:
+        # In a YAML list, the comma of betas=0.9,0.99 separates two items.
+        if words and "=" not in word and isinstance(_value(word), int | float):
+            words[-1] += f",{word}"
+        else:
+            words.append(word)
+    options: dict[str, Any] = {}
+    for word in words:
         key, equals, text = (part.strip() for part in word.partition("="))
         if not (key and equals and text):
             raise InputError(f"--optimizer_args {word!r} is not of the form KEY=VALUE; write for example d_coef=2.")
