@@ -38,13 +38,14 @@ OPTIMIZERS = {
     "adamw8bit": Optimizer(
         "bitsandbytes.optim:AdamW8bit", "bitsandbytes", has_adams_moments=True, trains_all=True, separates_subjects=True
     ),
-    # The two defaults are what its authors recommend for diffusion models, and what diffusers' scripts have.
+    # The defaults are what its authors recommend for diffusion models. From their usual d0 of 1e-6, the estimate needs
+    # most of a run of 300 steps to grow to a rate that trains; they recommend up to 1e-4 then.
     "prodigy": Optimizer(
         "prodigyopt:Prodigy",
         "prodigyopt",
         fixed_rate=1.0,
         has_adams_moments=True,
-        defaults={"use_bias_correction": True, "safeguard_warmup": True},
+        defaults={"d0": 1e-4, "use_bias_correction": True, "safeguard_warmup": True},
     ),
     "adamw_schedulefree": Optimizer(
         "schedulefree:AdamWScheduleFree",
@@ -57,7 +58,8 @@ OPTIMIZERS = {
     "adafactor": Optimizer("transformers.optimization:Adafactor"),
     # "Typically 3-10x smaller than that for AdamW" (Chen et al., NeurIPS 2023, arXiv 2302.06675, section 5).
     "lion": Optimizer("pytorch_optimizer:Lion", "pytorch-optimizer", rate=0.1, separates_subjects=True),
-    "came": Optimizer("pytorch_optimizer:CAME", "pytorch-optimizer"),
+    # Its averages start at 0 without a correction, so the first steps are some ten times its rate.
+    "came": Optimizer("pytorch_optimizer:CAME", "pytorch-optimizer", rate=0.1),
 }
 
 ADAM_DEFAULTS = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}

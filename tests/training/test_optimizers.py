@@ -135,13 +135,14 @@ def test_subjects_affect_each_other_exactly_where_the_table_says(tmp_path, name)
         for optimizer in optimizers:
             optimizer.param_groups[0]["train_mode"] = True
             optimizer.step()
-    assert torch.equal(together[:3], alone) == OPTIMIZERS[name].separates_subjects
+    same = torch.allclose(together[:3], alone, rtol=1e-5, atol=1e-6)  # up to the rounding of vectorized loops
+    assert same == OPTIMIZERS[name].separates_subjects
 
 
 @pytest.mark.parametrize("method", ["delora", "lora"])
 def test_the_default_rates(tmp_path, method):
     rate = METHODS[method].learning_rate
-    expected = {"adamw": rate, "prodigy": 1.0, "lion": rate / 10}
+    expected = {"adamw": rate, "prodigy": 1.0, "lion": rate / 10, "came": rate / 10, "adafactor": rate}
     for name, learning_rate in expected.items():
         args = parsed(tmp_path, "--method", method, "--optimizer", name)
         assert args.learning_rate == pytest.approx(learning_rate) and args.lambda_learning_rate == 1e-3
