@@ -349,7 +349,8 @@ def train_on_maps(
     )
     validate = MapValidation(accelerator, pipeline, table.lookup, control, examples, args)
     files = AdapterFiles(adapters, [args], captions[:1], {"control": control, "pipeline": kind})
-    trained_encoder, losses = None if frozen else encoder, Losses(model.family, unet, control=control)
+    trained_encoder = None if frozen else encoder
+    losses = Losses(model.family, unet, control=control, loss_type=args.loss_type)
     train(accelerator, adapters, batches, losses, args, validate, trained_encoder, files, examples=batches.examples)
     save_run(accelerator, files, 0, f"{len(pairs)} images and their maps", data)
     accelerator.end_training()

@@ -522,7 +522,8 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
         args.caption_dropout,
         model.family.NO_PROMPT,
     )
-    losses = Losses(model.family, models[denoiser], len(subjects), pipeline if args.train_text_encoder else None)
+    trained_pipeline = pipeline if args.train_text_encoder else None
+    losses = Losses(model.family, models[denoiser], len(subjects), trained_pipeline, loss_type=args.loss_type)
     settings = [args]
     if args.subjects_file is not None:
         settings = [argparse.Namespace(**vars(args) | subject.flag_overrides()) for subject in subjects]

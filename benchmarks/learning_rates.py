@@ -64,7 +64,8 @@ class FixedLoss:
             generator = torch.Generator().manual_seed(seed)
             latents = self.latents.sample(range(count), generator, seed)
             batch = self.noising(latents, generator)
-            total += denoising_losses(self.family, self.pipeline.unet, **batch, subjects=1, **conditions).item()
+            batch |= conditions
+            total += denoising_losses(self.family, self.pipeline.unet, **batch, subjects=1, loss_type="l2").item()
         if adapter is not None:
             detach(self.pipeline.unet)
         return total / self.samples

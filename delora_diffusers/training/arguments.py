@@ -25,6 +25,7 @@ from delora_diffusers.methods.table import LAMBDA_LEARNING_RATE, METHODS
 from delora_diffusers.names import MINIATURE, is_miniature
 from delora_diffusers.outputs import check_run_folder
 from delora_diffusers.text_files import as_bool, is_text, read_yaml
+from delora_diffusers.training.optimizer_flags import add_optimizer_arguments, check_optimizer, with_optimizer_defaults
 
 if TYPE_CHECKING:
     from delora_diffusers.families.family import Family
@@ -44,6 +45,10 @@ SCHEDULERS = (
 
 WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
 """How flows sample times and weight the loss; diffusers' names."""
+
+LOSS_TYPES = ("l2", "huber", "smooth_l1")
+HUBER_SCHEDULES = ("constant", "exponential", "snr")
+"""Losses and their schedules; diffusers' and kohya's names."""
 
 STEP_RULES = r"(\d*\.?\d+:\d+,)*\d*\.?\d+"
 """FACTOR:STEP pairs, each multiplying the learning rate up to that step, then the final factor."""
@@ -162,7 +167,8 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--learning_rate",
         type=float,
-        help="learning rate of A and B; default: depends on --method, 2e-2 for DeLoRA, 6e-4 for LoRA",
+        help="learning rate of A and B; default: depends on --method and --optimizer, with AdamW 2e-2 for DeLoRA and "
+        "6e-4 for LoRA",
     )
     group.add_argument(
         "--lambda_learning_rate",
@@ -175,13 +181,19 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--lr_num_cycles", type=positive_int, default=1, help="restarts of cosine_with_restarts")
     group.add_argument("--lr_power", type=float, default=1.0, help="power of the polynomial schedule")
     group.add_argument("--lr_step_rules", help="rules of piecewise_constant, for example 1:500,0.1")
-    group.add_argument("--use_8bit_adam", action="store_true", help="use 8-bit AdamW; needs bitsandbytes")
-    group.add_argument("--adam_beta1", type=float, default=0.9, help="default: 0.9")
-    group.add_argument("--adam_beta2", type=float, default=0.999, help="default: 0.999")
-    group.add_argument("--adam_weight_decay", type=float, default=1e-2, help="weight decay of A and B; lambda has none")
-    group.add_argument("--adam_epsilon", type=float, default=1e-8, help="default: 1e-8")
+    add_optimizer_arguments(group)
     group.add_argument("--max_grad_norm", type=float, default=1.0, help="maximum gradient norm; 0 turns clipping off")
     group.add_argument("--snr_gamma", type=float, help="weight the loss by min-SNR with this gamma, commonly 5.0")
+    group.add_argument(
+        "--debiased_estimation_loss", action="store_true", help="weight the loss by 1 / sqrt(SNR) instead"
+    )
+    group.add_argument("--loss_type", choices=LOSS_TYPES, default="l2", help="default: l2, the squared error")
+    group.add_argument("--huber_c", type=float, help="threshold of huber and smooth_l1; default: 0.1")
+    group.add_argument(
+        "--huber_schedule",
+        choices=HUBER_SCHEDULES,
+        help="how that threshold falls from 1 with the noise; default: snr, for flow models exponential",
+    )
     group.add_argument(
         "--weighting_scheme",
         choices=WEIGHTING_SCHEMES,
@@ -331,7 +343,7 @@ def adapter_config(args: argparse.Namespace, **changes: Any) -> AdapterConfig:
 def with_defaults(
     args: argparse.Namespace, learning_rates: Mapping[str, float] | None = None, maps: bool = False
 ) -> argparse.Namespace:
-    """Fill in the method's default learning rate where none was given; returns new arguments.
+    """Fill in the optimizer and the method's default learning rate where none was given; returns new arguments.
 
     Args:
         learning_rates: default rates by method that override those of the table of methods.
@@ -341,8 +353,8 @@ def with_defaults(
     args.resolutions = sorted(set(args.resolution))
     args.resolution = args.resolutions[-1]
     args.gradient_checkpointing = args.gradient_checkpointing or args.offload
-    if args.learning_rate is None:
-        args.learning_rate = (learning_rates or {}).get(args.method, METHODS[args.method].default_rate(maps))
+    adamw_rate = (learning_rates or {}).get(args.method, METHODS[args.method].default_rate(maps))
+    args = with_optimizer_defaults(args, adamw_rate)
     if args.targets is None and args.method == "full":
         args.targets = [EVERYTHING]
     return args
@@ -356,8 +368,9 @@ def with_family_defaults(args: argparse.Namespace, family: "Family") -> argparse
     """
     name = args.pretrained_model_name_or_path
     kind = "a flow model" if family.IS_FLOW else "a DDPM"
-    for flag in ("snr_gamma",) if family.IS_FLOW else ("weighting_scheme", "timestep_shift"):
-        if getattr(args, flag) is not None:
+    diffusion_only, flow_only = ("snr_gamma", "debiased_estimation_loss"), ("weighting_scheme", "timestep_shift")
+    for flag in diffusion_only if family.IS_FLOW else flow_only:
+        if getattr(args, flag) not in (None, False):
             raise InputError(f"--{flag} does not apply to {name}, which is {kind}; leave it out.")
     if getattr(args, "train_text_encoder", False) and not family.TRAINABLE_ENCODERS:
         raise InputError(f"--train_text_encoder trains CLIP, which {name} does not have; leave it out.")
@@ -372,6 +385,11 @@ def with_family_defaults(args: argparse.Namespace, family: "Family") -> argparse
     for flag, user in (("logit_mean", "logit_normal"), ("logit_std", "logit_normal"), ("mode_scale", "mode")):
         if getattr(args, flag) is not None and scheme != user:
             raise InputError(f"--{flag} belongs to --weighting_scheme {user}, which is not used; leave out --{flag}.")
+    if args.loss_type != "l2":
+        if family.IS_FLOW and args.huber_schedule == "snr":
+            raise InputError(f"--huber_schedule snr does not apply to {name}, which is {kind}; use exponential.")
+        args.huber_c = 0.1 if args.huber_c is None else args.huber_c
+        args.huber_schedule = args.huber_schedule or ("exponential" if family.IS_FLOW else "snr")
     args.targets = args.targets or list(family.TARGETS)
     args.guidance_scale = family.GUIDANCE_SCALE if args.guidance_scale is None else args.guidance_scale
     args.weighting_scheme = scheme
@@ -386,7 +404,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "adam_epsilon": (0, 1),
     "adam_weight_decay": (0, 1e4),
     "max_grad_norm": (0, 1e12),
+    "ema_decay": (0, 0.9999999),
     "snr_gamma": (1e-6, 1e6),
+    "huber_c": (1e-6, 1e6),
     "noise_offset": (-10, 10),
     "logit_mean": (-20, 20),
     "logit_std": (0, 20),
@@ -456,10 +476,24 @@ def check_training_arguments(args: argparse.Namespace) -> None:
         )
     adapter_config(args)
     _check_memory_flags(args)
-    for requested, flag, package in (
-        (args.use_8bit_adam, "--use_8bit_adam", "bitsandbytes"),
-        (args.report_to == "wandb", "--report_to wandb", "wandb"),
-    ):
-        if requested and importlib.util.find_spec(package) is None:
-            raise InputError(f"{flag} needs {package}, which is not installed; run `pip install {package}`.")
+    check_optimizer(args)
+    _check_loss(args)
+    if args.report_to == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise InputError("--report_to wandb needs wandb, which is not installed; run `pip install wandb`.")
     check_run_folder(args.output_dir, args.resume_from_checkpoint)
+    if args.optimizer != "adamw" or args.optimizer_args:
+        # Last, because the packages of optimizers import torch.
+        from delora_diffusers.training.optimizers import check_options
+
+        check_options(args)
+
+
+def _check_loss(args: argparse.Namespace) -> None:
+    """Reject flags of the loss that exclude each other."""
+    for flag in ("huber_c", "huber_schedule"):
+        if args.loss_type == "l2" and getattr(args, flag) is not None:
+            raise InputError(
+                f"--{flag} belongs to --loss_type huber and smooth_l1; leave it out, or give one of these."
+            )
+    if args.debiased_estimation_loss and args.snr_gamma is not None:
+        raise InputError("--debiased_estimation_loss and --snr_gamma both weight the loss by the SNR; choose one.")

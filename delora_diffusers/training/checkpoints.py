@@ -4,6 +4,8 @@ import argparse
 import json
 import os
 import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +64,14 @@ def save_checkpoint(
     files: AdapterFiles | None,
     total_limit: int | None,
     keep_adapters: bool = False,
+    saved_weights: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> None:
     """Save a run under a temporary name, rename it, and delete the oldest checkpoints beyond ``total_limit``.
 
     Args:
         files: writes the adapter of each subject.
         keep_adapters: whether the adapters of checkpoints beyond the limit are kept.
+        saved_weights: gives the adapters, inside, the weights to write to these files.
     """
     final = output_dir / f"{CHECKPOINT_PREFIX}{step}"
     temporary = output_dir / f".{final.name}.part"
@@ -79,7 +83,8 @@ def save_checkpoint(
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             if files is not None:
-                files.write_checkpoint(step, final, temporary)
+                with saved_weights():
+                    files.write_checkpoint(step, final, temporary)
             sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir()) if path.is_file()}
             (temporary / CHECKPOINT_SIZES).write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
     except LOADING_ERRORS as error:  # torch.save raises RuntimeError, and says nothing of the disk

@@ -18,6 +18,7 @@ from delora_diffusers.names import checkpoint_step, list_checkpoints
 from delora_diffusers.training import checkpoints, gradients
 from delora_diffusers.training.adapter_files import AdapterFiles
 from delora_diffusers.training.cuda_graph import Batch, MicroBatches, can_capture
+from delora_diffusers.training.ema import WeightAverage
 from delora_diffusers.training.loss_monitor import LossMonitor
 from delora_diffusers.training.optimizers import build_lr_scheduler, build_optimizer
 from delora_diffusers.training.setup import RAGGED
@@ -70,7 +71,12 @@ def train(
     optimizer = accelerator.prepare_optimizer(optimizer)
     parameters = [p for module in trained for p in module.parameters()]
     gradients.broadcast_parameters(accelerator, parameters)
+    average = WeightAverage(parameters, list(adapters.values()), optimizer, args.ema_decay)
+    if average.ema is not None:
+        accelerator.register_for_checkpointing(average.ema)
     start = _resume(accelerator, args)
+    if average.ema is not None:
+        average.ema.to(accelerator.device)
     if validate is not None:
         validate.resume(start)
     monitor = LossMonitor(accelerator.device, subjects)
@@ -80,7 +86,8 @@ def train(
     overdue = validate is not None and start > 0 and _is_validated(start, args) and not validate.is_done(start)
     accelerator.wait_for_everyone()  # all processes have checked before the first one writes
     if validate is not None and overdue:
-        validate(start)
+        with average.applied():
+            validate(start)
     quiet = not accelerator.is_local_main_process
     size = f"batches of {args.train_batch_size} at {args.resolution} x {args.resolution} pixels"
     out_of_memory = explain_out_of_memory(
@@ -105,21 +112,28 @@ def train(
                     optimizer.zero_grad(set_to_none=not capture)
             for adapter in adapters.values():
                 adapter.constrain()
+            average.update()
             if not accelerator.optimizer_step_was_skipped:
                 schedule.step()
             finished = step + 1
             progress.update()
             last = finished == args.max_train_steps
             if finished % args.logging_steps == 0 or last:
-                values = {"loss": monitor.mean_loss(accelerator, args.output_dir), **_readings(adapters, optimizer)}
+                values = {"loss": monitor.mean_loss(accelerator, args.output_dir)}
+                with average.applied():
+                    values |= _readings(adapters, optimizer)
                 accelerator.log(values, step=finished)
                 progress.set_postfix(loss=f"{values['loss']:.4f}", distance=f"{values['distance/mean']:.3g}")
             if finished % args.checkpointing_steps == 0 or last:
                 monitor.check(accelerator, args.output_dir)
                 limits = (args.checkpoints_total_limit, args.keep_checkpoint_adapters)
-                checkpoints.save_checkpoint(accelerator, args.output_dir, finished, files, *limits)
+                checkpoints.save_checkpoint(
+                    accelerator, args.output_dir, finished, files, *limits, saved_weights=average.applied
+                )
             if validate is not None and _is_validated(finished, args):
-                validate(finished)
+                with average.applied():
+                    validate(finished)
+    average.apply()
     return monitor.check(accelerator, args.output_dir)
 
 
@@ -169,7 +183,7 @@ def _resume(accelerator: Accelerator, args: argparse.Namespace) -> int:
 def _readings(adapters: Mapping[str, Adapter], optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """Values to log: learning rates; lambda and the distance ``|W' - W|_F`` over all adapted matrices and subjects."""
 
-    rates = [group["lr"] for group in optimizer.param_groups]
+    rates = [group["lr"] * group.get("d", 1.0) for group in optimizer.param_groups]  # d: Prodigy's estimate
     values = {"learning_rate": rates[0]}
     if len(rates) > 1:
         values["lambda_learning_rate"] = rates[1]

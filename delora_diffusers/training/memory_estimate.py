@@ -45,7 +45,8 @@ class StepMemory:
 
     Attributes:
         weights: the frozen parameters and buffers of all models.
-        adapter: the trainable parameters, their gradients and optimizer states, and the adapters' fixed buffers.
+        adapter: the trainable parameters, their gradients, optimizer states and average, and the adapters' fixed
+            buffers.
         activations: everything else: the batch, the saved tensors and the temporary tensors. Since gradients appear
             one by one, a peak before the last of them needs that much less for them and more for activations.
     """
@@ -84,9 +85,10 @@ def estimate_step(
     models: Sequence[nn.Module],
     adapters: Sequence[nn.Module],
     loss: Callable[[], Tensor],
-    eight_bit: bool = False,
+    optimizer: str = "adamw",
+    use_ema: bool = False,
 ) -> StepMemory:
-    """The memory of a training step: forward, backward and AdamW.
+    """The memory of a training step: forward, backward and optimizer.
 
     Call it inside ``shapes_only``, or with models on the meta device. Gradients that exist before count as kept between
     steps, as with gradient accumulation; otherwise the backward allocates them. They are None afterwards.
@@ -96,7 +98,7 @@ def estimate_step(
             gradients count as part of the adapters.
         adapters: modules that are trained and are not submodules of ``models``, such as what ``attach`` returns.
         loss: computes the loss, a scalar, from a batch that exists already.
-        eight_bit: whether the optimizer is bitsandbytes' 8-bit AdamW.
+        optimizer: see ``optimizer_bytes``. use_ema: whether an average of the trainable parameters is kept.
     """
     owned = [tensor for adapter in adapters for tensor in (*adapter.parameters(), *adapter.buffers())]
     frozen = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
@@ -109,25 +111,36 @@ def estimate_step(
     gradients = sum(_storages([p.grad for p in trainable if p.grad is not None]).values())
     for parameter in trainable:
         parameter.grad = None
+    average = sum(_storages(trainable).values()) if use_ema else 0
     return StepMemory(
         weights=sum(weights.values()),
-        adapter=sum(adapter.values()) + gradients + optimizer_bytes(trainable, eight_bit),
+        adapter=sum(adapter.values()) + gradients + optimizer_bytes(trainable, optimizer) + average,
         activations=live.peak - gradients,
     )
 
 
-def optimizer_bytes(parameters: Iterable[nn.Parameter], eight_bit: bool) -> int:
-    """Bytes of AdamW's two states per parameter: of the parameter's dtype, or 8-bit with a scale per block."""
-    total = 0
-    for parameter in parameters:
-        count = parameter.numel()
-        if not eight_bit:
-            total += 2 * count * parameter.element_size()
-        elif count < EIGHT_BIT_MIN:
-            total += 2 * count * 4
-        else:
-            total += 2 * (count + 4 * math.ceil(count / EIGHT_BIT_BLOCK))
-    return total
+def optimizer_bytes(parameters: Iterable[nn.Parameter], optimizer: str = "adamw") -> int:
+    """Bytes of an optimizer's states with its default arguments, in each parameter's dtype, or 8-bit with a scale per
+    block. Lambda, which AdamW may train, is too small to matter."""
+    return sum(_state_bytes(parameter, optimizer) for parameter in parameters)
+
+
+def _state_bytes(parameter: nn.Parameter, optimizer: str) -> int:
+    count = parameter.numel()
+    if optimizer == "adamw8bit":
+        return 2 * (4 * count if count < EIGHT_BIT_MIN else count + 4 * math.ceil(count / EIGHT_BIT_BLOCK))
+    # Adafactor's second moment is the product of a column and a row for each matrix, if it is a matrix.
+    *leading, width = parameter.shape or (1,)
+    factored = math.prod(leading) + math.prod(leading[:-1]) * width if leading else count
+    elements = {
+        "adamw": 2 * count,
+        "adamw_schedulefree": 2 * count,
+        "prodigy": 4 * count,  # both moments, the start, and the sum of gradients
+        "lion": count,
+        "adafactor": factored,
+        "came": count + 2 * factored if leading else 2 * count,
+    }
+    return elements[optimizer] * parameter.element_size()
 
 
 class LiveBytes(TorchDispatchMode):

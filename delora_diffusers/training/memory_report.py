@@ -48,6 +48,7 @@ class Plan:
         batch_size: samples per step, class images and all subjects included. resolution: side in pixels.
         dtype: of the frozen models. base_precision: see ``--base_precision``.
         adapter: of the denoiser. subjects: trained at once.
+        optimizer: see ``--optimizer``. use_ema: whether an average of the adapter is kept.
         text_encoder: whether the text encoders are trained too. prompt_chunks: in which prompts are encoded.
     """
 
@@ -58,7 +59,8 @@ class Plan:
     base_precision: str | None = None
     checkpointing: bool = False
     offload: bool = False
-    eight_bit: bool = False
+    optimizer: str = "adamw"
+    use_ema: bool = False
     subjects: int = 1
     text_encoder: bool = False
     prompt_chunks: int = 1
@@ -68,16 +70,17 @@ def plan_of(
     args: argparse.Namespace, adapter: AdapterConfig, mixed_precision: str, subjects: int, prompt_chunks: int = 1
 ) -> Plan:
     """The plan that the flags of a training script describe."""
-    prior = getattr(args, "with_prior_preservation", False)
+    parts = ("with_prior_preservation", "with_output_preservation")
     return Plan(
-        batch_size=args.train_batch_size * (2 if prior else 1) * subjects,
+        batch_size=args.train_batch_size * (1 + sum(getattr(args, part, False) for part in parts)) * subjects,
         resolution=args.resolution,
         dtype=denoiser_dtype(args.base_precision, mixed_precision),
         adapter=adapter,
         base_precision=args.base_precision,
         checkpointing=args.gradient_checkpointing,
         offload=args.offload,
-        eight_bit=args.use_8bit_adam,
+        optimizer=args.optimizer,
+        use_ema=args.use_ema,
         subjects=subjects,
         text_encoder=getattr(args, "train_text_encoder", False),
         prompt_chunks=prompt_chunks,
@@ -121,9 +124,12 @@ def step_memory(model: OpenModel, plan: Plan) -> StepMemory:
             if trained:
                 read = {name: family.read(pipeline, name, tokens[name]) for name in trained}
                 conditions = family.conditions(outputs | read, skeleton.config)
-            return denoising_losses(family, denoiser, subjects=plan.subjects, **batch, **conditions).sum()
+            return denoising_losses(
+                family, denoiser, **batch, subjects=plan.subjects, loss_type="l2", **conditions
+            ).sum()
 
-        memory = estimate_step([denoiser, *(encoders[n] for n in trained)], adapters, loss, plan.eight_bit)
+        models = [denoiser, *(encoders[n] for n in trained)]
+        memory = estimate_step(models, adapters, loss, plan.optimizer, plan.use_ema)
     weights = memory.weights - _bytes_saved(model.family, denoiser, plan)
     return dataclasses.replace(memory, weights=weights)
 

@@ -20,7 +20,7 @@ class Noising(Protocol):
     """Samples the noise and the timesteps of a micro-batch."""
 
     def __call__(self, latents: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Those arguments of ``denoising_losses`` by name: noisy, timesteps, target and weights.
+        """Those arguments of ``denoising_losses`` by name: noisy, timesteps, target, weights, maybe huber_c.
 
         Args:
             latents: (batch, channels, height, width), float32, scaled.
@@ -36,8 +36,10 @@ def noising_of(model: OpenModel, args: argparse.Namespace) -> Noising:
         InputError: its noise schedule is not its family's.
     """
     name, scheduler = args.pretrained_model_name_or_path, model.pipeline.scheduler
+    huber = None if args.loss_type == "l2" else Huber(args.huber_c, args.huber_schedule)
     if not model.family.IS_FLOW:
-        return Diffusion(ddpm_schedule(scheduler, name), args.snr_gamma, args.noise_offset)
+        schedule = ddpm_schedule(scheduler, name)
+        return Diffusion(schedule, args.snr_gamma, args.noise_offset, args.debiased_estimation_loss, huber)
     check_flow(scheduler, name)
     config, shift = scheduler.config, args.timestep_shift
     if shift is None:
@@ -51,7 +53,36 @@ def noising_of(model: OpenModel, args: argparse.Namespace) -> Noising:
         model.family.PATCH,
         [config.get(name, usual) for name, usual in SHIFTS_BY_SIZE.items()],
         args.noise_offset,
+        huber,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Huber:
+    """The thresholds of a scheduled pseudo-Huber loss (Khrapov et al., arXiv 2403.16728).
+
+    They are c, or go from 1 without noise to c: ``c^(t / T)`` for ``exponential``, and for ``snr``
+    ``(1 - c) / (1 + sigma)^2 + c`` with sigma^2 = 1 / SNR. The formulas are those of diffusers' research project.
+
+    Attributes:
+        c: the smallest threshold. schedule: ``constant``, ``exponential`` or ``snr``.
+    """
+
+    c: float
+    schedule: str
+
+    def thresholds(self, times: Tensor, snr: Tensor | None = None) -> Tensor:
+        """The threshold of each sample, (batch,).
+
+        Args:
+            times: t / T, (batch,), in 0 to 1. snr: (batch,), for ``snr`` only.
+        """
+        if self.schedule == "exponential":
+            return self.c**times
+        if self.schedule == "constant":
+            return torch.full_like(times, self.c)
+        assert snr is not None
+        return (1 - self.c) / (1 + snr.rsqrt()).square() + self.c
 
 
 SHIFTS_BY_SIZE = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
@@ -72,7 +103,7 @@ class Flow:
         logit_mean, logit_std, mode_scale: parameters of the densities.
         shift: a number, or ``"resolution"`` for one that grows with the number of tokens.
         patch: side of the denoiser's patches of latents. shifts_by_size: the values of ``SHIFTS_BY_SIZE``.
-        noise_offset: see ``sample_noise``.
+        noise_offset: see ``sample_noise``. huber: the loss's thresholds, if it has any.
     """
 
     weighting_scheme: str
@@ -83,6 +114,7 @@ class Flow:
     patch: int
     shifts_by_size: Sequence[Any]
     noise_offset: float = 0.0
+    huber: Huber | None = None
 
     def __call__(self, latents: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         noise = sample_noise(latents, self.noise_offset, generator)
@@ -91,7 +123,8 @@ class Flow:
         # Diffusers' schedules have no time below 0.001, where the weights of sigma_sqrt would be without bound.
         weights: Tensor = compute_loss_weighting_for_sd3(self.weighting_scheme, times.clamp_min(1e-3))
         noisy = (1 - t) * latents + t * noise
-        return {"noisy": noisy, "timesteps": times, "target": noise - latents, "weights": weights}
+        batch = {"noisy": noisy, "timesteps": times, "target": noise - latents, "weights": weights}
+        return batch if self.huber is None else batch | {"huber_c": self.huber.thresholds(times)}
 
     def times(self, latents: Tensor, generator: torch.Generator) -> Tensor:
         """A random time for each latent, (batch,), in 0 to 1."""
@@ -116,12 +149,15 @@ class Diffusion:
     """Noising of a DDPM, of which the noise or v is predicted, as the scheduler says.
 
     Attributes:
-        scheduler: of the base model. snr_gamma: see ``loss_weights``. noise_offset: see ``sample_noise``.
+        scheduler: of the base model. snr_gamma, debiased: see ``loss_weights``. noise_offset: see ``sample_noise``.
+        huber: the loss's thresholds, if it has any.
     """
 
     scheduler: DDPMScheduler
     snr_gamma: float | None = None
     noise_offset: float = 0.0
+    debiased: bool = False
+    huber: Huber | None = None
 
     def __call__(self, latents: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         scheduler: Any = self.scheduler
@@ -133,8 +169,11 @@ class Diffusion:
             target = scheduler.get_velocity(latents, noise, timesteps)
         # Before the weights are computed, because add_noise moves the schedule to the device.
         noisy = scheduler.add_noise(latents, noise, timesteps)
-        weights = loss_weights(scheduler, timesteps, self.snr_gamma)
-        return {"noisy": noisy, "timesteps": timesteps, "target": target, "weights": weights}
+        weights = loss_weights(scheduler, timesteps, self.snr_gamma, self.debiased)
+        batch = {"noisy": noisy, "timesteps": timesteps, "target": target, "weights": weights}
+        if self.huber is not None:
+            batch["huber_c"] = self.huber.thresholds(timesteps / steps, snr(scheduler, timesteps))
+        return batch
 
 
 def sample_noise(latents: Tensor, noise_offset: float, generator: torch.Generator) -> Tensor:
@@ -152,13 +191,24 @@ def snr(noise_scheduler, timesteps: Tensor) -> Tensor:
     return alphas_cumprod / (1 - alphas_cumprod).clamp_min(1e-12)
 
 
-def loss_weights(noise_scheduler, timesteps: Tensor, snr_gamma: float | None) -> Tensor:
-    """Weight of each sample's squared error, (batch,): 1, or min-SNR-gamma (Hang et al., ICCV 2023, section 3.4).
+LARGEST_SNR = 1000.0
+"""Debiased estimation limits the SNR to this, as kohya's scripts do: without noise it has no bound."""
+
+
+def loss_weights(noise_scheduler, timesteps: Tensor, snr_gamma: float | None, debiased: bool = False) -> Tensor:
+    """Weight of each sample's error, (batch,): 1, min-SNR-gamma (Hang et al., ICCV 2023, section 3.4), or debiased
+    estimation (Yu et al., arXiv 2310.08442).
 
     Min-SNR is ``min(SNR, gamma) / SNR`` for epsilon prediction and ``min(SNR, gamma) / (SNR + 1)`` for v-prediction.
+    Debiased estimation is ``1 / sqrt(SNR)`` for epsilon prediction and, as in kohya's scripts, ``1 / (SNR + 1)`` for v.
     """
-    if snr_gamma is None:
+    if snr_gamma is None and not debiased:
         return torch.ones(timesteps.shape, device=timesteps.device)
     ratio = snr(noise_scheduler, timesteps)
-    divisor = ratio + 1 if noise_scheduler.config.prediction_type == "v_prediction" else ratio.clamp_min(1e-12)
+    predicts_v = noise_scheduler.config.prediction_type == "v_prediction"
+    if debiased:
+        ratio = ratio.clamp(1e-12, LARGEST_SNR)
+        return 1 / (ratio + 1) if predicts_v else ratio.rsqrt()
+    divisor = ratio + 1 if predicts_v else ratio.clamp_min(1e-12)
+    assert snr_gamma is not None
     return ratio.clamp_max(snr_gamma) / divisor

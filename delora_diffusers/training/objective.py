@@ -1,4 +1,4 @@
-"""The denoising objective: the weighted squared error of what the denoiser predicts."""
+"""The denoising objective: the weighted error of what the denoiser predicts."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,6 +16,28 @@ PRESERVED = "preserved"
 """The tensor of a batch that lists its rows for output preservation, (rows,)."""
 BASE = "base/"
 """Prefix of the conditions that these rows have in the base model, if they are not those of the batch."""
+OF_THE_LOSS = ("weights", "pixel_weights", "huber_c")
+"""The tensors of a batch that the prediction does not depend on."""
+
+
+def errors(prediction: Tensor, target: Tensor, loss_type: str = "l2", huber_c: Tensor | None = None) -> Tensor:
+    """The error of each element, (batch, channels, height, width), float32.
+
+    ``l2`` is the squared error e^2. ``huber`` is pseudo-Huber, ``2 c (sqrt(e^2 + c^2) - c)``: close to e^2 below the
+    threshold c, and linear above. ``smooth_l1`` is that divided by c, close to 2 |e| above (Khrapov et al., arXiv
+    2403.16728; the factors are those of diffusers' and kohya's scripts).
+
+    Args:
+        prediction, target: (batch, channels, height, width).
+        huber_c: the thresholds, (batch,); not for ``l2``.
+    """
+    squared = (prediction.float() - target.float()).square()
+    if loss_type == "l2":
+        return squared
+    assert huber_c is not None
+    c = huber_c.view(-1, *[1] * (squared.ndim - 1))
+    smooth = 2 * squared / ((squared + c.square()).sqrt() + c)  # 2 (sqrt(e^2 + c^2) - c) without cancellation
+    return c * smooth if loss_type == "huber" else smooth
 
 
 def denoising_losses(
@@ -27,22 +49,25 @@ def denoising_losses(
     weights: Tensor,
     subjects: int = 1,
     pixel_weights: Tensor | None = None,
+    loss_type: str = "l2",
+    huber_c: Tensor | None = None,
     **conditions: Tensor,
 ) -> Tensor:
-    """Weighted squared error of the denoiser's prediction, (subjects,), float32; deterministic.
+    """Weighted error of the denoiser's prediction, (subjects,), float32; deterministic.
 
     Args:
         noisy, target: (batch, channels, height, width), float32.
         timesteps, weights: (batch,); see ``noising.Noising``.
         subjects: number of subjects in the batch, with equally many samples each, ordered by subject.
         pixel_weights: (batch, 1, height, width), of each latent's error.
+        loss_type, huber_c: see ``errors``.
         conditions: (batch, ...) each, as the family's ``predict`` takes them.
     """
     prediction = predict(family, denoiser, noisy, timesteps, conditions)
-    errors = (prediction - target.float()).square()
+    elementwise = errors(prediction, target, loss_type, huber_c)
     if pixel_weights is not None:
-        errors = errors * pixel_weights
-    return (errors.flatten(1).mean(dim=1) * weights).view(subjects, -1).mean(dim=1)
+        elementwise = elementwise * pixel_weights
+    return (elementwise.flatten(1).mean(dim=1) * weights).view(subjects, -1).mean(dim=1)
 
 
 def predict(
@@ -84,7 +109,7 @@ class Losses:
     Attributes:
         family: of the base model. denoiser: with its adapter. subjects: number of subjects trained at once.
         pipeline: has the text encoders if any are trained; the batch then has what ``conditions.conditions`` takes.
-        control: the control signal, which receives the batch's maps.
+        control: the control signal, which receives the batch's maps. loss_type: see ``errors``.
     """
 
     family: Family
@@ -92,6 +117,7 @@ class Losses:
     subjects: int = 1
     pipeline: Any = None
     control: Control | None = None
+    loss_type: str = "l2"
 
     def __call__(self, **batch: Tensor) -> Tensor:
         """The loss of each subject, (subjects,), float32."""
@@ -104,6 +130,6 @@ class Losses:
         if PRESERVED in batch:
             rows = batch.pop(PRESERVED)
             base = {name.removeprefix(BASE): batch.pop(name) for name in list(batch) if name.startswith(BASE)}
-            inputs = {name: tensor for name, tensor in batch.items() if name not in ("weights", "pixel_weights")}
+            inputs = {name: tensor for name, tensor in batch.items() if name not in OF_THE_LOSS}
             batch["target"] = base_predictions(self.family, self.denoiser, rows, base, **inputs)
-        return denoising_losses(self.family, self.denoiser, **batch, subjects=self.subjects)
+        return denoising_losses(self.family, self.denoiser, **batch, subjects=self.subjects, loss_type=self.loss_type)

@@ -36,7 +36,7 @@ def unet_step(
     latents: tuple[int, ...],
     dtype: torch.dtype = torch.bfloat16,
     checkpointing: bool = False,
-    eight_bit: bool = False,
+    optimizer: str = "adamw",
     **settings,
 ) -> StepMemory:
     """The memory of a step with latents (batch, channels, height, width); without settings, of the UNet alone."""
@@ -58,7 +58,7 @@ def unet_step(
             prediction = unet(noisy, timesteps, text, added_cond_kwargs=added, return_dict=False)[0]
             return nn.functional.mse_loss(prediction.float(), target)
 
-        return estimate_step([unet], adapters, loss, eight_bit)
+        return estimate_step([unet], adapters, loss, optimizer)
 
 
 def mlp_step(batch: int, device: str) -> StepMemory:
@@ -119,13 +119,13 @@ def test_attention_counts_as_a_flash_kernel():
 
 
 def test_the_parts_of_a_unet_with_an_adapter():
-    memory = unet_step(TINY, (1, 4, 16, 16), rank=4, eight_bit=True)
+    memory = unet_step(TINY, (1, 4, 16, 16), rank=4, optimizer="adamw8bit")
     unet = UNet2DConditionModel(**TINY)
     adapter = attach(unet, AdapterConfig(rank=4))
     parameters = list(adapter.parameters())
     floats = 2 * sum(p.numel() for p in parameters) + sum(buffer.numel() for buffer in adapter.buffers())
     assert memory.weights == 2 * sum(p.numel() for p in unet.parameters()), "bfloat16"
-    assert memory.adapter == FLOAT * floats + optimizer_bytes(parameters, eight_bit=True)
+    assert memory.adapter == FLOAT * floats + optimizer_bytes(parameters, optimizer="adamw8bit")
 
 
 def test_checkpointed_blocks_keep_only_their_input():
@@ -176,8 +176,8 @@ def test_gradients_that_are_kept_between_steps_exist_during_the_whole_step():
 
 def test_the_optimizers_states():
     parameters = [nn.Parameter(torch.empty(size, device="meta")) for size in (100, 4096, 5000)]
-    assert optimizer_bytes(parameters, eight_bit=False) == 2 * 4 * (100 + 4096 + 5000)
-    assert optimizer_bytes(parameters, eight_bit=True) == 2 * (4 * 100 + 4096 + 4 * 16 + 5000 + 4 * 20)
+    assert optimizer_bytes(parameters, optimizer="adamw") == 2 * 4 * (100 + 4096 + 5000)
+    assert optimizer_bytes(parameters, optimizer="adamw8bit") == 2 * (4 * 100 + 4096 + 4 * 16 + 5000 + 4 * 20)
 
 
 # Measured by ``benchmarks.train_step`` on an H200, eager; see the tables in docs/performance.md.

@@ -64,7 +64,9 @@ def test_the_plan_of_the_flags(tiny_sd, photographs, tmp_path):
     args = parse_arguments(training_flags(tiny_sd, photographs, tmp_path, *more, "--train_text_encoder"))
     plan = plan_of(args, AdapterConfig(rank=4), "fp16", subjects=1)
     assert (plan.batch_size, plan.dtype, plan.checkpointing, plan.offload) == (6, torch.float16, True, True)
-    assert plan.eight_bit and plan.text_encoder and plan.resolution == args.resolution
+    assert (
+        plan.optimizer == "adamw8bit" and not plan.use_ema and plan.text_encoder and plan.resolution == args.resolution
+    )
 
 
 def test_a_run_that_does_not_fit_is_refused_with_what_helps(model, monkeypatch, capsys):
