@@ -111,8 +111,8 @@ def as_delora(
         "B": (left * math.sqrt(len(left) / (3 * rank))).float(),
         "lambda": (s[:needed].sum() * rank / terms).float(),
     }
-    stored = [tensors[key].double()[None] for key in ("A", "B")]
-    b_stored, a_stored = update.delora_factors(*stored, tensors["lambda"].double()[None])
+    stored = {key: tensor.double()[None] for key, tensor in tensors.items()}
+    b_stored, a_stored = update.delora_factors(stored["A"], stored["B"], stored["lambda"])
     c = torch.ones(()) if scale is None else scale.double()
     difference = Factors(torch.cat((b, -b_stored[0]), dim=1), torch.cat((a, a_stored[0])) * c)
     error = difference.norm() / Factors(b, a * c).norm()
@@ -137,4 +137,5 @@ def best_factors(matrix: Tensor, rank: int) -> tuple[Factors, float]:
     vectors = torch.linalg.eigh(gram).eigenvectors[:, -rank:]
     b, a = (vectors, vectors.mT @ matrix) if wide else (matrix @ vectors, vectors.mT)
     total = float(matrix.norm())
-    return Factors(b.float(), a.float()), float((matrix - b @ a).norm()) / total if total else 0.0
+    error = float((matrix - b @ a).norm()) / total if total else 0.0
+    return Factors(b.float().cpu(), a.float().cpu()), error

@@ -2,8 +2,8 @@
 
 A file says what it adapts by names only, and every tool writes them in its own way. So the names that each module of
 the base model can have are listed first, and a file's names are looked up in that list: a name is a module, or several
-that the original code computes by one matrix, or an error. What a LoRA computes is ``W + s B A``; s is ``alpha / r`` in
-sd-scripts' files, with alpha stored beside the matrices (r if it is missing), and is given by a ``LoraConfig`` in PEFT's.
+that the original code computes by one matrix, or an error. A LoRA computes ``W + s B A``. In sd-scripts' files s is
+``alpha / r``, with alpha stored beside the matrices (r if it is missing); in PEFT's a ``LoraConfig`` gives it.
 """
 
 import dataclasses
@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from delora_diffusers.adapter.modules import named_modules
 from delora_diffusers.errors import LOADING_ERRORS, InputError
 from delora_diffusers.files.formats import DIFFUSERS_NAME, KOHYA_NAME, PEFT_FILES, sgm_name
-from delora_diffusers.files.low_rank import Factors
+from delora_diffusers.files.low_rank import Factors, as_lora
 from delora_diffusers.files.original_names import modules_by_original_name
 from delora_diffusers.files.reading import COMPONENTS, adapter_path, from_hub, read_tensors
+from delora_diffusers.methods.config import AdapterConfig
+from delora_diffusers.methods.lora import kaiming
 from delora_diffusers.names import FAMILIES, METADATA_KEY, WEIGHTS_NAME, is_xl, may_be_hub_id
 from delora_diffusers.text_files import parse_json, read_json
 
@@ -132,6 +134,18 @@ def read_lora(files: Sequence[Path], models: Mapping[str, nn.Module], pipeline: 
                     raise InputError(f"{file} adapts {rows.component}.{rows.module} twice; save it again.")
                 components[rows.component][rows.module] = factors
     return components
+
+
+def as_adapter(modules: Mapping[str, Factors]) -> tuple[AdapterConfig, dict[str, dict[str, Tensor]]]:
+    """A LoRA of ours with these updates: its configuration, and its tensors by module and key."""
+    rank = max(factors.rank for factors in modules.values())
+    config = AdapterConfig("lora", rank, alpha=rank, targets=tuple(sorted(modules)))
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for module, factors in modules.items():
+        width = factors.a.shape[1]
+        tensors[module] = as_lora(factors, config, kaiming((rank, width), width, generator))
+    return config, tensors
 
 
 def highest_rank(files: Sequence[Path]) -> int:

@@ -21,7 +21,7 @@ from delora_diffusers.families.loading import OpenModel
 from delora_diffusers.files.equal_weights import as_delora
 from delora_diffusers.files.loading import match_names
 from delora_diffusers.files.lora_files import adapter_files, highest_rank, is_ours, read_lora
-from delora_diffusers.files.low_rank import Factors, as_peft_delora, low_rank_factors, module_tensors
+from delora_diffusers.files.low_rank import Factors, as_lora, as_peft_delora, low_rank_factors, module_tensors
 from delora_diffusers.files.reading import CONTROL_PREFIX, parse_config, read_adapter
 from delora_diffusers.methods.config import EVERYTHING, AdapterConfig
 from delora_diffusers.methods.table import METHODS
@@ -71,7 +71,7 @@ class InitialAdapter:
     palette: list[list[int]] | None
 
     def targets_of_encoder(self, name: str, targets: Sequence[str]) -> tuple[str, ...]:
-        """The modules of a text encoder to adapt: the usual ones and those of the adapter; there is no flag for them."""
+        """The modules of a text encoder to adapt, for which there is no flag: the usual ones and those of the adapter."""
         modules = self.parts[name].modules if name in self.parts else ()
         return (*targets, *sorted(m for m in modules if not f".{m}".endswith(tuple(f".{t}" for t in targets))))
 
@@ -146,7 +146,7 @@ def converted(
         )
     factors = part.factors[module]
     if config.method == "lora":
-        return as_lora(factors, config, new["A"])
+        return as_lora(factors, config, new["A"].cpu() if not new["A"].is_meta else torch.zeros(new["A"].shape))
     if config.method != "delora":
         raise InputError(f"a low-rank update cannot be converted to {title}; use --method delora or lora.")
     if config.start != "zero":
@@ -161,18 +161,6 @@ def converted(
     scale = new.get("w_norm")
     known = None if scale is None or scale.is_meta else scale.float().cpu()
     return as_delora(module, factors, known, config.rank, generator)
-
-
-def as_lora(factors: Factors, config: AdapterConfig, new: Tensor) -> dict[str, Tensor]:
-    """A (r, in) and B (out, r) of a LoRA with this update; further rows of A are random, and their columns of B zero.
-
-    Args:
-        factors: of rank r at most. new: a new A.
-    """
-    missing = config.rank - factors.rank
-    b = factors.b / config.lora_scale
-    a = torch.cat((factors.a.to(new.device), new[factors.rank :]))
-    return {"A": a, "B": torch.cat((b, b.new_zeros(len(b), missing)), dim=1)}
 
 
 def _kind(config: AdapterConfig) -> tuple[Any, ...]:
