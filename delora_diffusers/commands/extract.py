@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
     tuned = open_model(tuned_name, variant=options.variant)
     denoiser = base.family.DENOISER
     components = [denoiser, *base.trainable_encoders] if options.text_encoders else [denoiser]
-    targets = {component: TEXT_ENCODER_TARGETS for component in components}
+    targets: dict[str, tuple[str, ...]] = dict.fromkeys(components, TEXT_ENCODER_TARGETS)
     targets[denoiser] = tuple(options.targets or base.family.TARGETS)
     alpha = options.rank if options.method == "lora" else None
     configs = {
@@ -68,13 +68,12 @@ def run(options: argparse.Namespace) -> None:
     extracted: dict[str, Extracted] = {}
     for component, config in configs.items():
         modules = list(find_targets(base.skeletons[component], config.targets))
-        weights = [weights_of(model, component) for model in (base, tuned)]
-        extracted[component] = extract(modules, *weights, config, component)
+        before, after = weights_of(base, component), weights_of(tuned, component)
+        extracted[component] = extract(modules, before, after, config, component)
     changed = {component: part for component, part in extracted.items() if part.total > 0}
     if not changed:
-        raise InputError(
-            f"{tuned_name} and {name} have the same weights in {' and '.join(components)}; check the names."
-        )
+        remedy = "check the names" if options.text_encoders else "check the names, or give --text_encoders"
+        raise InputError(f"{tuned_name} and {name} have the same weights in {' and '.join(components)}; {remedy}.")
     for component, part in changed.items():
         if part.covered == 0:
             raise InputError(
@@ -82,6 +81,9 @@ def run(options: argparse.Namespace) -> None:
                 f"{part.uncovered[0]}, so give --targets."
             )
     report(extracted, options)
+    for component in [name for name in base.trainable_encoders if name not in components]:
+        if component in tuned.skeletons and differ(base, tuned, component):
+            print(f"warning: {component} differs too and is not in the adapter (see --text_encoders)")
     header: dict[str, Any] = {"base_model": recorded_model_name(name), "pipeline": type(base.pipeline).__name__}
     recorded = {"revision": options.revision, "variant": options.variant}
     header |= {key: value for key, value in recorded.items() if value is not None}
@@ -126,8 +128,15 @@ def check_same_architecture(base: "OpenModel", tuned: "OpenModel", component: st
         sizes = [str(of_model.get(name, "missing")) for of_model in shapes]
         if sizes[0] != sizes[1]:
             raise InputError(
-                f"{tuned.name} is not a fine-tuned {base.name}: {name} of its {component} is {sizes[1]}, not {sizes[0]}."
+                f"{tuned.name} is not a fine-tuned {base.name}: {name} of its {component} is {sizes[1]} and not "
+                f"{sizes[0]}; give models of one architecture."
             )
+
+
+def differ(base: "OpenModel", tuned: "OpenModel", component: str) -> bool:
+    """Whether a component has other weights."""
+    before, after = weights_of(base, component), weights_of(tuned, component)
+    return any(name not in after or not before[name].float().equal(after[name].float()) for name in before)
 
 
 def weights_of(model: "OpenModel", component: str) -> "Mapping[str, Tensor]":

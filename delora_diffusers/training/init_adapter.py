@@ -71,7 +71,7 @@ class InitialAdapter:
     palette: list[list[int]] | None
 
     def targets_of_encoder(self, name: str, targets: Sequence[str]) -> tuple[str, ...]:
-        """The modules of a text encoder to adapt, for which there is no flag: the usual ones and those of the adapter."""
+        """The modules of a text encoder to adapt: the usual ones, and the adapter's, for which there is no flag."""
         modules = self.parts[name].modules if name in self.parts else ()
         return (*targets, *sorted(m for m in modules if not f".{m}".endswith(tuple(f".{t}" for t in targets))))
 
