@@ -111,8 +111,8 @@ def read_lora(files: Sequence[Path], models: Mapping[str, nn.Module], pipeline: 
     for file, tensors, scale_of in _opened(files):
         pairs, strange = _pairs(file, tensors)
         if not any(module in names for module in pairs):
-            converted = _converted_by_diffusers(tensors, pipeline)
-            pairs, strange = (pairs, strange) if converted is None else _pairs(file, converted)
+            converted = _pairs(file, _converted_by_diffusers(tensors, pipeline))
+            pairs, strange = converted if any(module in names for module in converted[0]) else (pairs, strange)
         if strange:
             raise InputError(f"{file} contains {strange[0]}, which is not a tensor of a LoRA; {MERGE}.")
         _check_linear(file, pairs, names, layers)
@@ -133,6 +133,8 @@ def read_lora(files: Sequence[Path], models: Mapping[str, nn.Module], pipeline: 
                 if rows.module in components.setdefault(rows.component, {}):
                     raise InputError(f"{file} adapts {rows.component}.{rows.module} twice; save it again.")
                 components[rows.component][rows.module] = factors
+    if not components:
+        raise InputError(f"{files[-1]} changes no module of the base model; give a trained LoRA.")
     return components
 
 
@@ -332,12 +334,12 @@ def _check_linear(
         )
 
 
-def _converted_by_diffusers(tensors: Mapping[str, Tensor], pipeline: str) -> dict[str, Tensor] | None:
-    """The tensors in diffusers' names, if its pipeline knows those that they have (XLabs' and BFL's, for example)."""
+def _converted_by_diffusers(tensors: Mapping[str, Tensor], pipeline: str) -> dict[str, Tensor]:
+    """The tensors in diffusers' names; empty if its pipeline does not know those that they have, such as XLabs'."""
     try:
         converted = getattr(diffusers, pipeline).lora_state_dict(dict(tensors))
     except (*LOADING_ERRORS, AssertionError):
-        return None
+        return {}
     return converted[0] if isinstance(converted, tuple) else converted
 
 
@@ -348,10 +350,9 @@ def _factors(pair: Mapping[str, Tensor], members: Sequence[Rows], scale_of: Any)
     for rows in members:
         last = None if rows is members[-1] else rows.last  # of the last member all, so that its shape shows a misfit
         factors = Factors(b[rows.first : last], a)
-        yield rows, factors if len(members) == 1 else _without_zeros(factors)
-
-
-def _without_zeros(factors: Factors) -> Factors:
-    """The factors without the terms that are zero, which those of a fused module have for its other members."""
-    used = factors.b.abs().amax(dim=0) > 0
-    return Factors(factors.b[:, used], factors.a[used]) if used.any() else Factors(factors.b[:, :1], factors.a[:1])
+        if len(members) > 1:
+            # Terms that only change other members, and members without any, were not there before they were combined.
+            used = factors.b.abs().amax(dim=0) > 0
+            factors = Factors(factors.b[:, used], a[used])
+        if factors.rank:
+            yield rows, factors
