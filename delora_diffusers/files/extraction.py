@@ -1,9 +1,9 @@
 """The difference of two models' weights as an adapter, one matrix at a time."""
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,19 +28,16 @@ class StoredWeights(Mapping[str, Tensor]):
     """
 
     def __init__(self, files: Sequence[Path]):
-        self._files: dict[str, Path] = {}
+        self._files: dict[str, Any] = {}
         for file in files:
-            self._files |= dict.fromkeys(self._opened(file).keys(), file)
-
-    @functools.cache  # noqa: B019 (it lives as long as the command)
-    def _opened(self, file: Path):
-        try:
-            return safe_open(file, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{file} cannot be read ({error}); save or download it again.") from error
+            try:
+                opened = safe_open(file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"{file} cannot be read ({error}); save or download it again.") from error
+            self._files |= dict.fromkeys(opened.keys(), opened)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._opened(self._files[name]).get_tensor(name)
+        return self._files[name].get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
