@@ -301,6 +301,6 @@ def test_a_training_run_is_continued(before, monkeypatch):
         json.loads((folder / "training" / "config.json").read_text())["arguments"] for folder in (before, FIXTURES)
     )
     new = {"coft_eps": None, "keep_checkpoint_adapters": False}
-    new |= {"base_precision": None, "offload": False, "split_dtype": None}
+    new |= {"base_precision": None, "offload": False, "split_dtype": None, "init_adapter": None}
     new |= dict.fromkeys(("weighting_scheme", "logit_mean", "logit_std", "mode_scale", "timestep_shift"))
     assert arguments == earlier | new | {"max_train_steps": 3, "resume_from_checkpoint": "latest"}

@@ -108,6 +108,8 @@ CONFIGS = {
 @pytest.mark.parametrize("case", list(CONFIGS))
 def test_the_first_forward_is_that_of_diffusers_with_the_lora(foreign, case):
     kind, folder, path, expected = foreign
+    if kind != "sd1" and case not in ("lora", "delora of higher rank"):
+        pytest.skip("the other conversions do not depend on the model")
     denoiser, adapter = started(open_model(str(folder)), path, CONFIGS[case])
     output = denoiser(**inputs_of(kind, denoiser), return_dict=False)[0]
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
