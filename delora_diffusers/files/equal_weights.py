@@ -65,7 +65,7 @@ def as_delora(
 
     If the update's rank k is less than ``rank``, the terms that it does not need are pairs that cancel, ``b a^T`` and
     ``-b a^T`` with random b and a: they are zero now and learn as a new adapter does. Spreading the update over all
-    terms instead would leave them in the k dimensions that it already has, from which gradients do not lead out.
+    terms instead would put them into the k dimensions that it already has, and gradient steps would keep its rank.
 
     Rows of A and columns of B have the norms that they have in a new adapter from a frozen start. Norms do not change
     the update, but how fast training turns the vectors.

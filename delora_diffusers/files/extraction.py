@@ -116,8 +116,6 @@ def approximated(
     factors, error = best_factors(difference, config.rank)
     trainable, fixed = low_rank_functions(config.method).initialize(weight[None], config, generator)
     tensors = {key: tensor[0] for key, tensor in (trainable | fixed).items()}  # with no update
-    if not difference.any():
-        return tensors, 0.0
     if config.method == "lora":
         return tensors | as_lora(balanced(factors), config, tensors["A"]), error
     return tensors | as_delora(module, factors, tensors["w_norm"], config.rank, generator), error

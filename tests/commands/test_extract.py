@@ -62,6 +62,7 @@ def test_every_layer_is_the_best_approximation(xl, tmp_path, capsys, method):
     printed = dict(line.split()[::-1] for line in output.splitlines() if line.startswith("  "))
     pipeline: Any = DiffusionPipeline.from_pretrained(base)
     reference: Any = DiffusionPipeline.from_pretrained(changed)
+    norms: dict[str, float] = {}
     for component in ("unet", "text_encoder_2"):
         model, other = getattr(pipeline, component), getattr(reference, component)
         adapter = load_adapter(model, tmp_path / "out", component)
@@ -72,8 +73,14 @@ def test_every_layer_is_the_best_approximation(xl, tmp_path, capsys, method):
             u, s, vh = torch.linalg.svd(difference.double())
             best = (u[:, :5] * s[:5]) @ vh[:5]
             torch.testing.assert_close(adapter.delta_weight(name).double(), best, atol=1e-5, rtol=1e-4)
+            if component == "unet":
+                norms[f"unet.{name}"] = float(s.norm())
             error = float(s[5:].norm() / s.norm()) if s.norm() > 1e-6 else 0.0
             assert float(printed[f"{component}.{name}"]) == pytest.approx(error, rel=1e-2, abs=1e-6)
+    squared = [(float(printed[name]), reference_norm) for name, reference_norm in norms.items()]
+    together = (sum((e * n) ** 2 for e, n in squared) / sum(n**2 for _, n in squared)) ** 0.5
+    summary = next(line for line in output.splitlines() if line.startswith("unet: "))
+    assert float(summary.split()[-2]) == pytest.approx(together, rel=1e-2)
     assert "text_encoder: no difference; left out" in output
     assert "warning: 2 other modules of text_encoder_2 differ too" in output and "fc1.weight" in output
     header = read_header(tmp_path / "out")
