@@ -30,15 +30,21 @@ from delora_diffusers.outputs import held_folders
 from delora_diffusers.training import arguments
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import Accelerator
 
     from delora_diffusers.families.loading import OpenModel
     from delora_diffusers.training.disk_cache import DiskCache
+    from delora_diffusers.training.init_adapter import InitialAdapter
 
 MINIATURE = {"max_train_steps": 1000, "validation_steps": 500, "proportion_empty_prompts": 0.5}
 MINIATURE_PAIRS = 512
 MAX_CONTROL_RATE = 1e-4
 """Of the control encoder; its default too (ETHER, appendix C.2)."""
+FROZEN_NEW_ENCODER = (
+    "--control_learning_rate 0 freezes a new encoder, which outputs only zeros; give a pretrained encoder with "
+    "--controlnet_model_name_or_path."
+)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -107,11 +113,8 @@ def check_arguments(args: argparse.Namespace) -> None:
             f"--control_learning_rate {args.control_learning_rate} is not between 0 and {MAX_CONTROL_RATE}; use at "
             "most 1e-4, the rate of ETHER's appendix C.2, or 0 to freeze the encoder."
         )
-    if args.control_learning_rate == 0 and args.controlnet_model_name_or_path is None:
-        raise InputError(
-            "--control_learning_rate 0 freezes a new encoder, which outputs only zeros; give a pretrained encoder "
-            "with --controlnet_model_name_or_path."
-        )
+    if args.control_learning_rate == 0 and args.controlnet_model_name_or_path is None and args.init_adapter is None:
+        raise InputError(FROZEN_NEW_ENCODER)
     if len(args.resolutions) > 1:
         raise InputError("--resolution has several values; training on maps takes one.")
     if args.train_data_dir is not None and args.dataset_name is not None:
@@ -232,6 +235,36 @@ def encode_data(
     )
 
 
+def starting_encoder(
+    args: argparse.Namespace,
+    start: "InitialAdapter | None",
+    palette: np.ndarray | None,
+    unet: Any,
+    factor: int,
+    generator: "torch.Generator",
+) -> Any:
+    """The control encoder before training: that of the adapter to start from, a ControlNet's, or a new one.
+
+    Raises:
+        InputError: it does not fit the model or the maps, or two are given.
+    """
+    from delora_diffusers.adapter.control import new_encoder, pretrained_encoder
+    from delora_diffusers.training.init_adapter import initial_encoder
+
+    continued = None if start is None else initial_encoder(start, palette, unet, factor)
+    if continued is not None:
+        if args.controlnet_model_name_or_path:
+            raise InputError(
+                f"--init_adapter {args.init_adapter} has a control encoder; leave out --controlnet_model_name_or_path."
+            )
+        return continued
+    if args.controlnet_model_name_or_path:
+        return pretrained_encoder(args.controlnet_model_name_or_path, unet, factor)
+    if args.control_learning_rate == 0:
+        raise InputError(FROZEN_NEW_ENCODER)
+    return new_encoder(unet, factor, generator)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     check_arguments(args)
@@ -253,7 +286,6 @@ def train_on_maps(
     import torch
 
     from delora_diffusers import attach, attach_control
-    from delora_diffusers.adapter.control import new_encoder, pretrained_encoder
     from delora_diffusers.families.loading import family_named
     from delora_diffusers.families.table import family_of
     from delora_diffusers.pipelines.conditions import count_chunks, encode_prompts, first_chunks
@@ -261,6 +293,7 @@ def train_on_maps(
     from delora_diffusers.training.adapter_files import AdapterFiles
     from delora_diffusers.training.batches import MapBatches
     from delora_diffusers.training.encoding import PromptTable
+    from delora_diffusers.training.init_adapter import adapter_digest, read_initial_adapter
     from delora_diffusers.training.loop import train
     from delora_diffusers.training.memory_report import plan_of, report_memory
     from delora_diffusers.training.objective import Losses
@@ -280,6 +313,7 @@ def train_on_maps(
     data = data_digests(
         (pair.name, [file for file in (pair.image, pair.map) if isinstance(file, Path)], pair.caption) for pair in pairs
     )
+    data |= adapter_digest(args.init_adapter)
     family = family_named(args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant)
     if family is not family_of(SD_PIPELINE):
         raise InputError(
@@ -295,11 +329,13 @@ def train_on_maps(
     # Invalid adapter or control settings are rejected here, before anything is written: the adapter is attached to a
     # model without values first.
     generator = torch.Generator().manual_seed(args.seed)
-    attach(copy.deepcopy(skeleton), arguments.adapter_config(args), torch.Generator().manual_seed(args.seed))
-    if args.controlnet_model_name_or_path:
-        encoder = pretrained_encoder(args.controlnet_model_name_or_path, skeleton, pipeline.vae_scale_factor)
-    else:
-        encoder = new_encoder(skeleton, pipeline.vae_scale_factor, generator)
+    start = read_initial_adapter(args, model, maps=True)
+    rehearsed = attach(
+        copy.deepcopy(skeleton), arguments.adapter_config(args), torch.Generator().manual_seed(args.seed)
+    )
+    if start is not None:
+        start.copy_into({"unet": rehearsed}, {"unet": skeleton})
+    encoder = starting_encoder(args, start, palette, skeleton, pipeline.vae_scale_factor, generator)
     captions = [(args.default_caption if pair.caption is None else pair.caption) or "" for pair in pairs]
     chunks = count_chunks(pipeline, captions, args.max_prompt_chunks)
     plan = plan_of(args, arguments.adapter_config(args), accelerator.mixed_precision, 1, chunks)
@@ -330,6 +366,8 @@ def train_on_maps(
     unet = load_denoiser_to_train(model, accelerator, args)
     compute_device = device if args.offload else None
     adapters = {"unet": attach(unet, arguments.adapter_config(args), generator, compute_device)}
+    if start is not None:
+        start.copy_into(adapters, {"unet": unet})
     if args.offload:
         offload_blocks(unet, device)
     control = attach_control(unet, encoder.to(device), palette)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import torch
 
     from delora_diffusers import Adapter
+    from delora_diffusers.training.init_adapter import InitialAdapter
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -139,7 +140,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         return
     single = ("instance_data_dir", "instance_prompt", "instance_name", "class_data_dir", "hub_model_id", "use_masks")
     more = ("train_text_encoder", "validation_prompt", "validation_split", "validation_data_dir", "keep_best")
-    for flag in (*single, *more):
+    for flag in (*single, *more, "init_adapter"):
         if getattr(args, flag):
             raise InputError(f"--{flag} applies to a single subject; leave out either it or --subjects_file.")
     if len(args.resolutions) > 1:
@@ -343,12 +344,14 @@ def attach_adapters(
     subjects: Sequence[Subject],
     args: argparse.Namespace,
     compute_device: "torch.device | None" = None,
+    start: "InitialAdapter | None" = None,
 ) -> dict[str, "Adapter"]:
     """Attach adapters to the denoiser and to the text encoders that are trained; returns them by component.
 
     Args:
         models: the denoiser and those text encoders, by component.
         compute_device: where the denoiser computes, if its weights are offloaded.
+        start: the adapter to start from.
     """
     import torch
 
@@ -357,9 +360,12 @@ def attach_adapters(
     generators = [torch.Generator().manual_seed(subject.seed) for subject in subjects]
     (name, denoiser), *text_encoders = models.items()
     adapters = {name: attach(denoiser, arguments.adapter_config(args), generators, compute_device)}
-    config = arguments.adapter_config(args, targets=TEXT_ENCODER_TARGETS)
     for number, (name, text_encoder) in enumerate(text_encoders, start=1):
+        targets = start.targets_of_encoder(name, TEXT_ENCODER_TARGETS) if start else TEXT_ENCODER_TARGETS
+        config = arguments.adapter_config(args, targets=targets)
         adapters[name] = attach(text_encoder, config, torch.Generator().manual_seed(args.seed + number))
+    if start is not None:
+        start.copy_into(adapters, models)
     return adapters
 
 
@@ -397,6 +403,7 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
     from delora_diffusers.training.class_images import ClassImages, generate_class_images
     from delora_diffusers.training.encoding import PromptTable
     from delora_diffusers.training.held_out import BestAdapter, HeldOutLoss
+    from delora_diffusers.training.init_adapter import adapter_digest, read_initial_adapter
     from delora_diffusers.training.loop import train
     from delora_diffusers.training.memory_report import plan_of, report_memory
     from delora_diffusers.training.objective import Losses
@@ -417,7 +424,7 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
 
     family = family_named(args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant)
     args = arguments.with_family_defaults(args, family)
-    data = digest_data(args, subjects)
+    data = digest_data(args, subjects) | adapter_digest(args.init_adapter)
     subjects, held_out = split_photos(args, subjects)
     accelerator = start_accelerator(args, data)
     device = accelerator.device
@@ -425,8 +432,9 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
     pipeline, denoiser = model.pipeline, model.family.DENOISER
     trained_encoders = model.trainable_encoders if args.train_text_encoder else []
     trained = [denoiser, *trained_encoders]
+    start = read_initial_adapter(args, model)
     # A rehearsal on models without values finds what does not fit the base model.
-    attach_adapters({name: copy.deepcopy(model.skeletons[name]) for name in trained}, subjects, args)
+    attach_adapters({name: copy.deepcopy(model.skeletons[name]) for name in trained}, subjects, args, start=start)
     if args.cuda_graph:
         check_prompt_lengths(model, trained_prompts(args, subjects))
     trained_chunks = count_trained_chunks(args, subjects, pipeline)
@@ -496,7 +504,7 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
 
     models = {name: load_text_encoder_to_train(model, name, accelerator, args) for name in trained_encoders}
     models = {denoiser: load_denoiser_to_train(model, accelerator, args), **models}
-    adapters = attach_adapters(models, subjects, args, device if args.offload else None)
+    adapters = attach_adapters(models, subjects, args, device if args.offload else None, start)
     if args.offload:
         offload_blocks(models[denoiser], device)
     if args.train_text_encoder:

@@ -1,9 +1,16 @@
 """The command line: ``python -m delora_diffusers COMMAND``."""
 
-from delora_diffusers.commands import export, generate, import_peft, info, merge
+from delora_diffusers.commands import export, extract, generate, import_peft, info, merge
 from delora_diffusers.dispatch import run_command
 
-COMMANDS = {"generate": generate, "merge": merge, "export": export, "import": import_peft, "info": info}
+COMMANDS = {
+    "generate": generate,
+    "merge": merge,
+    "export": export,
+    "extract": extract,
+    "import": import_peft,
+    "info": info,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:

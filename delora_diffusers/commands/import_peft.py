@@ -1,4 +1,4 @@
-"""Convert a denoiser's DeLoRA adapter saved by PEFT (a DeloraConfig folder) to an adapter file."""
+"""Convert an adapter of another tool to an adapter file: a LoRA, or a denoiser's DeLoRA saved by PEFT."""
 
 import argparse
 from pathlib import Path
@@ -10,20 +10,47 @@ from delora_diffusers.outputs import check_new
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
         "--peft_dir",
         type=Path,
-        required=True,
-        help="folder with adapter_config.json and adapter_model.safetensors",
+        help="folder of a DeLoRA with adapter_config.json and adapter_model.safetensors",
     )
+    source.add_argument("--lora", type=Path, help="a LoRA of sd-scripts, diffusers or PEFT: file, folder or hub id")
     add_base_model_arguments(parser, required=True)
     parser.add_argument("--output_dir", type=Path, required=True, help="new folder")
 
 
 def run(options: argparse.Namespace) -> None:
-    if not options.peft_dir.is_dir():
+    if options.peft_dir is not None and not options.peft_dir.is_dir():
         raise InputError(f"--peft_dir {options.peft_dir} is not a folder; give a folder that PEFT saved.")
     check_new(options.output_dir, "--output_dir")
+    if options.lora is not None:
+        _import_lora(options)
+    else:
+        _import_peft_delora(options)
+
+
+def _import_lora(options: argparse.Namespace) -> None:
+    from delora_diffusers.families.loading import open_model
+    from delora_diffusers.files.formats import write_adapter
+    from delora_diffusers.files.lora_files import adapter_files, as_adapter, is_ours, read_lora
+
+    files = adapter_files(options.lora)
+    if is_ours(files):
+        raise InputError(f"--lora {options.lora} is an adapter of this library already; use it as it is.")
+    name = options.pretrained_model_name_or_path
+    model = open_model(name, revision=options.revision, variant=options.variant, with_weights=False)
+    models = {component: skeleton for component, skeleton in model.skeletons.items() if component != "vae"}
+    pipeline = type(model.pipeline).__name__
+    components = {c: as_adapter(modules) for c, modules in read_lora(files, models, pipeline).items()}
+    recorded = {"revision": options.revision, "variant": options.variant}
+    base = {"base_model": recorded_model_name(name), "pipeline": pipeline}
+    base |= {key: value for key, value in recorded.items() if value is not None}
+    print(f"wrote {write_adapter(components, base, files[-1], options.output_dir)}")
+
+
+def _import_peft_delora(options: argparse.Namespace) -> None:
     import torch
     from torch import nn
 

@@ -35,6 +35,7 @@ from delora_diffusers.files.reading import (
 )
 from delora_diffusers.methods import update
 from delora_diffusers.methods.config import AdapterConfig
+from delora_diffusers.methods.table import METHODS
 from delora_diffusers.names import FAMILIES, METADATA_KEY, WEIGHTS_NAME, is_xl
 from delora_diffusers.text_files import read_json
 
@@ -279,12 +280,13 @@ def read_peft_delora(
     config = read_json(files[0])
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "DELORA":
-        raise InputError(f"{folder} contains a {kind} adapter; only DELORA can be imported.")
+        raise InputError(f"{folder} contains a {kind} adapter; only DELORA can be imported; give a LORA with --lora.")
     by_module: dict[str, dict[str, Tensor]] = {}
     for name, tensor in read_tensors(files[1])[1].items():
         module, _, key = name.removeprefix("base_model.model.").rpartition(".delora_")
         by_module.setdefault(module, {})[key] = tensor.float()
-    tensors, ranks = {}, set()
+    tensors: dict[str, dict[str, Tensor]] = {}
+    ranks = set()
     for module, saved in by_module.items():
         if module not in base_weights or not {"A", "B", "lambda"} <= saved.keys():
             raise InputError(f"{folder} does not fit {base['base_model']}: it adapts {module}; give its base model.")
@@ -306,18 +308,39 @@ def read_peft_delora(
         converted = {"A": a, "B": b, "lambda": saved["lambda"].reshape(()), "w_norm": scale}
         config = AdapterConfig(rank=a.shape[0], start="zero")
         check_shapes(files[1], module, config, converted, tuple(weight.shape))
-        tensors |= {f"{component}.{module}.delora_{key}": tensor for key, tensor in converted.items()}
+        tensors[module] = converted
     if len(ranks) != 1:
         raise InputError(
             f"{folder} has ranks {sorted(ranks)}; import an adapter that has the same rank in all modules."
         )
     adapter = AdapterConfig(rank=ranks.pop(), start="zero", targets=tuple(sorted(by_module)))
-    header = {
-        "format_version": FORMAT_VERSION,
-        **base,
-        "config": {component: adapter.as_recorded()},
+    return write_adapter({component: (adapter, tensors)}, base, files[1], output)
+
+
+def write_adapter(
+    components: Mapping[str, tuple[AdapterConfig, Mapping[str, Mapping[str, Tensor]]]],
+    base: Mapping[str, Any],
+    source: Path,
+    output: Path,
+) -> Path:
+    """Write one of our adapter files; returns it.
+
+    Args:
+        components: the configuration of each component, and its tensors by module and key.
+        base: ``base_model``, ``pipeline`` and so on, as an adapter file records them. source: for error messages.
+
+    Raises:
+        InputError: a tensor is not finite.
+    """
+    configs = {component: config.as_recorded() for component, (config, _) in components.items()}
+    header = {"format_version": FORMAT_VERSION, **base, "config": configs}
+    tensors = {
+        f"{component}.{module}.{METHODS[config.method].key_prefix}{key}": tensor
+        for component, (config, by_module) in components.items()
+        for module, of_module in by_module.items()
+        for key, tensor in of_module.items()
     }
-    check_tensors(files[1], header, tensors)
+    check_tensors(source, header, tensors)
     with atomic_output(output, WEIGHTS_NAME) as file:
         _save(tensors, file, torch.float32, {METADATA_KEY: json.dumps(header, sort_keys=True)})
     return output_file(output, WEIGHTS_NAME)

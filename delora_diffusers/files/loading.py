@@ -39,7 +39,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, component: str = "un
     config = parse_config(file, header["config"][component])
     if config.path == "fast" and any(is_quantized(module) for module in unwrap(model).modules()):
         config = dataclasses.replace(config, path="auto")  # how it was trained does not matter to the file's tensors
-    saved = _match_names(saved, model)
+    saved = match_names(saved, model)
     adapter = attach(model, config, torch.Generator())
     try:
         mismatch = f"{file} was trained for a different architecture than this {type(model).__name__}"
@@ -77,7 +77,7 @@ def load_control(unet: nn.Module, path: str | os.PathLike) -> Control | None:
     return attach_control(unet, encoder, None if palette is None else np.array(palette, np.uint8))
 
 
-def _match_names(saved: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def match_names(saved: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Match this model's names: whether CLIP's have the prefix ``text_model`` depends on transformers' version."""
     outer = "text_model."
     if any(name.startswith(outer) for name, _ in named_modules(model)):

@@ -115,6 +115,17 @@ def balanced(factors: Factors) -> Factors:
     return Factors(factors.b * scale, factors.a / scale)
 
 
+def as_lora(factors: Factors, config: AdapterConfig, new: Tensor) -> dict[str, Tensor]:
+    """A (r, in) and B (out, r) of a LoRA with this update, whose rank is at most r.
+
+    Args:
+        new: a new A, whose last rows are taken if the update's rank is less than r; their columns of B are zero.
+    """
+    b = factors.b / config.lora_scale
+    padding = b.new_zeros(len(b), config.rank - factors.rank)
+    return {"A": torch.cat((factors.a, new[factors.rank :])), "B": torch.cat((b, padding), dim=1)}
+
+
 def as_peft_delora(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Convert the tensors of one module, by key, to those of PEFT's DeLoRA, which starts from B = 0.
 

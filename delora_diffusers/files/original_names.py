@@ -78,6 +78,35 @@ def original_name(family: str, module: str) -> tuple[str, str | None]:
     raise InputError(f"{module} has no name in the kohya format; use --format diffusers.")
 
 
+def modules_by_original_name(family: str, rows: Mapping[str, int]) -> dict[str, list[tuple[str, int, int | None]]]:
+    """The modules that a transformer computes in place of each module of its original code.
+
+    Args:
+        rows: the output rows of every linear module.
+
+    Returns:
+        By original name, (module, first row, last row) of its members; the last row is None if it is the whole.
+    """
+    modules: dict[str, list[tuple[str, int, int | None]]] = {}
+    members: dict[str, dict[str, str]] = {}
+    for module in rows:
+        try:
+            name, member = original_name(family, module)
+        except InputError:
+            continue
+        if member is None:
+            modules[name] = [(module, 0, None)]
+        else:
+            members.setdefault(name, {})[member] = module
+    for name, by_member in members.items():
+        first = 0
+        for member in FUSED_ROWS[name.rpartition(".")[2]]:
+            last = first + rows[by_member[member]]
+            modules.setdefault(name, []).append((by_member[member], first, last))
+            first = last
+    return modules
+
+
 def in_original_layout(family: str, modules: Mapping[str, Factors]) -> dict[str, Factors]:
     """The factors of a transformer's modules by original name, with those of fused modules combined.
 

@@ -14,7 +14,7 @@ from delora_diffusers.errors import LOADING_ERRORS, InputError, reason
 from delora_diffusers.methods.config import AdapterConfig
 from delora_diffusers.methods.functions import method_functions
 from delora_diffusers.methods.table import METHODS
-from delora_diffusers.names import METADATA_KEY, WEIGHTS_NAME, may_be_hub_id
+from delora_diffusers.names import METADATA_KEY, WEIGHTS_NAME, checkpoint_folders, may_be_hub_id
 from delora_diffusers.text_files import is_text, parse_json
 
 FORMAT_VERSION = 1
@@ -36,22 +36,33 @@ def adapter_path(path: str | os.PathLike) -> Path:
     """
     local = Path(path)
     if not local.exists() and "/" in str(path) and may_be_hub_id(str(path)):
-        return _from_hub(str(path))
+        return from_hub(str(path), WEIGHTS_NAME)
     file = local / WEIGHTS_NAME if local.is_dir() else local
     if not file.is_file():
+        checkpoints = [folder for folder in checkpoint_folders(local) if (folder / WEIGHTS_NAME).is_file()]
+        if checkpoints:
+            raise InputError(
+                f"{local} is not finished; give one of its checkpoints, for example {checkpoints[-1]} "
+                f"({', '.join(folder.name for folder in checkpoints)})."
+            )
         raise InputError(f"no adapter at {file}; give an output folder of the training script or a .safetensors file.")
     return file
 
 
-def _from_hub(repo_id: str) -> Path:
+def from_hub(repo_id: str, name: str) -> Path:
+    """A file of a repository on the hub.
+
+    Raises:
+        InputError: it is not there.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(repo_id, WEIGHTS_NAME))
+        return Path(hf_hub_download(repo_id, name))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
-            f"no adapter at {repo_id}: it is not a local folder, and {WEIGHTS_NAME} was not found on the hub "
+            f"no adapter at {repo_id}: it is not a local folder, and {name} was not found on the hub "
             f"({' '.join(str(error).split())[:200]}); check the name."
         ) from error
 

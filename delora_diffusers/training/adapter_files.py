@@ -53,6 +53,8 @@ class AdapterFiles:
         """
         args, prompt = self.subjects[subject], self.prompts[subject]
         training = {name: getattr(args, name) for name in RECORDED_FLAGS} | {"prompt": prompt}
+        if args.init_adapter is not None:
+            training["init_adapter"] = str(args.init_adapter)
         if step is not None:
             distance = self.denoiser.all_distances()[subject].mean().item()
             training |= {"step": step, "distance": round(distance, 6), **(readings or {})}

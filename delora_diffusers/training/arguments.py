@@ -95,6 +95,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = AdapterConfig()
     group = parser.add_argument_group("adapter")
+    group.add_argument(
+        "--init_adapter",
+        type=Path,
+        help="start from this adapter: an output folder, checkpoint, file or hub id, or another tool's LoRA; settings "
+        "that are not given are taken from it: docs/training.md",
+    )
     group.add_argument("--method", choices=list(METHODS), default=defaults.method, help="default: delora")
     group.add_argument("--rank", type=positive_int, default=defaults.rank, help=f"default: {defaults.rank}")
     group.add_argument("--delora_lambda", type=float, help="initial boundary; default: set from each matrix's width")
@@ -269,7 +275,19 @@ def parse_with_config(
     argv = ([] if file is None else _read_config(parser, file)) + argv
     if is_miniature(parser.parse_known_args(argv)[0].pretrained_model_name_or_path):
         parser.set_defaults(**(MINIATURE_DEFAULTS | (miniature or {})))
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.init_adapter is None:
+        return args
+    from delora_diffusers.training.init_adapter import with_settings_of_adapter  # imports torch
+
+    return with_settings_of_adapter(args, _given(parser, argv))
+
+
+def _given(parser: argparse.ArgumentParser, argv: list[str]) -> set[str]:
+    """The names of the flags that were given, also with the value that is their default."""
+    unset = object()
+    args = parser.parse_args(argv, argparse.Namespace(**{action.dest: unset for action in parser._actions}))
+    return {name for name, value in vars(args).items() if value is not unset}
 
 
 def _read_config(parser: argparse.ArgumentParser, file: Path) -> list[str]:
@@ -475,6 +493,8 @@ def check_training_arguments(args: argparse.Namespace) -> None:
             f"--lr_scheduler piecewise_constant needs --lr_step_rules such as 1:500,0.1, not {args.lr_step_rules!r}."
         )
     adapter_config(args)
+    if args.init_adapter is not None and args.delora_lambda is not None:
+        raise InputError("--delora_lambda is that of a new adapter, but --init_adapter has its own; leave out one.")
     _check_memory_flags(args)
     check_optimizer(args)
     _check_loss(args)

@@ -48,6 +48,7 @@ MAY_CHANGE = {
     "allow_tf32",
     "cuda_graph",
     "gradient_checkpointing",
+    "init_adapter",  # its contents may not: they are compared with the data
 }
 """Flags that may change when a run is resumed; all others must stay the same."""
 

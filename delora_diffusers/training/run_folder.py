@@ -93,6 +93,7 @@ def write_model_card(
     base = args.pretrained_model_name_or_path
     method = METHODS[args.method].title
     of_rank = f" of rank {args.rank}" if METHODS[args.method].has_rank else ""
+    start = "" if args.init_adapter is None else f", starting from the adapter `{args.init_adapter}`"
     samples = zip(getattr(args, "validation_prompt", []), sorted((output_dir / "samples").glob("*.png")))
     tag, licence = TAGS_AND_LICENCES[pipeline]
     metadata: dict[str, Any] = {"library_name": "diffusers"}
@@ -130,7 +131,7 @@ pipeline = {pipeline}.from_pretrained({base!r}{dtype})
 
 # {output_dir.resolve().name}
 
-A {method} adapter{of_rank} for `{base}`, trained on {trained_on} for {args.max_train_steps} steps.
+A {method} adapter{of_rank} for `{base}`, trained on {trained_on} for {args.max_train_steps} steps{start}.
 
 {grid}## Use
 
