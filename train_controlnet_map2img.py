@@ -96,7 +96,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         InputError
     """
     arguments.check_training_arguments(args)
-    check_model_folder(args.pretrained_model_name_or_path, args.variant)
+    check_model_folder(args.pretrained_model_name_or_path, args.variant, args.model_config)
     if not 0 <= args.proportion_empty_prompts <= 1:
         raise InputError(
             f"--proportion_empty_prompts {args.proportion_empty_prompts} is not between 0 and 1; give a proportion."
@@ -262,7 +262,12 @@ def train_on_maps(
     data = data_digests(
         (pair.name, [file for file in (pair.image, pair.map) if isinstance(file, Path)], pair.caption) for pair in pairs
     )
-    family = family_named(args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant)
+    family = family_named(
+        args.pretrained_model_name_or_path,
+        revision=args.revision,
+        variant=args.variant,
+        model_config=args.model_config,
+    )
     if family is not family_of(SD_PIPELINE):
         raise InputError(
             f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} is not Stable Diffusion 1.x or 2.x; "

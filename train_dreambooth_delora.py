@@ -80,7 +80,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         InputError
     """
     arguments.check_training_arguments(args)
-    check_model_folder(args.pretrained_model_name_or_path, args.variant)
+    check_model_folder(args.pretrained_model_name_or_path, args.variant, args.model_config)
     if args.subjects_file is None:
         if args.instance_data_dir is None and not is_miniature(args.pretrained_model_name_or_path):
             raise InputError("no photos were given; specify their folder with --instance_data_dir.")
@@ -268,7 +268,12 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
     )
     from delora_diffusers.training.validation import Conditions, SubjectValidation, TrainedConditions
 
-    family = family_named(args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant)
+    family = family_named(
+        args.pretrained_model_name_or_path,
+        revision=args.revision,
+        variant=args.variant,
+        model_config=args.model_config,
+    )
     args = arguments.with_family_defaults(args, family)
     data = digest_data(args, subjects)
     accelerator = start_accelerator(args, data)

@@ -31,11 +31,13 @@ def run(options: argparse.Namespace) -> None:
     from delora_diffusers.files.formats import read_peft_delora
 
     name = options.pretrained_model_name_or_path
-    model = open_model(name, revision=options.revision, variant=options.variant)
+    model = open_model(name, revision=options.revision, variant=options.variant, model_config=options.model_config)
     component = model.family.DENOISER
     denoiser = model.load(component, torch.float32)
     weights = {n: m.weight.detach() for n, m in denoiser.named_modules() if isinstance(m, nn.Linear)}
     base = {"base_model": recorded_model_name(name)}
+    if options.model_config is not None:
+        base["model_config"] = recorded_model_name(options.model_config)
     if component == "transformer":  # its exports depend on the class; files of UNets stay as they were
         base["pipeline"] = type(model.pipeline).__name__
     print(f"wrote {read_peft_delora(options.peft_dir, weights, base, component, options.output_dir)}")
