@@ -201,6 +201,8 @@ def encode_data(
     inputs: dict[str, Any] = {
         name: str(getattr(args, name)) for name in (*names, "random_flip", "reduce_labels", "dataset_name")
     }
+    if args.model_config is not None:
+        inputs["model_config"] = args.model_config
     inputs["files"] = [file_stamp(f) for pair in pairs for f in (pair.image, pair.map) if isinstance(f, Path)]
     inputs |= {"names": [pair.name for pair in pairs], "captions": captions, "dtype": str(pipeline.text_encoder.dtype)}
     device, vae, family = accelerator.device, pipeline.vae, family_in(pipeline)

@@ -71,7 +71,8 @@ def _write_folder(model: "OpenModel", adapters: list[tuple[Path, float]], output
     assert model.file.path is not None
     changes = read_changes(adapters)
     if model.family.DENOISER == "unet":
-        check_changes(model.file.path, _layout(model), _shapes(model), changes)
+        in_file = {component: modules for component, modules in changes.items() if component in model.in_file}
+        check_changes(model.file.path, _layout(model), _shapes(model), in_file)
     merge_into_new_folder(lambda copy: write_parts(model, copy), changes, output_dir)
 
 

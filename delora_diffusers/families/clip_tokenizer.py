@@ -16,7 +16,7 @@ def clip_tokenizer(pad_token: str = END) -> Any:
     """A ``CLIPTokenizer`` for 77 tokens.
 
     Args:
-        pad_token: Stable Diffusion 2.x and XL's second tokenizer pad with ``!``, whose id is 0, as OpenCLIP does.
+        pad_token: Stable Diffusion 2.x and XL's second tokenizer pad with ``!``, whose id is 0.
 
     Raises:
         InputError: open_clip is not installed.
@@ -32,4 +32,7 @@ def clip_tokenizer(pad_token: str = END) -> Any:
     letters = list(bytes_to_unicode().values())
     tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges), BEGIN, END]
     vocabulary = {token: number for number, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad_token, model_max_length=77)
+    tokenizer: Any = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
+    # Given to the constructor, it would become a special token, and a prompt's exclamation marks would be padding.
+    tokenizer.pad_token = pad_token
+    return tokenizer

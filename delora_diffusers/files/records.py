@@ -69,7 +69,7 @@ def read_requests(file: Path, seed: int, strengths: tuple[float, ...]) -> list[R
 
 
 def plan(
-    request: Request, options: argparse.Namespace, base_model: str | None, prediction: Mapping[str, Any]
+    request: Request, options: argparse.Namespace, base_model: str | None, prediction: Mapping[str, Any] | None = None
 ) -> list[dict[str, Any]]:
     """The record of every image, in order, as ``metadata.jsonl`` and the image itself will contain it.
 
@@ -88,7 +88,7 @@ def plan(
         "scheduler": options.scheduler,
         "resolution": options.resolution,
     }
-    shared |= prediction
+    shared |= prediction or {}
     weights = [weight for _, weight in request.adapters]
     if any(weight != 1 for weight in weights):
         shared["adapter_weights"] = weights
