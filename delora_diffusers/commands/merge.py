@@ -33,15 +33,22 @@ def run(options: argparse.Namespace) -> None:
             raise InputError(f"--single_file {options.single_file} is not named .safetensors; give such a name.")
     else:
         check_new(options.output_dir, "--output_dir")
+    from delora_diffusers.families.checks import is_single_file
+    from delora_diffusers.families.loading import pipeline_folder
+    from delora_diffusers.files.merging import merge_folder
     from delora_diffusers.pipelines.adapted_pipeline import base_model_of
 
     base = base_model_of(
         options.adapter, options.pretrained_model_name_or_path, options.revision, options.variant, options.model_config
     )
+    if options.single_file is None and not is_single_file(base.name) and not base.is_described():
+        folder = pipeline_folder(base.name, revision=base.revision, variant=base.variant)
+        merge_folder(folder, adapters, options.output_dir)
+        print(f"wrote {options.output_dir}")
+        return
     model = base.open(pickles=False)
     if options.single_file is None:
-        changed = (base.prediction_type, base.rescale_betas_zero_snr) != (None, None)
-        _write_folder(model, adapters, options.output_dir, changed)
+        _write_folder(model, adapters, options.output_dir)
     elif model.family.DENOISER != "unet":
         raise InputError(
             "--single_file writes Stable Diffusion 1.x, 2.x and XL, but the base model is a "
@@ -54,19 +61,13 @@ def run(options: argparse.Namespace) -> None:
     print(f"wrote {options.single_file or options.output_dir}")
 
 
-def _write_folder(model: "OpenModel", adapters: list[tuple[Path, float]], output_dir: Path, changed: bool) -> None:
-    """Write a pipeline folder.
-
-    Args:
-        changed: whether the scheduler is another than that of the base model's folder.
-    """
+def _write_folder(model: "OpenModel", adapters: list[tuple[Path, float]], output_dir: Path) -> None:
+    """Write a pipeline folder from a single file, or from a folder with another scheduler than it had."""
     from delora_diffusers.files.merging import merge_folder, merge_into_new_folder, read_changes
     from delora_diffusers.files.single_files import check_changes
 
     if model.file is None:
-        merge_folder(
-            model.folder, adapters, output_dir, (lambda copy: write_scheduler(model, copy)) if changed else None
-        )
+        merge_folder(model.folder, adapters, output_dir, lambda copy: write_scheduler(model, copy))
         return
     assert model.file.path is not None
     changes = read_changes(adapters)

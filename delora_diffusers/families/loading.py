@@ -101,8 +101,8 @@ class OpenModel:
                 if self.file is not None and component in self.in_file:
                     from delora_diffusers.families.single_file import load_part
 
-                    quantized = {} if quantization is None else {"quantization_config": quantization, "device": device}
-                    model = load_part(self.file, component, self.skeletons[component], self.folder, dtype, **quantized)
+                    skeleton = self.skeletons[component]
+                    model = load_part(self.file, component, skeleton, self.folder, dtype, quantization, device)
                 else:
                     model, loaded = kind.from_pretrained(str(self.folder), **options, output_loading_info=True)
                     missing = [name for name in loaded["missing_keys"] if not name.endswith(NOT_STORED)]

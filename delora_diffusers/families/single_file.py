@@ -6,13 +6,17 @@ to find what is missing before anything is loaded, and then on the tensors of on
 
 import copy
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers.loaders import single_file_model
 from diffusers.loaders import single_file_utils as converters
+from diffusers.models.model_loading_utils import load_model_dict_into_meta
+from diffusers.quantizers import DiffusersAutoQuantizer
 from safetensors import safe_open
 from torch import Tensor
 
@@ -240,20 +244,52 @@ def _misfit(skeleton: Any, tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def load_part(
-    file: SingleFile, component: str, skeleton: Any, folder: Path, dtype: torch.dtype, **quantization: Any
+    file: SingleFile,
+    component: str,
+    skeleton: Any,
+    folder: Path,
+    dtype: torch.dtype,
+    quantization: Any = None,
+    device: torch.device | str = "cpu",
 ) -> Any:
     """Load one part of a file, straight in this dtype.
 
     Args:
         folder: with the pipeline's configurations.
-        quantization: ``quantization_config`` and ``device`` for a quantized model.
+        quantization: diffusers' configuration for a quantized model, or None. device: of such a model.
     """
     tensors = converted(component, skeleton, file.read(part_of_file(component, skeleton, file.tensors)))
     kind = type(skeleton)
+    if quantization is not None:
+        return _quantized(skeleton, tensors, dtype, quantization, torch.device(device))
     if hasattr(skeleton, "load_config"):
         settings = {"config": str(folder), "subfolder": component, "torch_dtype": dtype}
-        return kind.from_single_file(tensors, **settings, **quantization)
+        return kind.from_single_file(tensors, **settings)
     return kind.from_pretrained(None, config=copy.deepcopy(skeleton.config), state_dict=tensors, torch_dtype=dtype)
+
+
+def _quantized(
+    skeleton: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype, quantization: Any, device: torch.device
+) -> Any:
+    """Quantize a model weight by weight while it is loaded.
+
+    This is what ``from_pretrained`` does. ``from_single_file`` expects weights that are quantized already, and would
+    leave these as they are.
+    """
+    quantizer: Any = DiffusersAutoQuantizer.from_config(quantization, pre_quantized=False)
+    quantizer.validate_environment(torch_dtype=dtype, device_map={"": device})
+    dtype = quantizer.update_torch_dtype(dtype)
+    with init_empty_weights():
+        model = type(skeleton).from_config(skeleton.config)
+    keep = getattr(quantizer, "use_keep_in_fp32_modules", False) and model._keep_in_fp32_modules
+    settings: dict[str, Any] = {"device_map": {"": device}, "keep_in_fp32_modules": keep or []}
+    quantizer.preprocess_model(model=model, **settings)
+    load_model_dict_into_meta(
+        model, OrderedDict(tensors), dtype=dtype, hf_quantizer=quantizer, unexpected_keys=[], **settings
+    )
+    quantizer.postprocess_model(model)
+    model.hf_quantizer = quantizer
+    return model.eval()
 
 
 def dtype_of_part(file: SingleFile, component: str, skeleton: Any) -> torch.dtype:

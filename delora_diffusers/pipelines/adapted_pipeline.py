@@ -38,6 +38,10 @@ class BaseModel:
         """Where its files are, as keyword arguments."""
         return {"revision": self.revision, "variant": self.variant, "model_config": self.model_config}
 
+    def is_described(self) -> bool:
+        """Whether more is said about it than where its files are."""
+        return any(x is not None for x in (self.model_config, self.prediction_type, self.rescale_betas_zero_snr))
+
     def open(self, **arguments: Any) -> OpenModel:
         """Open it; see ``open_model``."""
         prediction: dict[str, Any] = {

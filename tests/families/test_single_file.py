@@ -25,6 +25,8 @@ from delora_diffusers.names import hub_file
 from tests.helpers import randomize, run_in_child
 from tests.hub_server import connect, serve_hub
 
+pytestmark = pytest.mark.integration  # a minute in all on a busy core, most tests over a second
+
 UNET = "model.diffusion_model."
 PIPELINES = {"sd1": "StableDiffusionPipeline", "sd2": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
 
@@ -343,6 +345,20 @@ def test_what_a_file_lacks_comes_from_the_configurations_folder(folders, files, 
         assert torch.equal(tensor, expected[name] + (1 if name.startswith(("unet", "text_encoder/")) else 0)), name
 
 
+def test_a_file_is_quantized_as_its_folder_is(folders, files):
+    from delora_diffusers.families.quantization import quantization_config
+
+    weights = []
+    for name, options in ((folders["sd1"], {}), (files["sd1"], {"model_config": str(folders["sd1"])})):
+        model = open_model(str(name), **options)
+        settings = quantization_config("int8", torch.bfloat16, model.family.UNQUANTIZED)
+        unet = model.load("unet", torch.bfloat16, "cpu", settings)
+        weights.append({n: p.dequantize() if "Int8" in type(p).__name__ else p for n, p in unet.named_parameters()})
+        assert "Int8" in type(unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q.weight).__name__
+        assert unet.conv_in.weight.dtype == torch.bfloat16 and not unet.conv_in.weight.requires_grad
+    assert_equal(*weights)
+
+
 def test_a_denoiser_under_diffusers_names_is_one(folders):
     unet = folders["sd1"] / "unet" / "diffusion_pytorch_model.safetensors"
     assert open_model(str(unet), model_config=str(folders["sd1"])).in_file == ["unet"]
@@ -388,7 +404,6 @@ def open_from_hub(endpoint: str, cache: Path, expected: Path, requests: Any) -> 
     assert sorted(names) == ["text_encoder", "vae"]
 
 
-@pytest.mark.integration
 def test_files_on_the_hub_are_downloaded_when_their_weights_are_needed(folders, files, tmp_path):
     repository = tmp_path / "one"
     (repository / "sub").mkdir(parents=True)
