@@ -49,7 +49,10 @@ def check_model_folder(name_or_path: str | None, variant: str | None = None, mod
         if model_config is not None:
             if is_miniature(model_config) or is_single_file(model_config):
                 raise InputError(f"--model_config {model_config} is not a pipeline; give a folder or a hub id.")
-            check_model_folder(model_config, variant)
+            try:
+                check_model_folder(model_config, variant)
+            except InputError as error:
+                raise InputError(f"--model_config cannot be used: {error}") from error
         return
     if model_config is not None:
         raise InputError("--model_config belongs to a base model in a single file; leave it out, or give such a file.")

@@ -216,7 +216,10 @@ def _open_file(
     check_model_folder(name, variant, model_config)
     file = open_single_file(name, revision, with_weights)
     if model_config is not None:
-        return file, _configurations(model_config, None), {}
+        try:
+            return file, _configurations(model_config, None), {}
+        except InputError as error:
+            raise InputError(f"--model_config cannot be used: {error}") from error
     folder = shipped_configuration(file)
     return file, folder, shipped_tokenizers(folder)
 

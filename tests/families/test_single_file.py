@@ -20,7 +20,7 @@ from delora_diffusers.families.checks import check_model_folder
 from delora_diffusers.families.clip_tokenizer import clip_tokenizer
 from delora_diffusers.families.loading import family_named, load_pipeline, open_model
 from delora_diffusers.families.single_file import CONFIGURATIONS, open_single_file
-from delora_diffusers.methods.config import TEXT_ENCODER_TARGETS
+from delora_diffusers.methods.config import EVERYTHING, TEXT_ENCODER_TARGETS
 from delora_diffusers.names import hub_file
 from tests.helpers import randomize, run_in_child
 from tests.hub_server import connect, serve_hub
@@ -130,6 +130,8 @@ def test_names_in_new_files_are_those_of_the_released_checkpoints(kind, count):
     assert len({stored.name for stored in names.values()}) == count
     for name, expected in KNOWN_NAMES.get(kind, {}).items():
         assert names[name].name == expected
+    projection = names["vae/decoder.mid_block.attentions.0.to_q.weight"]
+    assert (projection.name.rpartition("decoder.")[2], projection.dimensions) == ("mid.attn_1.q.weight", 4)
     if kind == "sd2-v":
         rows = [names[f"text_encoder/encoder.layers.3.self_attn.{part}_proj.weight"].row for part in "qkv"]
         assert rows == [0, 1024, 2048]
@@ -176,6 +178,26 @@ def test_a_merged_file_equals_the_merged_folder_and_loads_in_diffusers(folders, 
             parts = {part: getattr(stock, part).state_dict() for part in open_model(str(folder)).skeletons}
             assert_equal({f"{c}/{n}": t for c, part in parts.items() for n, t in part.items()}, expected)
         assert_equal(values(tmp_path / f"{kind}-2"), expected)
+
+
+def test_every_parameter_of_an_open_clip_encoder_is_merged_where_it_is(folders, files, tmp_path):
+    """Full fine-tuning also changes biases within the fused projection, and the transposed text projection."""
+    folder = folders["sdxl"]
+    model = open_model(str(folder))
+    unet = attach(model.load("unet", torch.float32), AdapterConfig(rank=1))
+    encoder = attach(model.load("text_encoder_2", torch.float32), AdapterConfig(method="full", targets=(EVERYTHING,)))
+    randomize(encoder, 0.5)
+    adapter = save_adapter(unet, tmp_path / "a", text_encoders={"text_encoder_2": encoder}, base_model=str(folder))
+    merge = ["merge", "--adapter", str(adapter)]
+    of_file = ["--pretrained_model_name_or_path", str(files["sdxl"]), "--model_config", str(folder)]
+    main([*merge, "--output_dir", str(tmp_path / "folder")])
+    main([*merge, *of_file, "--single_file", str(tmp_path / "edited.safetensors")])
+    main([*merge, "--single_file", str(tmp_path / "new.safetensors")])
+    expected, before = values(tmp_path / "folder"), values(folder)
+    changed = {name for name in before if not torch.equal(before[name], expected[name])}
+    assert {"text_encoder_2/text_projection.weight"} < changed and any("q_proj.bias" in name for name in changed)
+    for name in ("edited", "new"):
+        assert_equal(values(tmp_path / f"{name}.safetensors", model_config=str(folder)), expected)
 
 
 def test_what_is_not_adapted_stays_in_an_edited_file(folders, files, tmp_path):
@@ -320,6 +342,8 @@ def test_files_without_a_configuration_are_one_sentence(folders, files, nothing,
     refused("is an adapter; give it to --adapter", nothing["sd1"])
     refused("--variant chooses files of a folder", files["sd1"], variant="fp16")
     refused("--model_config belongs to a base model in a single", folders["sd1"], model_config=str(folders["sd1"]))
+    refused("--model_config cannot be used: the base model a/b/c does", files["sd1"], model_config="a/b/c")
+    refused("--model_config mini-sd is not a pipeline", files["sd1"], model_config="mini-sd")
     save_file({"double_blocks.0.img_attn.norm.key_norm.scale": torch.zeros(4)}, tmp_path / "flux.safetensors")
     refused("--model_config, for example black-forest-labs/FLUX.1-schnell", tmp_path / "flux.safetensors")
     for name, message in {"m.ckpt": "is a pickle", "m.gguf": "is not a .safetensors file"}.items():
