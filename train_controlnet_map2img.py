@@ -103,7 +103,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         InputError
     """
     arguments.check_training_arguments(args)
-    check_model_folder(args.pretrained_model_name_or_path, args.variant)
+    check_model_folder(args.pretrained_model_name_or_path, args.variant, args.model_config)
     if not 0 <= args.proportion_empty_prompts <= 1:
         raise InputError(
             f"--proportion_empty_prompts {args.proportion_empty_prompts} is not between 0 and 1; give a proportion."
@@ -220,6 +220,8 @@ def encode_data(
     }
     if len(buckets) > 1:
         inputs["sizes"] = sizes
+    if args.model_config is not None:
+        inputs["model_config"] = args.model_config
     inputs["files"] = [file_stamp(f) for pair in pairs for f in (pair.image, pair.map) if isinstance(f, Path)]
     inputs |= {"names": [pair.name for pair in pairs], "captions": captions, "dtype": str(pipeline.text_encoder.dtype)}
     inputs |= {"prompt_chunks": chunks} if chunks > 1 else {}
@@ -314,7 +316,12 @@ def train_on_maps(
         (pair.name, [file for file in (pair.image, pair.map) if isinstance(file, Path)], pair.caption) for pair in pairs
     )
     data |= adapter_digest(args.init_adapter)
-    family = family_named(args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant)
+    family = family_named(
+        args.pretrained_model_name_or_path,
+        revision=args.revision,
+        variant=args.variant,
+        model_config=args.model_config,
+    )
     if family is not family_of(SD_PIPELINE):
         raise InputError(
             f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} is not Stable Diffusion 1.x or 2.x; "

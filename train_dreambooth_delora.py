@@ -123,7 +123,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         InputError
     """
     arguments.check_training_arguments(args)
-    check_model_folder(args.pretrained_model_name_or_path, args.variant)
+    check_model_folder(args.pretrained_model_name_or_path, args.variant, args.model_config)
     check_validation(args)
     if args.keep_tags and not args.shuffle_tags:
         raise InputError("--keep_tags belongs to --shuffle_tags, which is not given; leave it out.")
@@ -422,7 +422,12 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
     )
     from delora_diffusers.training.validation import Conditions, SubjectValidation, TrainedConditions
 
-    family = family_named(args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant)
+    family = family_named(
+        args.pretrained_model_name_or_path,
+        revision=args.revision,
+        variant=args.variant,
+        model_config=args.model_config,
+    )
     args = arguments.with_family_defaults(args, family)
     data = digest_data(args, subjects) | adapter_digest(args.init_adapter)
     subjects, held_out = split_photos(args, subjects)

@@ -2,6 +2,8 @@
 
 import re
 from pathlib import Path, PureWindowsPath
+from typing import NamedTuple
+from urllib.parse import unquote
 
 WEIGHTS_NAME = "pytorch_delora_weights.safetensors"
 """The adapter in an output folder. It is written last, so a run that has it is finished."""
@@ -33,6 +35,10 @@ FAMILIES = {
 """The model family by the class of its pipeline; each has a file in ``families``."""
 
 
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+"""What the denoiser of a DDPM predicts; diffusers' names."""
+
+
 def is_miniature(name_or_path: str | None) -> bool:
     """Whether the model is the one that ships with the repository: no name was given, or its name."""
     return name_or_path is None or (name_or_path == MINIATURE and not Path(name_or_path).exists())
@@ -49,10 +55,34 @@ def may_be_hub_id(name: str) -> bool:
     return bool(name) and not is_path and name.count("/") <= 1
 
 
+class HubFile(NamedTuple):
+    """A file in a repository on the hub; the revision is that of its address, if it has one."""
+
+    repo_id: str
+    path: str
+    revision: str | None
+
+
+def hub_file(name: str) -> HubFile | None:
+    """The file that ``owner/model/FILE.safetensors`` or its address on huggingface.co names; None for other names."""
+    address = re.fullmatch(
+        r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)/(?:blob|resolve|raw)/([^/?#]+)/([^?#]+)(?:[?#].*)?",
+        name,
+    )
+    if address:
+        repo_id, revision, path = address[1], unquote(address[2]), unquote(address[3])
+    else:
+        plain = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)/([^:?#\\]+)", name)
+        if not plain:
+            return None
+        repo_id, revision, path = plain[1], None, plain[2]
+    return HubFile(repo_id, path, revision) if path.endswith(".safetensors") and stays_inside(path) else None
+
+
 def recorded_model_name(name_or_path: str) -> str:
-    """A base model as an adapter records it: a hub id as it is, a local folder so that it is found from anywhere."""
-    is_folder = not is_miniature(name_or_path) and Path(name_or_path).is_dir()
-    return str(Path(name_or_path).resolve()) if is_folder else name_or_path
+    """A base model as an adapter records it: a hub id as it is, a local path so that it is found from anywhere."""
+    is_local = not is_miniature(name_or_path) and Path(name_or_path).exists()
+    return str(Path(name_or_path).resolve()) if is_local else name_or_path
 
 
 def stays_inside(path: str) -> bool:

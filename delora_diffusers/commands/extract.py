@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from delora_diffusers.commands.arguments import add_base_model_arguments
+from delora_diffusers.commands.arguments import add_base_model_arguments, recorded_files
 from delora_diffusers.errors import InputError
 from delora_diffusers.methods.config import TEXT_ENCODER_TARGETS, AdapterConfig
 from delora_diffusers.names import recorded_model_name
@@ -28,7 +28,7 @@ METHODS = ("delora", "lora")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_base_model_arguments(parser, required=True)
-    parser.add_argument("--tuned_model", required=True, help="the fine-tuned model: a pipeline folder or hub id")
+    parser.add_argument("--tuned_model", required=True, help="the fine-tuned model: a folder, file or hub id")
     parser.add_argument("--rank", type=int, default=AdapterConfig().rank, help=f"default: {AdapterConfig().rank}")
     parser.add_argument("--method", choices=METHODS, default=METHODS[0], help="default: delora")
     parser.add_argument(
@@ -50,8 +50,11 @@ def run(options: argparse.Namespace) -> None:
     from delora_diffusers.files.formats import write_adapter
 
     name, tuned_name = options.pretrained_model_name_or_path, options.tuned_model
-    base = open_model(name, revision=options.revision, variant=options.variant)
-    tuned = open_model(tuned_name, variant=options.variant)
+    base = open_model(name, revision=options.revision, variant=options.variant, model_config=options.model_config)
+    # A checkpoint in one file, of a base model in a folder, has that folder's configuration.
+    config = options.model_config or (None if base.file else name)
+    is_file = Path(tuned_name).is_file() or tuned_name.endswith(".safetensors")
+    tuned = open_model(tuned_name, variant=options.variant, model_config=config if is_file else None)
     denoiser = base.family.DENOISER
     components = [denoiser, *base.trainable_encoders] if options.text_encoders else [denoiser]
     targets: dict[str, tuple[str, ...]] = dict.fromkeys(components, TEXT_ENCODER_TARGETS)
@@ -85,8 +88,7 @@ def run(options: argparse.Namespace) -> None:
         if component in tuned.skeletons and differ(base, tuned, component):
             print(f"warning: {component} differs too and is not in the adapter (see --text_encoders)")
     header: dict[str, Any] = {"base_model": recorded_model_name(name), "pipeline": type(base.pipeline).__name__}
-    recorded = {"revision": options.revision, "variant": options.variant}
-    header |= {key: value for key, value in recorded.items() if value is not None}
+    header |= {key: value for key, value in recorded_files(options).items() if value is not None}
     header["training"] = {"extracted_from": recorded_model_name(tuned_name)}
     parts = {component: (configs[component], part.tensors) for component, part in changed.items()}
     print(f"wrote {write_adapter(parts, header, options.output_dir, options.output_dir)}")
@@ -149,7 +151,7 @@ def weights_of(model: "OpenModel", component: str) -> "Mapping[str, Tensor]":
 
     named = ((file, WEIGHTS.fullmatch(file.name)) for file in visible_weights(model.folder / component))
     variants = {file: match["variant"] for file, match in named if match}
-    for variant in (model.variant, None):
+    for variant in (model.variant, None) if component not in model.in_file else ():
         files = [file for file in variants if variants[file] == variant]
         if files:
             return StoredWeights(files)

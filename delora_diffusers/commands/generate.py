@@ -59,7 +59,7 @@ class Batch(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_adapter_arguments(parser, required=False)
-    add_base_model_arguments(parser)
+    add_base_model_arguments(parser, prediction=True)
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", nargs="+", help="one or several prompts")
     prompts.add_argument("--prompts_file", type=Path, help="a text file with one prompt per line")
@@ -182,8 +182,16 @@ def run(options: argparse.Namespace) -> None:
     requests = build_requests(options)
     follows_maps = check_maps(options, requests)
     adapters = list(dict.fromkeys(path for request in requests for path, _ in request.adapters))
-    base_model = base_model_of(adapters, options.pretrained_model_name_or_path, options.revision, options.variant)
-    index = model_index(base_model.name, revision=base_model.revision, variant=base_model.variant)
+    base_model = base_model_of(
+        adapters,
+        options.pretrained_model_name_or_path,
+        options.revision,
+        options.variant,
+        options.model_config,
+        options.prediction_type,
+        options.rescale_betas_zero_snr,
+    )
+    index = model_index(base_model.name, **base_model.files())
     family = family_of(index["_class_name"])
     if options.negative_prompt and not family.has_negative_prompt(index):
         raise InputError("--negative_prompt has no effect on this model, which has no negative prompt; leave it out.")
@@ -238,7 +246,12 @@ def _plan(requests: list[Any], options: argparse.Namespace, base_model: "BaseMod
     """
     from delora_diffusers.files.records import check_same_images, plan
 
-    planned = [(request, plan(request, options, base_model.name or MINIATURE)) for request in requests]
+    prediction = {
+        flag: value
+        for flag in ("prediction_type", "rescale_betas_zero_snr")
+        if (value := getattr(base_model, flag)) is not None
+    }
+    planned = [(request, plan(request, options, base_model.name or MINIATURE, prediction)) for request in requests]
     for request, records in planned:
         check_same_images(request.output_dir, records)
     return planned
@@ -300,7 +313,6 @@ def _generate(
     from tqdm.auto import tqdm
 
     from delora_diffusers.atomic import atomic_write
-    from delora_diffusers.families.loading import open_model
     from delora_diffusers.files.records import save_with_record
     from delora_diffusers.maps import crop_map, read_map
     from delora_diffusers.memory import explain_out_of_memory
@@ -312,7 +324,7 @@ def _generate(
     from delora_diffusers.precision import denoiser_dtype, dtype_of
 
     _check_placement(options, batches, accelerator.device)
-    model = open_model(base_model.name, revision=base_model.revision, variant=base_model.variant)
+    model = base_model.open()
     for flag in SIDES:
         check_patches(model.patch_pixels, getattr(options, flag) or 0, flag)
     pipeline, device, dtype = model.pipeline, accelerator.device, dtype_of(accelerator.mixed_precision)
@@ -422,7 +434,7 @@ def _set_scheduler(pipeline: Any, options: argparse.Namespace, base_model: "Base
     import diffusers
 
     from delora_diffusers.pipelines.conditions import family_in
-    from delora_diffusers.pipelines.noise_schedule import check_ddpm, check_flow, check_steps
+    from delora_diffusers.pipelines.noise_schedule import check_ddpm, check_flow, check_samples_from_noise, check_steps
 
     if family_in(pipeline).IS_FLOW:
         check_flow(pipeline.scheduler, base_model.name)
@@ -430,6 +442,7 @@ def _set_scheduler(pipeline: Any, options: argparse.Namespace, base_model: "Base
     if options.scheduler is not None:
         check_ddpm(pipeline.scheduler, base_model.name)
         kind = getattr(diffusers, SCHEDULERS[options.scheduler])
+        check_samples_from_noise(kind, pipeline.scheduler, f"--scheduler {options.scheduler}")
         try:
             pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
         except ImportError as error:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from delora_diffusers.commands.arguments import add_base_model_arguments
+from delora_diffusers.commands.arguments import add_base_model_arguments, recorded_files
 from delora_diffusers.errors import InputError
 from delora_diffusers.names import recorded_model_name
 from delora_diffusers.outputs import check_new
@@ -40,13 +40,13 @@ def _import_lora(options: argparse.Namespace) -> None:
     if is_ours(files):
         raise InputError(f"--lora {options.lora} is an adapter of this library already; use it as it is.")
     name = options.pretrained_model_name_or_path
-    model = open_model(name, revision=options.revision, variant=options.variant, with_weights=False)
+    files_of_model = {key: getattr(options, key) for key in ("revision", "variant", "model_config")}
+    model = open_model(name, **files_of_model, with_weights=False)
     models = {component: skeleton for component, skeleton in model.skeletons.items() if component != "vae"}
     pipeline = type(model.pipeline).__name__
     components = {c: as_adapter(modules) for c, modules in read_lora(files, models, pipeline).items()}
-    recorded = {"revision": options.revision, "variant": options.variant}
     base = {"base_model": recorded_model_name(name), "pipeline": pipeline}
-    base |= {key: value for key, value in recorded.items() if value is not None}
+    base |= {key: value for key, value in recorded_files(options).items() if value is not None}
     print(f"wrote {write_adapter(components, base, files[-1], options.output_dir)}")
 
 
@@ -58,11 +58,13 @@ def _import_peft_delora(options: argparse.Namespace) -> None:
     from delora_diffusers.files.formats import read_peft_delora
 
     name = options.pretrained_model_name_or_path
-    model = open_model(name, revision=options.revision, variant=options.variant)
+    model = open_model(name, revision=options.revision, variant=options.variant, model_config=options.model_config)
     component = model.family.DENOISER
     denoiser = model.load(component, torch.float32)
     weights = {n: m.weight.detach() for n, m in denoiser.named_modules() if isinstance(m, nn.Linear)}
     base = {"base_model": recorded_model_name(name)}
+    if options.model_config is not None:
+        base["model_config"] = recorded_model_name(options.model_config)
     if component == "transformer":  # its exports depend on the class; files of UNets stay as they were
         base["pipeline"] = type(model.pipeline).__name__
     print(f"wrote {read_peft_delora(options.peft_dir, weights, base, component, options.output_dir)}")

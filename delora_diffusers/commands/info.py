@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 
 from delora_diffusers.errors import InputError
+from delora_diffusers.families.flags import add_single_file_arguments
 
 BAR = 30
 """Length of the longest bar, in characters."""
@@ -17,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory", metavar="MODEL", help="instead: what training on this base model needs of a GPU's memory, by flags"
     )
+    add_single_file_arguments(parser, prediction=False)
     parser.add_argument("--resolution", type=int, help="side length in pixels for --memory; default: the model's")
 
 
@@ -24,18 +26,18 @@ def run(options: argparse.Namespace) -> None:
     if (options.adapter is None) == (options.memory is None):
         raise InputError("give either an adapter to describe, or a base model with --memory.")
     if options.memory is not None:
-        _print_memory(options.memory, options.resolution)
+        _print_memory(options.memory, options.resolution, options.model_config)
     else:
         _describe(options)
 
 
-def _print_memory(name: str, resolution: int | None) -> None:
+def _print_memory(name: str, resolution: int | None, model_config: str | None) -> None:
     from delora_diffusers.families.checks import check_patches
     from delora_diffusers.families.loading import open_model
     from delora_diffusers.pipelines.sampling import default_resolution
     from delora_diffusers.training.memory_report import memory_table
 
-    model = open_model(name, with_weights=False)
+    model = open_model(name, model_config=model_config, with_weights=False)
     side = resolution or default_resolution(model.pipeline, model.skeletons[model.family.DENOISER])
     check_patches(model.patch_pixels, side)
     if side < 1:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from delora_diffusers.errors import InputError
-from delora_diffusers.names import FAMILIES, is_miniature, may_be_hub_id
+from delora_diffusers.files.headers import safetensors_header
+from delora_diffusers.names import FAMILIES, METADATA_KEY, hub_file, is_miniature, may_be_hub_id
 from delora_diffusers.text_files import read_json
 
 if TYPE_CHECKING:
@@ -20,26 +21,59 @@ WEIGHTS = re.compile(
 """Names of weight files, with their variant."""
 
 
-def check_model_folder(name_or_path: str | None, variant: str | None = None) -> None:
-    """Reject at once what cannot be a pipeline. A name that is not a local folder may be a hub id and is accepted.
+NOT_STORED = ("position_ids",)
+"""Last parts of names that files may lack. The libraries initialize all other missing weights at random."""
+LEGACY_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""Names in the files of older autoencoders, and those that diffusers gives them."""
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+
+
+def is_single_file(name_or_path: str | None) -> bool:
+    """Whether a base model is one file, here or on the hub."""
+    if is_miniature(name_or_path) or not name_or_path or Path(name_or_path).is_dir():
+        return False
+    return Path(name_or_path).is_file() or hub_file(name_or_path) is not None
+
+
+def check_model_folder(name_or_path: str | None, variant: str | None = None, model_config: str | None = None) -> None:
+    """Reject at once what cannot be a base model. A name that is not a local path may be on the hub and is accepted.
+
+    Args:
+        model_config: see ``--model_config``.
 
     Raises:
         InputError
     """
+    if is_single_file(name_or_path):
+        assert name_or_path is not None
+        if Path(name_or_path).is_file():
+            check_single_file(Path(name_or_path))
+        if variant is not None and model_config is None:
+            raise InputError(f"--variant chooses files of a folder, but {name_or_path} is a single file; leave it out.")
+        if model_config is not None:
+            if is_miniature(model_config) or is_single_file(model_config):
+                raise InputError(f"--model_config {model_config} is not a pipeline; give a folder or a hub id.")
+            try:
+                check_model_folder(model_config, variant)
+            except InputError as error:
+                raise InputError(f"--model_config cannot be used: {error}") from error
+        return
+    if model_config is not None:
+        raise InputError("--model_config belongs to a base model in a single file; leave it out, or give such a file.")
     if is_miniature(name_or_path):
         return
     assert name_or_path is not None
     if not name_or_path:
         raise InputError("--pretrained_model_name_or_path is empty; give a folder or a hub id, or leave it out.")
     folder = Path(name_or_path)
-    if folder.is_file():
+    if "://" in name_or_path:
         raise InputError(
-            f"the base model {name_or_path} is a single file; convert it to a folder with diffusers: "
-            f"StableDiffusionPipeline.from_single_file({name_or_path!r}).save_pretrained('FOLDER')."
+            f"the base model {name_or_path} is not the address of a .safetensors file on huggingface.co; download it, "
+            "and give the file."
         )
     if not folder.is_dir():
         if not may_be_hub_id(name_or_path):
-            raise InputError(f"the base model folder {name_or_path} does not exist; check the path.")
+            raise InputError(f"the base model {name_or_path} does not exist; check the path.")
         return
     index = folder / "model_index.json"
     if index.is_file():
@@ -62,6 +96,27 @@ def check_model_folder(name_or_path: str | None, variant: str | None = None) -> 
                 "adapted; give the model without quantization."
             )
     check_variant(name_or_path, (path.relative_to(folder).as_posix() for path in folder.glob("*/*")), variant)
+
+
+def check_single_file(file: Path) -> None:
+    """Reject at once a file that cannot be a base model.
+
+    Raises:
+        InputError
+    """
+    if file.suffix.lower() in PICKLES:
+        raise InputError(
+            f"the base model {file} is a pickle, which can run any code when it is read; give it as .safetensors."
+        )
+    if file.suffix.lower() != ".safetensors":
+        raise InputError(f"the base model {file} is not a .safetensors file; give such a file, or a pipeline folder.")
+    header = safetensors_header(file, "a base model")
+    header = header if isinstance(header, dict) else {}
+    metadata = header.get("__metadata__")
+    if isinstance(metadata, dict) and METADATA_KEY in metadata:
+        raise InputError(f"the base model {file} is an adapter; give it to --adapter, and here its base model.")
+    if any(part in name for name in header for part in (".lora_", "lora_unet_", ".lokr_", ".hada_w1")):
+        raise InputError(f"the base model {file} is a LoRA; give the model that it was trained on.")
 
 
 def known_class(name_or_path: str | None, index: Path) -> str:
@@ -135,3 +190,9 @@ def check_variant(name: str, files: Iterable[str], variant: str | None) -> None:
                 f"the base model {name} has the weights of its {component} only as variant {names}; pass --variant "
                 f"{sorted(str(other) for other in available)[0]}."
             )
+
+
+def plain_name(name: str) -> str:
+    """The name of a weight in every version of diffusers and transformers: CLIP's may begin with ``text_model``."""
+    parts = [LEGACY_NAMES.get(part, part) for part in name.removeprefix("text_model.").split(".")]
+    return ".".join(parts)

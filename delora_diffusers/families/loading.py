@@ -5,19 +5,32 @@ import gc
 import importlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from delora_diffusers.errors import LOADING_ERRORS, InputError, reason
-from delora_diffusers.families.checks import COMPONENTS, WEIGHTS, check_model_folder, check_variant, known_class
+from delora_diffusers.families.checks import (
+    COMPONENTS,
+    NOT_STORED,
+    WEIGHTS,
+    check_model_folder,
+    check_variant,
+    is_single_file,
+    known_class,
+    plain_name,
+)
 from delora_diffusers.families.family import Family
+from delora_diffusers.families.prediction import set_prediction
 from delora_diffusers.families.table import family_of
 from delora_diffusers.names import MINIATURE, is_miniature
 from delora_diffusers.text_files import read_json
+
+if TYPE_CHECKING:
+    from delora_diffusers.families.single_file import SingleFile
 
 _MINIATURE_FOLDER = Path(__file__).resolve().parents[2] / "data" / "miniature" / MINIATURE
 
@@ -32,6 +45,8 @@ class OpenModel:
         variant: of the weight files.
         pipeline: diffusers' pipeline with the tokenizers and the scheduler; its models are None until they are loaded.
         skeletons: each model on the meta device: its modules, shapes and configuration without values.
+        file: the checkpoint, if the base model is a single file. The folder then has its configuration.
+        in_file: the models whose weights are in that file; those of the others are in the folder.
     """
 
     name: str | None
@@ -39,6 +54,8 @@ class OpenModel:
     variant: str | None
     pipeline: Any
     skeletons: dict[str, Any]
+    file: "SingleFile | None" = None
+    in_file: Sequence[str] = ()
 
     @property
     def family(self) -> Family:
@@ -72,20 +89,27 @@ class OpenModel:
         Raises:
             InputError: its files are damaged.
         """
-        options: dict[str, Any] = {"subfolder": component, "torch_dtype": dtype, "variant": self._variant_of(component)}
+        options: dict[str, Any] = {"subfolder": component, "torch_dtype": dtype, "variant": self.variant_of(component)}
         kind = type(self.skeletons[component])
+        missing: list[str] = []
         if quantization is not None:
             # Quantizing is done on the device, weight by weight, which a map of devices asks for.
             options |= {"quantization_config": quantization, "device_map": {"": torch.device(device)}}
         try:
             with _quiet(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torchao's, about what is not used here
-                model, loaded = kind.from_pretrained(str(self.folder), **options, output_loading_info=True)
+                if self.file is not None and component in self.in_file:
+                    from delora_diffusers.families.single_file import load_part
+
+                    skeleton = self.skeletons[component]
+                    model = load_part(self.file, component, skeleton, self.folder, dtype, quantization, device)
+                else:
+                    model, loaded = kind.from_pretrained(str(self.folder), **options, output_loading_info=True)
+                    missing = [name for name in loaded["missing_keys"] if not name.endswith(NOT_STORED)]
         except LOADING_ERRORS as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             raise _loading_error(self.name, self.variant, error) from error
-        missing = [name for name in loaded["missing_keys"] if not name.endswith(NOT_STORED)]
         missing += [name for name, tensor in model.state_dict().items() if tensor.is_meta]
         if missing:
             raise InputError(
@@ -106,27 +130,47 @@ class OpenModel:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _variant_of(self, component: str) -> str | None:
+    def variant_of(self, component: str) -> str | None:
         """The variant, if this model's weights have it."""
         files = (WEIGHTS.fullmatch(path.name) for path in (self.folder / component).glob("*"))
         return self.variant if any(match and match["variant"] == self.variant for match in files) else None
 
 
 def open_model(
-    name_or_path: str | None, *, revision: str | None = None, variant: str | None = None, with_weights: bool = True
+    name_or_path: str | None,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    model_config: str | None = None,
+    prediction_type: str | None = None,
+    rescale_betas_zero_snr: bool | None = None,
+    with_weights: bool = True,
+    pickles: bool = True,
 ) -> OpenModel:
     """Open a base model without loading its weights.
 
     Args:
-        name_or_path: a pipeline folder or a hub id; None or ``"mini-sd"`` for the included miniature.
+        name_or_path: a pipeline folder, a hub id, or a single file here or on the hub; None or ``"mini-sd"`` for the
+            included miniature.
+        model_config: of a single file: the pipeline folder or hub id with its configuration, its tokenizers, and the
+            weights that the file lacks; None for the configuration of Stable Diffusion that the file looks like.
+        prediction_type, rescale_betas_zero_snr: what the denoiser was trained with, if neither the scheduler's
+            configuration nor the file says it.
         with_weights: otherwise those of a model on the hub are not downloaded, and no part can be loaded.
+        pickles: see ``pipeline_folder``.
 
     Raises:
-        InputError: the folder is not a complete pipeline, the hub id cannot be downloaded, or its configuration asks
-            for something that is not supported.
+        InputError: it is not a complete pipeline, cannot be downloaded, or its configuration asks for something that is
+            not supported.
     """
-    if with_weights:
-        folder = pipeline_folder(name_or_path, revision=revision, variant=variant, pickles=True)
+    file, tokenizers = None, {}
+    if is_single_file(name_or_path):
+        file, folder, tokenizers = _open_file(str(name_or_path), revision, variant, model_config, with_weights)
+        prediction_type = prediction_type or file.prediction_type
+        rescale_betas_zero_snr = file.zero_snr if rescale_betas_zero_snr is None else rescale_betas_zero_snr
+    elif with_weights:
+        check_model_folder(name_or_path, variant, model_config)
+        folder = pipeline_folder(name_or_path, revision=revision, variant=variant, pickles=pickles)
     else:
         folder = _configurations(name_or_path, revision)
     kind = known_class(name_or_path, folder / "model_index.json")
@@ -138,30 +182,102 @@ def open_model(
         with _quiet():
             skeletons, unused = _skeletons(folder), _unused(folder)
             parts: dict[str, Any] = unused | skeletons | {"safety_checker": None, "requires_safety_checker": False}
-            pipeline: Any = DiffusionPipeline.from_pretrained(folder, **parts)
+            pipeline: Any = DiffusionPipeline.from_pretrained(folder, **parts, **tokenizers)
     except LOADING_ERRORS as error:
         raise _loading_error(name_or_path, variant, error) from error
-    problem = _unsupported(family_of(kind), skeletons) or _incomplete(skeletons, folder)
+    family, in_folder, in_file = family_of(kind), skeletons, []
+    if file is not None:
+        from delora_diffusers.families.single_file import check_parts
+
+        in_file = check_parts(file, family.DENOISER, skeletons)
+        in_folder = {name: skeleton for name, skeleton in skeletons.items() if name not in in_file}
+        if in_folder and with_weights:
+            folder = _folder_with(in_folder, in_file, folder, file.name, model_config, variant)
+    problem = _unsupported(family, skeletons) or _incomplete(in_folder, folder)
     if problem is not None:
         raise InputError(f"the base model {name_or_path} {problem}; choose another.")
-    _limit_prompts(pipeline, family_of(kind), name_or_path)
+    _limit_prompts(pipeline, family, name_or_path)
+    if not family.IS_FLOW:
+        set_prediction(pipeline, name_or_path, prediction_type, rescale_betas_zero_snr)
+    elif prediction_type is not None or rescale_betas_zero_snr:
+        flag = "--prediction_type" if prediction_type is not None else "--rescale_betas_zero_snr"
+        raise InputError(f"{flag} does not apply to {name_or_path}, which is a flow model; leave it out.")
     for component in skeletons:
         setattr(pipeline, component, None)
-    return OpenModel(name_or_path, folder, variant, pipeline, skeletons)
+    return OpenModel(name_or_path, folder, variant, pipeline, skeletons, file, in_file)
 
 
-def family_named(name_or_path: str | None, *, revision: str | None = None, variant: str | None = None) -> Family:
+def _open_file(
+    name: str, revision: str | None, variant: str | None, model_config: str | None, with_weights: bool
+) -> tuple["SingleFile", Path, dict[str, Any]]:
+    """A single file, the folder of its configuration, and its tokenizers if that folder has none."""
+    from delora_diffusers.families.single_file import open_single_file, shipped_configuration, shipped_tokenizers
+
+    check_model_folder(name, variant, model_config)
+    file = open_single_file(name, revision, with_weights)
+    if model_config is not None:
+        try:
+            return file, _configurations(model_config, None), {}
+        except InputError as error:
+            raise InputError(f"--model_config cannot be used: {error}") from error
+    folder = shipped_configuration(file)
+    return file, folder, shipped_tokenizers(folder)
+
+
+def _folder_with(
+    parts: Sequence[str] | dict[str, Any],
+    others: Sequence[str],
+    folder: Path,
+    name: str,
+    model_config: str | None,
+    variant: str | None,
+) -> Path:
+    """The folder with the weights of those parts that a single file lacks; of a hub id, only these are downloaded.
+
+    Raises:
+        InputError: it has no weights of one of them.
+    """
+    if model_config is not None and not Path(model_config).is_dir():
+        folder = pipeline_folder(model_config, variant=variant, pickles=True, without=others)
+    for part in parts:
+        if not any(WEIGHTS.fullmatch(file.name) for file in (folder / part).glob("*")):
+            source = "" if model_config is None else f", and neither does --model_config {model_config}"
+            raise InputError(
+                f"{name} has no {part}{source}; give a pipeline that has its weights with --model_config, or a "
+                "complete model."
+            )
+    return folder
+
+
+def family_named(
+    name_or_path: str | None,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    model_config: str | None = None,
+) -> Family:
     """The family of a base model; see ``model_index``."""
-    return family_of(model_index(name_or_path, revision=revision, variant=variant)["_class_name"])
+    index = model_index(name_or_path, revision=revision, variant=variant, model_config=model_config)
+    return family_of(index["_class_name"])
 
 
-def model_index(name_or_path: str | None, *, revision: str | None = None, variant: str | None = None) -> dict[str, Any]:
+def model_index(
+    name_or_path: str | None,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    model_config: str | None = None,
+) -> dict[str, Any]:
     """The ``model_index.json`` of a base model. Of a model on the hub nothing else is downloaded.
 
     Raises:
         InputError: see ``open_model``.
     """
-    check_model_folder(name_or_path, variant)
+    if is_single_file(name_or_path):
+        _, folder, _ = _open_file(str(name_or_path), revision, variant, model_config, with_weights=False)
+        known_class(name_or_path, folder / "model_index.json")
+        return read_json(folder / "model_index.json")
+    check_model_folder(name_or_path, variant, model_config)
     file: Path | str = _MINIATURE_FOLDER / "model_index.json"
     if name_or_path is not None and not is_miniature(name_or_path):
         file = Path(name_or_path) / "model_index.json"
@@ -189,12 +305,18 @@ def load_pipeline(name_or_path: str | None, *, revision: str | None = None, vari
 
 
 def pipeline_folder(
-    name_or_path: str | None, *, revision: str | None = None, variant: str | None = None, pickles: bool = False
+    name_or_path: str | None,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    pickles: bool = False,
+    without: Sequence[str] = (),
 ) -> Path:
     """The folder of a pipeline. A hub id is downloaded.
 
     Args:
         pickles: whether weights may be pickles if there are none in safetensors.
+        without: models that need not be downloaded.
 
     Raises:
         InputError: see ``open_model``.
@@ -213,7 +335,7 @@ def pipeline_folder(
                 revision=revision,
                 variant=variant,
                 use_safetensors=None if pickles else True,
-                safety_checker=None,
+                **{name: None for name in ("safety_checker", *without)},
             )
     except LOADING_ERRORS as error:
         raise _loading_error(name_or_path, variant, error) from error
@@ -285,12 +407,6 @@ def _unsupported(family: Family, skeletons: dict[str, Any]) -> str | None:
     return family.unsupported(skeletons[family.DENOISER].config, skeletons["vae"].config)
 
 
-LEGACY_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-"""Names in the files of older autoencoders, and those that diffusers gives them."""
-NOT_STORED = ("position_ids",)
-"""Last parts of names that files may lack. The libraries initialize all other missing weights at random."""
-
-
 def _incomplete(skeletons: dict[str, Any], folder: Path) -> str | None:
     """What is missing in the weight files of a folder; None if nothing is.
 
@@ -301,19 +417,14 @@ def _incomplete(skeletons: dict[str, Any], folder: Path) -> str | None:
     for component, model in skeletons.items():
         if not (hasattr(model, "load_config") or type(model).__name__.startswith("CLIP")):
             continue
-        stored = {_plain_name(name) for name in weight_names(folder / component)}
+        stored = {plain_name(name) for name in weight_names(folder / component)}
         if not stored and list(visible_weights(folder / component)):
             return f"has weights in {folder / component} that cannot be read, so download it again"
-        names = [_plain_name(name) for name in model.state_dict()]
+        names = [plain_name(name) for name in model.state_dict()]
         missing = [name for name in names if name not in stored and not name.endswith(NOT_STORED)] if stored else []
         if missing:
             return f"has no weight {missing[0]} in {folder / component}, nor {len(missing) - 1} others"
     return None
-
-
-def _plain_name(name: str) -> str:
-    parts = [LEGACY_NAMES.get(part, part) for part in name.removeprefix("text_model.").split(".")]
-    return ".".join(parts)
 
 
 def _limit_prompts(pipeline: Any, family: Family, name: str | None) -> None:

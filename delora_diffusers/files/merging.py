@@ -7,7 +7,7 @@ dtype that they have. At no time is more than the adapters and one weight matrix
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +77,16 @@ def read_changes(adapters: Sequence[tuple[Path, float]]) -> dict[str, dict[str, 
     return changes
 
 
-def merge_folder(folder: Path, adapters: Sequence[tuple[Path, float]], output_dir: Path) -> None:
+def merge_folder(
+    folder: Path,
+    adapters: Sequence[tuple[Path, float]],
+    output_dir: Path,
+    edit: Callable[[Path], None] | None = None,
+) -> None:
     """Write a copy of a pipeline folder with the adapters merged into its weights, completely or not at all.
+
+    Args:
+        edit: changes other files of the copy.
 
     Raises:
         InputError: an adapted weight is missing, has another shape or is not floating point, or the disk is full.
@@ -101,9 +109,28 @@ def merge_folder(folder: Path, adapters: Sequence[tuple[Path, float]], output_di
         hidden = {name for name in names if name == ".cache"}
         return hidden | (set(shutil.ignore_patterns(*OTHER_WEIGHTS)(directory, names)) if changed else set())
 
-    with atomic_folder(output_dir) as copy:
+    def write(copy: Path) -> None:
         # Follows the symlinks in the hub's cache. Permissions are not copied: the base model may be read-only.
         shutil.copytree(folder, copy, ignore=ignore, dirs_exist_ok=True, copy_function=shutil.copyfile)
+        if edit is not None:
+            edit(copy)
+
+    merge_into_new_folder(write, changes, output_dir)
+
+
+def merge_into_new_folder(
+    write: Callable[[Path], None], changes: Mapping[str, dict[str, Change]], output_dir: Path
+) -> None:
+    """Write a pipeline folder, then change its weights, completely or not at all.
+
+    Args:
+        write: fills the folder that it is given. changes: all of its weights are there.
+
+    Raises:
+        InputError: see ``merge_folder``.
+    """
+    with atomic_folder(output_dir) as copy:
+        write(copy)
         files = [(file, changes[component]) for component in changes for file in visible_weights(copy / component)]
         for file, module_changes in tqdm(files, desc="merging", leave=False):
             _overwrite(file, module_changes)
@@ -114,19 +141,39 @@ def _adapted_weights(file: Path, changes: dict[str, Change]) -> Iterator[tuple[s
     with safe_open(file, "pt") as opened:
         names = set(opened.keys())
         for module, change in changes.items():
-            name = _weight_name(names, module)
+            name = weight_name(names, module)
             if name is None:
                 continue
             piece = opened.get_slice(name)
-            shape, dtype = tuple(piece.get_shape()), piece.get_dtype()
-            if dtype not in FLOATS:
-                raise InputError(f"{file} stores {name} as {dtype}; merge into a model in fp32, fp16 or bf16.")
-            for term in change.terms:
-                check_shapes(term.file, name, term.config, term.tensors, shape)
+            check_change(file, name, change, tuple(piece.get_shape()), piece.get_dtype())
             yield module, name
 
 
-def _weight_name(names: set[str], module: str) -> str | None:
+def check_change(file: Path, name: str, change: Change, shape: tuple[int, ...], dtype: str) -> None:
+    """Check that a change fits the weight of this name, shape and dtype in a file.
+
+    Raises:
+        InputError
+    """
+    if dtype not in FLOATS:
+        raise InputError(f"{file} stores {name} as {dtype}; merge into a model in fp32, fp16 or bf16.")
+    for term in change.terms:
+        check_shapes(term.file, name, term.config, term.tensors, shape)
+
+
+def merged_weight(name: str, weight: Tensor, change: Change) -> Tensor:
+    """A weight with its change, in its dtype.
+
+    Raises:
+        InputError: it overflows.
+    """
+    merged = change(weight).to(weight.dtype).contiguous()
+    if torch.isfinite(weight).all() and not torch.isfinite(merged).all():
+        raise InputError(f"the merged {name} overflows in {str(weight.dtype)[6:]}; use smaller --adapter_weights.")
+    return merged
+
+
+def weight_name(names: set[str], module: str) -> str | None:
     """The name in a file of a module's weight or, with full fine-tuning, of a parameter; ``text_model`` is optional."""
     for prefix in ("", "text_model."):
         for inner in (module, module.removeprefix("text_model.")):
@@ -143,9 +190,7 @@ def _overwrite(file: Path, changes: dict[str, Change]) -> None:
     for module, name in list(_adapted_weights(file, changes)):
         with safe_open(file, "pt") as opened:
             weight = opened.get_tensor(name).clone()
-        merged = changes[module](weight).to(weight.dtype).contiguous()
-        if torch.isfinite(weight).all() and not torch.isfinite(merged).all():
-            raise InputError(f"the merged {name} overflows in {str(weight.dtype)[6:]}; use smaller --adapter_weights.")
+        merged = merged_weight(name, weight, changes[module])
         with file.open("r+b") as stream:
             stream.seek(8 + size + header[name]["data_offsets"][0])
             stream.write(merged.view(torch.uint8).numpy().tobytes())

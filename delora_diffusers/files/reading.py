@@ -10,18 +10,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from delora_diffusers.errors import LOADING_ERRORS, InputError, reason
+from delora_diffusers.errors import LOADING_ERRORS, InputError
+from delora_diffusers.files.headers import safetensors_header
 from delora_diffusers.methods.config import AdapterConfig
 from delora_diffusers.methods.functions import method_functions
 from delora_diffusers.methods.table import METHODS
-from delora_diffusers.names import METADATA_KEY, WEIGHTS_NAME, checkpoint_folders, may_be_hub_id
+from delora_diffusers.names import METADATA_KEY, PREDICTION_TYPES, WEIGHTS_NAME, checkpoint_folders, may_be_hub_id
 from delora_diffusers.text_files import is_text, parse_json
 
 FORMAT_VERSION = 1
 CONTROL_PREFIX = "control_encoder."
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
-MAX_HEADER_BYTES = 8 * 2**20
-"""For comparison, the header of an adapter for SDXL's attention has 0.6 MB."""
 MAX_TENSORS = 20_000
 """For comparison, an adapter for every linear layer of SDXL has 7,000."""
 MAX_DIMENSIONS = 8
@@ -105,7 +104,7 @@ def read_tensors(file: Path, tensors: bool = True) -> tuple[dict[str, str], dict
         InputError: the file is not safetensors, is truncated, has a name twice, or has a tensor that is empty or not
             floating point.
     """
-    _check_header(file)
+    safetensors_header(file)
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
@@ -131,28 +130,6 @@ def read_tensors(file: Path, tensors: bool = True) -> tuple[dict[str, str], dict
         problem = "is truncated" if "incomplete" in str(error).lower() else "is not a safetensors file"
         raise InputError(f"{file} {problem} ({error}); save or download it again.") from error
     return metadata, loaded
-
-
-def _check_header(file: Path) -> None:
-    """Check the header's length and names before anything is allocated for them."""
-    message = f"{file} is not a safetensors file (%s); save or download it again."
-    with file.open("rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        available = file.stat().st_size - 8
-        if available < 2:
-            raise InputError(f"{file} is truncated (it has {max(available + 8, 0)} bytes); save or download it again.")
-        if size > MAX_HEADER_BYTES and size <= available:
-            raise InputError(
-                f"{file} has a header of {size / 2**20:.0f} MiB, far more than an adapter's; give an adapter file."
-            )
-        if size > available:
-            raise InputError(message % f"it announces a header of {size} bytes but has {available}")
-        header = stream.read(size)
-
-    try:
-        parse_json(header.decode())
-    except ValueError as error:
-        raise InputError(message % f"its header is not valid: {reason(error, 200)}") from error
 
 
 def read_adapter(file: Path, tensors: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -193,8 +170,11 @@ def _parse_header(metadata: dict[str, str]) -> dict[str, Any] | None:
         return None
     if header["format_version"] < 1:
         return None
-    texts = [header.get(name) for name in ("base_model", "pipeline", "revision", "variant")]
+    names = ("base_model", "pipeline", "revision", "variant", "model_config", "prediction_type")
+    texts = [header.get(name) for name in names]
     valid = "base_model" in header and all(text is None or (isinstance(text, str) and is_text(text)) for text in texts)
+    valid = valid and header.get("prediction_type") in (None, *PREDICTION_TYPES)
+    valid = valid and isinstance(header.get("rescale_betas_zero_snr"), bool | None)
     valid = valid and isinstance(header.get("config"), dict) and bool(header["config"])
     valid = valid and isinstance(header.get("training", {}), dict)
     control = header.get("control_encoder", {"palette": None})

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +68,14 @@ def read_requests(file: Path, seed: int, strengths: tuple[float, ...]) -> list[R
     return requests
 
 
-def plan(request: Request, options: argparse.Namespace, base_model: str | None) -> list[dict[str, Any]]:
-    """The record of every image, in order, as ``metadata.jsonl`` and the image itself will contain it."""
+def plan(
+    request: Request, options: argparse.Namespace, base_model: str | None, prediction: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]]:
+    """The record of every image, in order, as ``metadata.jsonl`` and the image itself will contain it.
+
+    Args:
+        prediction: what the base model is said to predict, if it is.
+    """
     paths = [str(adapter) for adapter, _ in request.adapters]
     hashes = [hashlib.sha256(adapter_path(path).read_bytes()).hexdigest()[:16] for path in paths]
     shared: dict[str, Any] = {
@@ -85,6 +91,7 @@ def plan(request: Request, options: argparse.Namespace, base_model: str | None) 
     shared |= {side: value for side in ("width", "height") if (value := getattr(options, side)) is not None}
     if options.max_prompt_chunks > 1:
         shared["max_prompt_chunks"] = options.max_prompt_chunks
+    shared |= prediction or {}
     weights = [weight for _, weight in request.adapters]
     if any(weight != 1 for weight in weights):
         shared["adapter_weights"] = weights

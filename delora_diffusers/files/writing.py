@@ -29,6 +29,9 @@ def save_adapter(
     base_model: str | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    model_config: str | None = None,
+    prediction_type: str | None = None,
+    rescale_betas_zero_snr: bool | None = None,
     pipeline: str | None = None,
     training: dict[str, Any] | None = None,
     subject: int = 0,
@@ -41,6 +44,8 @@ def save_adapter(
         text_encoders: the text encoders' adapters by name, ``text_encoder`` and ``text_encoder_2``, if trained.
         control: the control signal that was trained with the adapter; its encoder and palette are saved too.
         base_model: hub id or folder of the base model. revision, variant: with which it was loaded.
+        model_config: folder or hub id with the configuration of a base model in a single file.
+        prediction_type, rescale_betas_zero_snr: what the base model was trained with, if it does not say that itself.
         pipeline: class of the base model's pipeline, which exports to other formats need.
         training: settings to record: steps, rates, prompt.
         subject: index of the subject to save, if the adapter has several.
@@ -57,6 +62,8 @@ def save_adapter(
         "config": {name: part.config.as_recorded() for name, part in components.items()},
     }
     optional = {"revision": revision, "variant": variant, "pipeline": pipeline, "training": training}
+    optional |= {"model_config": model_config, "prediction_type": prediction_type}
+    optional["rescale_betas_zero_snr"] = rescale_betas_zero_snr
     header |= {name: value for name, value in optional.items() if value is not None}
     tensors = {
         f"{component}.{name}": tensor.detach().float().cpu().contiguous().clone()

@@ -15,6 +15,7 @@ from delora_diffusers.adapter.detach import detach
 from delora_diffusers.adapter.modules import named_modules
 from delora_diffusers.adapter.quantized import is_quantized
 from delora_diffusers.errors import InputError
+from delora_diffusers.families.loading import OpenModel, open_model
 from delora_diffusers.files.loading import load_adapter, load_control
 from delora_diffusers.files.reading import adapter_path, parse_config, read_header
 
@@ -24,25 +25,58 @@ Weighted = tuple[Path, float]
 
 @dataclasses.dataclass(frozen=True)
 class BaseModel:
-    """A base model: hub id or folder (None for the included miniature), and the revision and variant of its files."""
+    """A base model; the fields are the arguments of ``open_model``. No name stands for the included miniature."""
 
     name: str | None
     revision: str | None = None
     variant: str | None = None
+    model_config: str | None = None
+    prediction_type: str | None = None
+    rescale_betas_zero_snr: bool | None = None
+
+    def files(self) -> dict[str, str | None]:
+        """Where its files are, as keyword arguments."""
+        return {"revision": self.revision, "variant": self.variant, "model_config": self.model_config}
+
+    def is_described(self) -> bool:
+        """Whether more is said about it than where its files are."""
+        return any(x is not None for x in (self.model_config, self.prediction_type, self.rescale_betas_zero_snr))
+
+    def open(self, **arguments: Any) -> OpenModel:
+        """Open it; see ``open_model``."""
+        prediction: dict[str, Any] = {
+            "prediction_type": self.prediction_type,
+            "rescale_betas_zero_snr": self.rescale_betas_zero_snr,
+        }
+        return open_model(self.name, **self.files(), **prediction, **arguments)
 
 
 def base_model_of(
-    adapters: Iterable[Path], name_or_path: str | None, revision: str | None = None, variant: str | None = None
+    adapters: Iterable[Path],
+    name_or_path: str | None,
+    revision: str | None = None,
+    variant: str | None = None,
+    model_config: str | None = None,
+    prediction_type: str | None = None,
+    rescale_betas_zero_snr: bool | None = None,
 ) -> BaseModel:
     """The base model that is given, or the one that all adapters record.
+
+    What the base model predicts is part of what an adapter was trained for: that is always taken from the adapters,
+    unless it is given.
 
     Raises:
         InputError: an adapter records no base model, or one that is not here, or two adapters record different ones.
     """
     headers = {adapter: read_header(adapter) for adapter in adapters}
     recorded = {adapter: header["base_model"] for adapter, header in headers.items()}
+    if prediction_type is None:
+        prediction_type = _agreed("prediction_type", headers)
+    if rescale_betas_zero_snr is None:
+        rescale_betas_zero_snr = _agreed("rescale_betas_zero_snr", headers)
+    prediction = (prediction_type, rescale_betas_zero_snr)
     if name_or_path or not recorded:
-        return BaseModel(name_or_path, revision, variant)
+        return BaseModel(name_or_path, revision, variant, model_config, *prediction)
     for adapter, base in recorded.items():
         if not base:
             raise InputError(f"{adapter} records no base model; give one with --pretrained_model_name_or_path.")
@@ -53,12 +87,35 @@ def base_model_of(
             "--pretrained_model_name_or_path."
         )
     (adapter, base), header = next(iter(recorded.items())), next(iter(headers.values()))
-    if os.path.isabs(base) and not os.path.isdir(base):
+    if os.path.isabs(base) and not os.path.exists(base):
+        what = "in the file" if base.endswith(".safetensors") else "in the folder"
         raise InputError(
-            f"{adapter} was trained on the base model in the folder {base}, which is not here; give it with "
+            f"{adapter} was trained on the base model {what} {base}, which is not here; give it with "
             "--pretrained_model_name_or_path."
         )
-    return BaseModel(base, revision or header.get("revision"), variant or header.get("variant"))
+    model_config = model_config or header.get("model_config")
+    if model_config is not None and os.path.isabs(model_config) and not os.path.isdir(model_config):
+        raise InputError(
+            f"{adapter} was trained with the configuration in the folder {model_config}, which is not here; give it "
+            "with --model_config."
+        )
+    variant = variant or header.get("variant")
+    return BaseModel(base, revision or header.get("revision"), variant, model_config, *prediction)
+
+
+def _agreed(field: str, headers: dict[Path, dict[str, Any]]) -> Any:
+    """What all adapters record in this field of their header, None included.
+
+    Raises:
+        InputError: two adapters record different values.
+    """
+    values = {adapter: header.get(field) for adapter, header in headers.items()}
+    if len(set(values.values())) > 1:
+        (first, value), (second, other) = next((a, b) for a in values.items() for b in values.items() if a[1] != b[1])
+        raise InputError(
+            f"{first} was trained with {field} {value} and {second} with {other}; choose one with --{field}."
+        )
+    return next(iter(values.values()), None)
 
 
 class AdaptedModel:

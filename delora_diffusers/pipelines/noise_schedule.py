@@ -5,8 +5,8 @@ from typing import Any
 from diffusers import DDPMScheduler
 
 from delora_diffusers.errors import InputError
-
-PREDICTION_TYPES = ("epsilon", "v_prediction")
+from delora_diffusers.families.prediction import check_zero_snr, has_zero_snr
+from delora_diffusers.names import PREDICTION_TYPES
 
 
 def check_ddpm(scheduler: Any, name: str | None) -> None:
@@ -31,6 +31,23 @@ def check_ddpm(scheduler: Any, name: str | None) -> None:
         problem = f"has a {kind} with flow sigmas or continuous timesteps"
     if problem is not None:
         raise InputError(f"the base model {name} {problem}; choose a base model with the usual schedule.")
+    check_zero_snr(scheduler, name)
+
+
+def check_samples_from_noise(kind: type, scheduler: Any, flag: str) -> None:
+    """Reject a class of schedulers for a base model with a terminal SNR of zero if its schedules have none.
+
+    Args:
+        scheduler: of the base model. flag: that chose the class, for the message.
+
+    Raises:
+        InputError
+    """
+    if scheduler.config.get("rescale_betas_zero_snr") and not has_zero_snr(kind):
+        raise InputError(
+            f"{flag} does not begin at pure noise, as this base model does, whose terminal SNR is zero; use ddim, "
+            "ddpm, dpm++, euler, euler-a or unipc."
+        )
 
 
 def check_flow(scheduler: Any, name: str | None) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from delora_diffusers.errors import InputError
 from delora_diffusers.families.checks import PROMPT_CHUNKS_HELP, check_prompt_chunks
+from delora_diffusers.families.flags import add_single_file_arguments
 from delora_diffusers.families.quantization import PACKAGES, add_base_precision_argument, check_base_precision
 from delora_diffusers.methods.config import (
     EVERYTHING,
@@ -84,11 +85,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--pretrained_model_name_or_path",
         default=MINIATURE,
-        help="a pipeline folder or hub id: Stable Diffusion 1.x to 3.5, XL, Flux.1, FLUX.2, Z-Image or Qwen-Image; "
-        f"default: {MINIATURE}, which is included",
+        help="a pipeline folder, a hub id or a .safetensors file: Stable Diffusion 1.x to 3.5, XL, Flux.1, FLUX.2, "
+        f"Z-Image or Qwen-Image; default: {MINIATURE}, which is included",
     )
     group.add_argument("--revision", help="branch, tag or commit on the hub")
     group.add_argument("--variant", help="file variant, for example fp16")
+    add_single_file_arguments(group)
     add_base_precision_argument(group)
 
 

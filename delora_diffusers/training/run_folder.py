@@ -16,7 +16,7 @@ import yaml
 from delora_diffusers.atomic import write_text
 from delora_diffusers.errors import InputError, reason
 from delora_diffusers.methods.table import METHODS
-from delora_diffusers.names import CONFIG_NAME, SD_PIPELINE, SDXL_PIPELINE, WEIGHTS_NAME, is_miniature
+from delora_diffusers.names import CONFIG_NAME, SD_PIPELINE, SDXL_PIPELINE, WEIGHTS_NAME, hub_file, is_miniature
 
 SECRETS = ("hub_token",)
 
@@ -100,7 +100,8 @@ def write_model_card(
     if is_miniature(base) or licence is not None:
         metadata["license"] = "apache-2.0" if is_miniature(base) else licence
     if not Path(base).exists() and not is_miniature(base):  # the hub's validator rejects a local folder
-        metadata["base_model"] = base
+        remote = hub_file(base)
+        metadata["base_model"] = base if remote is None else remote.repo_id
     metadata["tags"] = ["text-to-image", "diffusers", tag, args.method, "delora-diffusers"]
     widget = [{"text": text, "output": {"url": f"samples/{image.name}"}} for text, image in samples]
     if widget:
@@ -123,7 +124,7 @@ def write_model_card(
     code = f"""{imported}from diffusers import {pipeline}
 from delora_diffusers import {imports}
 
-pipeline = {pipeline}.from_pretrained({base!r}{dtype})
+pipeline = {pipeline}.{loaded_from(args)}{dtype})
 {loading}
 {sampling}"""
     card = f"""---
@@ -144,6 +145,17 @@ A {method} adapter{of_rank} for `{base}`, trained on {trained_on} for {args.max_
 {fenced(command_line())}
 """
     write_text(output_dir / "README.md", card)
+
+
+def loaded_from(args: argparse.Namespace) -> str:
+    """The call of diffusers that loads the base model, without its closing parenthesis."""
+    base, remote = args.pretrained_model_name_or_path, hub_file(args.pretrained_model_name_or_path)
+    if is_miniature(base) or Path(base).is_dir() or not (Path(base).is_file() or remote):
+        return f"from_pretrained({base!r}"
+    if not Path(base).is_file() and remote is not None:
+        base = f"https://huggingface.co/{remote.repo_id}/blob/{remote.revision or 'main'}/{remote.path}"
+    config = "" if args.model_config is None else f", config={args.model_config!r}"
+    return f"from_single_file({base!r}{config}"
 
 
 def fenced(code: str, language: str = "") -> str:

@@ -65,7 +65,14 @@ def open_base_model(accelerator: Accelerator, args: argparse.Namespace) -> tuple
     """
     check_base_precision(args, accelerator.device.type)
     with accelerator.main_process_first():
-        model = open_model(args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant)
+        model = open_model(
+            args.pretrained_model_name_or_path,
+            revision=args.revision,
+            variant=args.variant,
+            model_config=args.model_config,
+            prediction_type=args.prediction_type,
+            rescale_betas_zero_snr=args.rescale_betas_zero_snr,
+        )
     noising = noising_of(model, args)
     _check_trainable(model)
     for resolution in args.resolutions:

@@ -250,12 +250,19 @@ def test_variants_are_recognized_by_name():
     check_variant("x", ["unet/diffusion_pytorch_model-00001-of-00002.safetensors", "text_encoder/model.bin"], None)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt", "sd15.gguf"])
-def test_a_single_file_is_refused_as_one(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.safetensors", "is truncated"),
+        ("model.ckpt", "is a pickle, which can run any code"),
+        ("sd15.gguf", "is not a .safetensors file"),
+    ],
+)
+def test_a_single_file_that_is_no_model_is_refused_at_once(tmp_path, monkeypatch, name, message):
     (tmp_path / name).write_bytes(b"x")
     monkeypatch.chdir(tmp_path)
     for given in (name, str(tmp_path / name)):
-        with pytest.raises(InputError, match=r"is a single file; convert it to a folder .*from_single_file"):
+        with pytest.raises(InputError, match=message):
             check_model_folder(given)
 
 
