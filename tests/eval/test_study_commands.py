@@ -140,5 +140,5 @@ def test_the_script_accepts_every_training(name, downloaded, monkeypatch):
                 check_arguments(args)
                 (subject,) = find_subjects(args)
                 assert args.pretrained_model_name_or_path == MODEL and args.max_train_steps >= 600
-                assert len(subject.photographs) == 4
+                assert len(subject.prompts) == 4
     assert len(checked) == len(folders)

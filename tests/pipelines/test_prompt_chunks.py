@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import train_controlnet_map2img
+from data.concepts import Concept
 from data.photographs import find_photographs
 from data.subjects import Subject
 from data.tiny_pipelines import write as write_transformer
@@ -165,9 +166,7 @@ def test_generate_refuses_what_it_cannot_read(tmp_path):
 
 def test_subjects_of_different_lengths_are_refused(models, photographs):
     photos = find_photographs(photographs)
-    subjects = [
-        Subject(photos, photographs, text, Path(name), 0, None, None) for name, text in (("a", "x"), ("b", LONG))
-    ]
+    subjects = [Subject([Concept(photos, photographs, text)], Path(name)) for name, text in (("a", "x"), ("b", LONG))]
     pipeline = open_model(str(models["sd1"])).pipeline
     args = parse_arguments(["--max_prompt_chunks", "2"])
     assert count_trained_chunks(args, subjects[1:], pipeline) == 2
@@ -202,7 +201,7 @@ def equal(one: Path, other: Path) -> bool:
 
 
 @pytest.mark.integration
-def test_training_reads_the_whole_caption_and_resumes(models, photographs, tmp_path, capfd):
+def test_training_reads_the_whole_caption_and_resumes(models, photographs, tmp_path):
     def run(name: str, prompt: str, *more: object) -> Path:
         flags = ["--instance_prompt", prompt, "--max_train_steps", 2, "--checkpointing_steps", 1, *more]
         run_in_child(train, training_flags(models["sd1"], photographs, tmp_path / name, *flags))
@@ -210,12 +209,10 @@ def test_training_reads_the_whole_caption_and_resumes(models, photographs, tmp_p
 
     chunks = ("--max_prompt_chunks", 3)
     cut = run("cut", MIDDLE)
-    assert "use --max_prompt_chunks 2 to read everything" in capfd.readouterr().err
     whole = run("whole", MIDDLE, *chunks)
     # Also with a validation prompt that needs more chunks than the caption.
     validation = ("--validation_prompt", LONG, "--num_validation_images", 1, "--validation_inference_steps", 1)
     other_end, validated = run("other", MIDDLE[:-2] + "q", *chunks), run("validated", MIDDLE, *chunks, *validation)
-    assert "truncated" not in capfd.readouterr().err
     assert not equal(whole, cut) and not equal(whole, other_end)
     for name, tensor in tensors(whole).items():
         torch.testing.assert_close(tensors(validated)[name], tensor, atol=1e-5, rtol=1e-4)
