@@ -1,6 +1,9 @@
-# Two commands: `make demo` and `make test`. Each sets up everything it needs.
+# Two commands: `make demo` and `make test`. Each sets up everything it needs. `make lowest` tests the bounds on versions.
 UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 RUN := $(UV) run --frozen --quiet
+QUICK := -q -n 2 -m "not integration and not gpu and not slow"
+OLDEST_PYTHON := 3.10
+NEWEST_PYTHON := 3.15
 DEMO := runs/demo
 SUBJECT := a photo of sks mug
 PROMPTS := "$(SUBJECT) on the beach" "$(SUBJECT) in the snow" "$(SUBJECT) in the jungle" \
@@ -9,7 +12,7 @@ PROMPTS := "$(SUBJECT) on the beach" "$(SUBJECT) in the snow" "$(SUBJECT) in the
 # Demo and tests start many processes; without compiled modules each compiles torch and diffusers again, for seconds.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test unit setup check
+.PHONY: demo test unit setup check lowest oldest newest
 
 setup: $(UV)
 	$(UV) sync --frozen --quiet
@@ -30,7 +33,9 @@ demo: setup
 	$(RUN) python -m eval page --reference_dir $(DEMO)/adapter-photographs --base_dir $(DEMO)/before \
 	  --generated_dir $(DEMO)/after --training_dir $(DEMO)/adapter --protocol toybox --output $(DEMO)/index.html
 
+# uv.lock must fit the bounds in requirements.txt and pyproject.toml on every Python that requires-python allows.
 check: setup
+	$(UV) lock --check --quiet
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) basedpyright --level error
@@ -38,7 +43,21 @@ check: setup
 
 # The quick tier: no test that starts a process or takes seconds.
 unit: setup
-	$(RUN) pytest -q -n 2 -m "not integration and not gpu and not slow"
+	$(RUN) pytest $(QUICK)
 
 test: check unit
 	$(RUN) pytest -q -n 2 -m "integration and not gpu and not slow"
+
+# The quick tier at both ends of what requirements.txt and pyproject.toml allow, each in an environment of its own: the
+# lowest versions on the oldest Python, and the newest on the newest Python for which there are wheels of torch. CUDA
+# builds of torch are 3 GB to download for each. A Python is a version or a path; uv downloads a version that is missing.
+lowest: oldest newest
+
+oldest: PYTHON := $(OLDEST_PYTHON)
+oldest: RESOLUTION := lowest-direct
+newest: PYTHON := $(NEWEST_PYTHON)
+newest: RESOLUTION := highest
+oldest newest: $(UV)
+	$(UV) venv --clear --quiet --python $(PYTHON) .venv-$@
+	$(UV) pip install --quiet --python .venv-$@ --resolution $(RESOLUTION) -r pyproject.toml --all-extras --group dev
+	.venv-$@/bin/python -m pytest $(QUICK)

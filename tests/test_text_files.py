@@ -4,7 +4,7 @@ import argparse
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.benchmark import load_benchmark
@@ -110,6 +110,7 @@ def test_a_subject_must_be_able_to_name_a_folder(tmp_path, name):
         load_benchmark(file)
 
 
+@settings(deadline=None)
 @given(
     st.one_of(
         st.sampled_from(["no", "No", "NO", "off", "yes", "on", "y", "n", "true", "~x", "010", "0o17", "0x1F"]),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from delora_diffusers.errors import LOADING_ERRORS, InputError, reason
 from delora_diffusers.families.checks import (
@@ -106,7 +107,7 @@ class OpenModel:
                 else:
                     model, loaded = kind.from_pretrained(str(self.folder), **options, output_loading_info=True)
                     missing = [name for name in loaded["missing_keys"] if not name.endswith(NOT_STORED)]
-        except LOADING_ERRORS as error:
+        except (*LOADING_ERRORS, StrictDataclassError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             raise _loading_error(self.name, self.variant, error) from error
@@ -183,7 +184,7 @@ def open_model(
             skeletons, unused = _skeletons(folder), _unused(folder)
             parts: dict[str, Any] = unused | skeletons | {"safety_checker": None, "requires_safety_checker": False}
             pipeline: Any = DiffusionPipeline.from_pretrained(folder, **parts, **tokenizers)
-    except LOADING_ERRORS as error:
+    except (*LOADING_ERRORS, StrictDataclassError) as error:
         raise _loading_error(name_or_path, variant, error) from error
     family, in_folder, in_file = family_of(kind), skeletons, []
     if file is not None:

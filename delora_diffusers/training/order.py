@@ -13,7 +13,7 @@ import torch
 
 def mixed_seed(*numbers: int) -> int:
     """Mix several small numbers into a 63-bit seed."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 @functools.lru_cache(maxsize=32)

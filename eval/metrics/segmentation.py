@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from torch import Tensor
 
@@ -70,7 +71,7 @@ class Segmenter:
         try:
             self.model: Any = AutoModelForSemanticSegmentation.from_pretrained(name).float().eval().to(device)
             self.processor: Any = AutoImageProcessor.from_pretrained(name)
-        except LOADING_ERRORS as error:
+        except (*LOADING_ERRORS, StrictDataclassError) as error:
             reason = " ".join(str(error).split())[:300]
             raise InputError(
                 f"--segmenter {name} could not be loaded ({reason}); give a folder or hub id of a transformers "

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from data.miniature import MINI_CLIP
 from delora_diffusers.image_files import load_rgb
 from eval.__main__ import main
 from eval.metrics.protocols import PROTOCOLS
@@ -17,6 +18,18 @@ from eval.metrics.scores import pair_scores, real_score, text_scores, without_id
 
 def unit(rows: int, seed: int) -> torch.Tensor:
     return nn.functional.normalize(torch.randn(rows, 16, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def test_mini_clips_prompts_are_tokenized_as_by_transformers():
+    """open_clip calls transformers here, and each of its releases only fits some of theirs."""
+    import open_clip
+    from transformers import CLIPTokenizer
+
+    prompts = ["a photo of a red mug", "a photo of a sks hat on the beach"]
+    tokens = open_clip.get_tokenizer(f"local-dir:{MINI_CLIP}")(prompts)
+    reference = CLIPTokenizer.from_pretrained(MINI_CLIP)
+    expected = reference(prompts, padding="max_length", max_length=tokens.shape[1], return_tensors="pt")["input_ids"]
+    assert torch.equal(tokens, expected)
 
 
 def test_scores_equal_their_loops():

@@ -126,6 +126,7 @@ def test_what_the_pipeline_would_ignore_is_refused(tiny_sd, tmp_path, case):
         ("unet/config.json", b"[]"),
         ("model_index.json", b"\xff\xfe{\0}\0"),
         ("text_encoder/config.json", b'{"architectures": 3}'),
+        ("text_encoder/config.json", b'{"hidden_size": "wide"}'),
     ],
 )
 def test_damaged_files_are_one_sentence(tiny_sd, tmp_path, file, content):
