@@ -2,7 +2,7 @@
 
     python -m benchmarks.training_costs OUT_DIR [--steps 120] [--output FILE.md]
 
-Every option is a run of the training script in its own process, on photos of three shapes. The time is the median over
+Every option is a run of the training script in its own process, on photos of three shapes. The time is the mean over
 the steps after the recording of CUDA graphs, between events in the stream; it includes the optimizer and what prepares
 the next batch. Needs a GPU.
 """
@@ -51,7 +51,7 @@ def write_photos(folder: Path) -> None:
 
 
 def run_timed(words: list[str], report: Path) -> None:
-    """Run the training script in this process and write the median time of a step and the peak memory."""
+    """Run the training script in this process and write the mean time of a step and the peak memory."""
     import torch
 
     import train_dreambooth_delora
