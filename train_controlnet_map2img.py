@@ -218,7 +218,7 @@ def encode_data(
     inputs: dict[str, Any] = {
         name: str(getattr(args, name)) for name in (*names, "random_flip", "reduce_labels", "dataset_name")
     }
-    if len(buckets) > 1:
+    if list(buckets) != [(args.resolution, args.resolution)]:
         inputs["sizes"] = sizes
     if args.model_config is not None:
         inputs["model_config"] = args.model_config

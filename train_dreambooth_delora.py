@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.captions import tag_orders, with_instance
+from data.captions import INSTANCE, tag_orders, with_instance
 from data.concepts import Concept, read_concepts
 from data.photographs import Masks, Photo, find_photographs
-from data.subjects import Subject, read_subjects
+from data.subjects import Subject, check_class_prompts, read_subjects
 from delora_diffusers.dispatch import exit_on_bad_input
 from delora_diffusers.errors import InputError
 from delora_diffusers.image_files import load_rgb
@@ -32,6 +32,7 @@ from delora_diffusers.training.subject_arguments import (
     add_subject_arguments,
     check_arguments,
     check_class_folder,
+    with_subject_defaults,
 )
 
 if TYPE_CHECKING:
@@ -47,9 +48,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add_subject_arguments(parser)
     arguments.add_adapter_arguments(parser)
     arguments.add_training_arguments(parser)
-    args = arguments.parse_with_config(parser, argv)
-    args.use_masks = args.use_masks or args.mask_data_dir is not None
-    args.square = args.square or args.subjects_file is not None  # one batch has the photos of all subjects
+    args = with_subject_defaults(arguments.parse_with_config(parser, argv))
     miniature = is_miniature(args.pretrained_model_name_or_path)
     return arguments.with_defaults(args, arguments.MINIATURE_SUBJECT_RATES if miniature else None)
 
@@ -90,8 +89,11 @@ def find_subjects(args: argparse.Namespace) -> list[Subject]:
         for flag in ("with_prior_preservation", "with_output_preservation"):
             if getattr(args, flag) and not (concept.class_prompt or "").strip():
                 raise InputError(f"--{flag} needs --class_prompt, for example 'a photo of a dog'.")
+        if INSTANCE in (concept.class_prompt or ""):
+            raise InputError(f"--class_prompt {concept.class_prompt!r} contains {INSTANCE}; give the class only.")
         concept.prompts  # noqa: B018 - raises if one is missing
     if args.with_prior_preservation:
+        check_class_prompts(subjects)
         for path in {path for concept in concepts for path in concept.class_images()}:
             load_rgb(path)
     return subjects
@@ -123,8 +125,10 @@ def split_photos(args: argparse.Namespace, subjects: Sequence[Subject]) -> tuple
 
     (subject, *_) = subjects
     if args.validation_data_dir is not None:
-        photos = find_photographs(args.validation_data_dir, Masks(args.use_masks))
-        return subjects, [dataclasses.replace(subject.concepts[0], photographs=photos)]
+        photos = find_photographs(args.validation_data_dir, Masks(args.use_masks, required=False))
+        held_out = [dataclasses.replace(subject.concepts[0], photographs=photos)]
+        held_out[0].prompts  # noqa: B018 - raises if one is missing
+        return subjects, held_out
     if not args.validation_split:
         return subjects, []
     trained, held_out = [], []
@@ -177,12 +181,17 @@ def digest_data(args: argparse.Namespace, subjects: Sequence[Subject]) -> dict[s
     """A digest of each photo and its prompt, and of the class images that were given; a continued run has the same."""
     from delora_diffusers.training.run_folder import data_digests
 
-    photos = data_digests(
-        (str(photo.path.resolve()), files_of(photo), json.dumps(trained_as(prompt, subject, concept)))
-        for subject in subjects
-        for concept in subject.concepts
-        for photo, prompt in zip(concept.photographs, concept.prompts)
-    )
+    photos: dict[str, str] = {}
+    for subject in subjects:
+        for number, concept in enumerate(subject.concepts):
+            again = "" if len(subject.concepts) == 1 else f" as concept {number + 1}"
+            photos |= data_digests(
+                (f"{photo.path.resolve()}{again}", files_of(photo), json.dumps(trained_as(prompt, subject, concept)))
+                for photo, prompt in zip(concept.photographs, concept.prompts)
+            )
+    if args.validation_data_dir is not None:
+        held_out = find_photographs(args.validation_data_dir, Masks(args.use_masks, required=False))
+        photos |= data_digests((f"{photo.path.resolve()}", files_of(photo), photo.caption) for photo in held_out)
     if not args.with_prior_preservation:
         return photos
     given = {
@@ -240,6 +249,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     check_arguments(args)
     args = with_rendered_photos(args)
+    prompts = [with_instance(text, args.instance_name, "--validation_prompt") for text in args.validation_prompt]
+    args.validation_prompt = prompts
     subjects = find_subjects(args)
     folders = list(dict.fromkeys([args.output_dir, *(subject.output_dir for subject in subjects)]))
     with held_folders(folders, args.resume_from_checkpoint):
@@ -274,7 +285,7 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
     from delora_diffusers.training.loop import train
     from delora_diffusers.training.memory_report import plan_of, report_memory
     from delora_diffusers.training.objective import Losses
-    from delora_diffusers.training.photos import class_image_sizes, encode_concepts
+    from delora_diffusers.training.photos import check_masks, class_image_sizes, encode_concepts
     from delora_diffusers.training.setup import (
         begin_run,
         check_prompt_lengths,
@@ -308,7 +319,11 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
     # A rehearsal on models without values finds what does not fit the base model.
     attach_adapters({name: copy.deepcopy(model.skeletons[name]) for name in trained}, subjects, args, start=start)
     if args.cuda_graph:
-        check_prompt_lengths(model, trained_prompts(args, subjects))
+        dropped = [model.family.NO_PROMPT] * (args.caption_dropout > 0)
+        check_prompt_lengths(model, trained_prompts(args, subjects) + dropped)
+    for subject in subjects:
+        photos = [photo for concept in subject.concepts for photo in concept.photographs]
+        check_masks(photos, subject.seed, args, model.patch_pixels)
     trained_chunks = count_trained_chunks(args, subjects, pipeline)
     for flag in ("validation_width", "validation_height"):
         check_patches(model.patch_pixels, getattr(args, flag) or args.resolution, flag)
@@ -329,15 +344,16 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
 
     # What stays constant during training is computed once, with one part of the model on the device at a time: prompt
     # embeddings, class images, latent posteriors.
-    validation_prompts = [with_instance(p, args.instance_name, "--validation_prompt") for p in args.validation_prompt]
     classes = [prompt for subject in subjects for prompt in subject.class_prompts]
     prompts = [prompt for subject in subjects for photo in prompts_of(subject, args) for prompt in photo] + classes
     prompts += [prompt for concept in held_out for prompt in concept.prompts]
-    prompts = list(dict.fromkeys([*prompts, *validation_prompts, model.family.NO_PROMPT]))
+    prompts = list(dict.fromkeys([*prompts, *args.validation_prompt, model.family.NO_PROMPT]))
     if accelerator.is_main_process:
         warn_of_truncation(pipeline, prompts, args.max_prompt_chunks)
     # Validation prompts may change when a run is resumed, so they do not decide how prompts are padded in training.
-    validation_chunks = count_chunks(pipeline, [*validation_prompts, model.family.NO_PROMPT], args.max_prompt_chunks)
+    validation_chunks = count_chunks(
+        pipeline, [*args.validation_prompt, model.family.NO_PROMPT], args.max_prompt_chunks
+    )
     chunks = max(trained_chunks, validation_chunks)
     encoded: dict[str, torch.Tensor] = {}
     of_base_model = args.with_prior_preservation or args.with_output_preservation
@@ -414,8 +430,8 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
     best = BestAdapter(files, args.keep_best) if args.keep_best else None
     readings = (loss, similarity, best)
     validate = None
-    if validation_prompts or loss is not None:
-        validate = SubjectValidation(accelerator, pipeline, conditions_of, args, validation_prompts, *readings)
+    if args.validation_prompt or loss is not None:
+        validate = SubjectValidation(accelerator, pipeline, conditions_of, args, args.validation_prompt, *readings)
     shapes = {"same_length": batches.have_same_length, "examples": batches.examples}
     failed = train(accelerator, adapters, batches, losses, args, validate, files=files, **shapes)
     for number, subject in enumerate(subjects):

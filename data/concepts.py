@@ -9,7 +9,7 @@ from data.captions import with_instance
 from data.photographs import Masks, Photo, find_photographs
 from delora_diffusers.errors import InputError
 from delora_diffusers.image_files import list_images
-from delora_diffusers.text_files import as_int, read_yaml
+from delora_diffusers.text_files import as_int, read_json, read_yaml
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Concept:
 
     photographs: list[Photo]
     instance_data_dir: Path
-    instance_prompt: str | None
+    instance_prompt: str | None = None
     instance_name: str | None = None
     class_prompt: str | None = None
     class_data_dir: Path | None = None
@@ -77,7 +77,7 @@ def read_concepts(file: Path, defaults: Mapping[str, Any], use_masks: bool) -> l
     """
     if not file.is_file():
         raise InputError(f"--concepts_list {file} is not a file; write a YAML file with a list of concepts.")
-    records = read_yaml(file)
+    records = read_json(file) if file.suffix.lower() == ".json" else read_yaml(file)
     if not isinstance(records, list) or not records:
         raise InputError(f"--concepts_list {file} is not a list of concepts; write lines like {EXAMPLE}")
     concepts = []

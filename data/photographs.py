@@ -33,10 +33,12 @@ class Masks:
 
     Attributes:
         use: masks beside the photos, and alpha channels. folder: has masks with the names of the photos instead.
+        required: whether at least one photo must have a mask.
     """
 
     use: bool = False
     folder: Path | None = None
+    required: bool = True
 
     def of(self, photo: Path) -> Path | None:
         """The file that has a photo's mask, which is the photo itself if it has an alpha channel; None if there is
@@ -94,6 +96,7 @@ def find_photographs(folder: str | Path, masks: Masks = Masks()) -> list[Photo]:
     unknown = sorted(captions.keys() - {path.name for path in paths})
     if unknown:
         raise InputError(f"{folder / METADATA_NAME} lists {unknown[0]}, which is not in the folder; fix one of them.")
+    check_mask_folder(masks.folder, folder)
     photos = []
     for path in paths:
         width, height = load_rgb(path).size
@@ -112,6 +115,23 @@ def find_photographs(folder: str | Path, masks: Masks = Masks()) -> list[Photo]:
     return photos
 
 
+def check_mask_folder(mask_folder: Path | None, folder: Path) -> None:
+    """Reject a folder of masks that is none.
+
+    Raises:
+        InputError
+    """
+    if mask_folder is None:
+        return
+    if not mask_folder.is_dir():
+        raise InputError(f"--mask_data_dir {mask_folder} is not a folder; give the folder that contains the masks.")
+    if mask_folder.resolve() == folder.resolve():
+        raise InputError(
+            f"--mask_data_dir {mask_folder} is the folder of the photos; leave it out, and give --use_masks for masks "
+            "beside them."
+        )
+
+
 def _check_masks(folder: Path, photos: list[Photo], masks: Masks) -> None:
     """Refuse masks that are asked for and missing; log photos without a mask, and masks that are not used."""
     if not masks.use:
@@ -120,7 +140,7 @@ def _check_masks(folder: Path, photos: list[Photo], masks: Masks) -> None:
             logger.warning(printable(f"not used: {unused} masks in {folder}; give --use_masks to weight the loss."))
         return
     bare = [photo.path.name for photo in photos if photo.mask is None]
-    if len(bare) == len(photos):
+    if len(bare) == len(photos) and masks.required:
         where = f"{folder} has no mask" if masks.folder is None else f"--mask_data_dir {masks.folder} has no mask"
         raise InputError(f"{where} for its photos; add for example {photos[0].path.stem}.mask.png.")
     if bare:

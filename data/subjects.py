@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data.captions import INSTANCE
 from data.concepts import Concept
 from data.photographs import find_photographs
 from delora_diffusers.errors import InputError
@@ -50,6 +51,23 @@ class Subject:
         return {name: flags[name] for name in SUBJECTS.keys} | {"subjects_file": None}
 
 
+def check_class_prompts(subjects: Sequence[Subject]) -> None:
+    """Reject one folder of class images for several classes.
+
+    Raises:
+        InputError
+    """
+    prompts: dict[Path, str] = {}
+    for subject in subjects:
+        for number, prompt in enumerate(subject.class_prompts):
+            folder = subject.class_folder(number)
+            if prompts.setdefault(folder.resolve(), prompt) != prompt:
+                raise InputError(
+                    f"--class_data_dir {folder} is given for the class prompts {prompts[folder.resolve()]!r} and "
+                    f"{prompt!r}; give each class its own folder."
+                )
+
+
 def read_subjects(file: Path, seed: int, class_prompt: str | None) -> list[Subject]:
     """Read subjects from a file with one JSON object per line.
 
@@ -71,6 +89,8 @@ def read_subjects(file: Path, seed: int, class_prompt: str | None) -> list[Subje
         record = {"seed": seed, "class_prompt": class_prompt} | record
         if not record["instance_prompt"].strip() or not 0 <= record["seed"] < 2**32:
             raise InputError(f"{file} line {number} needs an instance_prompt, and a seed of at least 0; fix it.")
+        if INSTANCE in record["instance_prompt"]:
+            raise InputError(f"{file} line {number} has {INSTANCE} in its instance_prompt; write the name there.")
         folder = Path(record["instance_data_dir"])
         concept = Concept(
             find_photographs(folder),

@@ -29,8 +29,8 @@ UNREAD_EXTENSIONS = (
 )
 """Images that are not read; a warning names such files, since they look as if they were used."""
 CAPTION_EXTENSIONS = (".txt", ".caption")
-MASK_ENDINGS = (".mask", "-masklabel")
-"""What the name of a photo's mask has after that of the photo, before the extension; the second is OneTrainer's."""
+MASK_ENDINGS = (".mask", "_mask", "-mask", "-masklabel")
+"""What the name of a photo's mask has after that of the photo, before the extension; the last is OneTrainer's."""
 
 UNREADABLE = (
     *(
@@ -97,15 +97,16 @@ def list_images(folder: Path, extensions: tuple[str, ...] | None = None) -> list
         InputError: the folder cannot be read.
     """
     extensions = readable_extensions() if extensions is None else extensions
-    files = (path for path in _visible_files(folder) if path.name != CONTACT_SHEET_NAME)
-    images = [path for path in files if path.suffix.lower() in extensions]
-    stems = {path.stem for path in images}
-    return [path for path in images if not _is_mask(path, stems)]
+    files = [path for path in _visible_files(folder) if path.name != CONTACT_SHEET_NAME]
+    known = (*EXTENSIONS, *HEIF_EXTENSIONS, *UNREAD_EXTENSIONS)
+    names = {name for path in files if path.suffix.lower() in known for name in (path.stem, path.name)}
+    return [path for path in files if path.suffix.lower() in extensions and not _is_mask(path, names)]
 
 
-def _is_mask(path: Path, stems: set[str]) -> bool:
-    """Whether an image is the mask of another image, of those with these names."""
-    return any(path.stem.endswith(ending) and path.stem.removesuffix(ending) in stems for ending in MASK_ENDINGS)
+def _is_mask(path: Path, names: set[str]) -> bool:
+    """Whether an image is a mask: ``NAME.mask.png``, or another ending after the name of one of these images."""
+    others = [path.stem.removesuffix(ending) for ending in MASK_ENDINGS if path.stem.endswith(ending)]
+    return path.stem.endswith(MASK_ENDINGS[0]) or any(name in names for name in others)
 
 
 def mask_beside(image: Path, alone: bool = False) -> Path | None:
@@ -118,7 +119,8 @@ def mask_beside(image: Path, alone: bool = False) -> Path | None:
         InputError: there are two.
     """
     endings = (*MASK_ENDINGS, "") if alone else MASK_ENDINGS
-    names = {f"{image.stem}{ending}" for ending in endings} | ({image.name} if alone else set())
+    names = {f"{name}{ending}" for ending in endings for name in (image.stem, image.name)}
+    names |= {image.name} if alone else set()
     folder = image.parent
     files = [path for path in _visible_files(folder) if path.stem in names or path.name in names]
     files = [path for path in files if path.suffix.lower() in readable_extensions()]

@@ -18,6 +18,8 @@ CONTACT_SHEET_NAME = "contact_sheet.png"
 CHECKPOINT_PREFIX = "checkpoint-"
 BEST_FOLDER = "best"
 """The folder in an output folder that has the best adapter of a run."""
+BEST_WEIGHTS_NAME = "best.safetensors"
+"""In a checkpoint, a copy of the best adapter of the steps before it."""
 
 MINIATURE = "mini-sd"
 """The base model that ships with the repository; the default."""

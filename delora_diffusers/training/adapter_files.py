@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 
 from delora_diffusers.adapter.tensors import Adapter
 from delora_diffusers.files.writing import save_adapter
-from delora_diffusers.names import recorded_model_name
+from delora_diffusers.names import BEST_FOLDER, BEST_WEIGHTS_NAME, WEIGHTS_NAME, recorded_model_name
 
 RECORDED_FLAGS = ("max_train_steps", "train_batch_size", "learning_rate", "resolution", "seed")
 """Flags that are recorded in the adapter file."""
@@ -82,6 +83,9 @@ class AdapterFiles:
         Args:
             checkpoint: the checkpoint's folder when it is complete.
         """
+        best = checkpoint.parent / BEST_FOLDER / WEIGHTS_NAME
+        if best.is_file():
+            shutil.copyfile(best, state / BEST_WEIGHTS_NAME)
         for subject, args in enumerate(self.subjects):
             if self.is_finite(subject):
                 alone = args.output_dir.resolve() == checkpoint.parent.resolve()

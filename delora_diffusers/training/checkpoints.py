@@ -52,6 +52,24 @@ MAY_CHANGE = {
 }
 """Flags that may change when a run is resumed; all others must stay the same."""
 
+NEW_FLAGS: dict[str, Any] = {
+    "caption_dropout": 0.0,
+    "shuffle_tags": False,
+    "use_masks": False,
+    "with_output_preservation": False,
+    "validation_split": 0.0,
+    "concepts_list": None,
+    "max_prompt_chunks": 1,
+    "init_adapter": None,
+    "optimizer": "adamw",
+    "use_ema": False,
+    "loss_type": "l2",
+    "debiased_estimation_loss": False,
+    "prediction_type": None,
+    "rescale_betas_zero_snr": None,
+}
+"""Flags that the first version did not have, with their defaults; a run of it can only be continued with these."""
+
 WITHOUT_END = ("constant", "constant_with_warmup", "piecewise_constant")
 """Schedules of the learning rate that do not depend on the number of steps, so that a run can be made longer."""
 FULL = 2**20
@@ -232,6 +250,11 @@ def check_same_run(
             raise InputError(
                 f"{folder} was trained with --{key} {before[key]}, but --{key} is now {settings[key]}; give the "
                 "same value, or a new --output_dir."
+            )
+    for key, default in NEW_FLAGS.items():
+        if key not in before and settings.get(key, default) != default:
+            raise InputError(
+                f"{folder} was trained by an earlier version without --{key}; leave it out, or give a new --output_dir."
             )
     recorded = config.get("data", data)
     if not isinstance(recorded, dict):

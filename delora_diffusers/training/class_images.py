@@ -22,6 +22,9 @@ from delora_diffusers.pipelines.sampling import sample_images
 from delora_diffusers.training.encoding import PromptTable
 from delora_diffusers.training.setup import load_denoiser, load_part
 
+AREAS = 0.7, 1
+"""The area of a bucket relative to that of its square."""
+
 Numbered = list[tuple[int, Path]]
 """(number, file) of images."""
 
@@ -85,7 +88,7 @@ def _share(accelerator: Accelerator, subject: ClassImages, args: argparse.Namesp
     paths = [folder / f"class-{subject.seed}-{number:05}.png" for number in range(args.num_class_images)]
     given = [path for path in list_images(folder) if path not in paths]
     wanted = list(enumerate(paths))[: max(0, args.num_class_images - len(given))]
-    other = next((p for n, p in wanted if p.exists() and recorded_in(p) not in (None, _record(subject, n, args))), None)
+    other = next((path for _, path in wanted if path.exists() and not _fits(path, subject, args)), None)
     if other is not None:
         raise InputError(
             f"{other} was generated for another class prompt, base model or resolution; give a new folder."
@@ -97,6 +100,17 @@ def _share(accelerator: Accelerator, subject: ClassImages, args: argparse.Namesp
     batches = [images[i : i + size] for images in by_size.values() for i in range(0, len(images), size)]
     batches = [batch for batch in batches if not all(path.exists() for _, path in batch)]
     return batches[accelerator.process_index :: accelerator.num_processes]
+
+
+def _fits(path: Path, subject: ClassImages, args: argparse.Namespace) -> bool:
+    """Whether an image was generated for this prompt and base model, at a resolution that is trained at; its shape may
+    be that of other photos."""
+    found, wanted = recorded_in(path), _record(subject, 0, args)
+    if found is None:
+        return True
+    area = found.get("resolution", 0) ** 2 or found.get("width", 0) * found.get("height", 0)
+    same = all(found.get(key) == wanted[key] for key in ("prompt", "base_model"))
+    return same and any(AREAS[0] <= area / side**2 <= AREAS[1] for side in args.resolutions)
 
 
 def _record(subject: ClassImages, number: int, args: argparse.Namespace) -> dict[str, Any]:

@@ -1,23 +1,23 @@
 """The loss on photos that are not trained on, and the adapter for which it, or the similarity to photos, is best."""
 
 import dataclasses
-import logging
+import math
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
+from delora_diffusers.atomic import atomic_write
 from delora_diffusers.files.reading import read_header
-from delora_diffusers.names import BEST_FOLDER, WEIGHTS_NAME
+from delora_diffusers.names import BEST_FOLDER, BEST_WEIGHTS_NAME, WEIGHTS_NAME, checkpoint_step
 from delora_diffusers.training import order
 from delora_diffusers.training.adapter_files import AdapterFiles
-from delora_diffusers.training.batches import Bucket
+from delora_diffusers.training.batches import Bucket, Sample
 from delora_diffusers.training.cuda_graph import Batch
 from delora_diffusers.training.encoding import PromptTable
 from delora_diffusers.training.noising import Noising
 from delora_diffusers.training.objective import Losses
-
-logger = logging.getLogger(__name__)
 
 DRAWS = 16
 """Noise and timestep are drawn so often for each photo, always the same ones."""
@@ -54,17 +54,20 @@ class HeldOutLoss:
         return float(sum(loss for loss, _ in sums)) / sum(count for _, count in sums)
 
     def _batches(self) -> Iterator[tuple[Batch, int]]:
-        number = 0
         for bucket in self.buckets:
-            for _ in range(DRAWS):
+            for draw in range(DRAWS):
                 for start in range(0, len(bucket.samples), self.batch_size):
                     samples = bucket.samples[start : start + self.batch_size]
-                    photos = [sample.image for sample in samples]
-                    generator = order.generator(0, number, self.device)
-                    batch = self.noising(bucket.latents.sample(photos, generator, number), generator)
-                    batch |= bucket.latents.of_views(photos, number, self.device)
+                    drawn = [self._drawn(bucket, sample, draw) for sample in samples]
+                    batch = {name: torch.cat([one[name] for one in drawn]) for name in drawn[0]}
                     yield batch | self.table.lookup([sample.prompts[0] for sample in samples]), len(samples)
-                    number += 1
+
+    def _drawn(self, bucket: Bucket, sample: Sample, draw: int) -> Batch:
+        """A photo with noise that does not depend on the batch that it is in."""
+        seed = order.mixed_seed(sample.image, draw, 3)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        batch = self.noising(bucket.latents.sample([sample.image], generator, seed), generator)
+        return batch | bucket.latents.of_views([sample.image], seed, self.device)
 
 
 @dataclasses.dataclass
@@ -84,12 +87,19 @@ class BestAdapter:
         """Where it is kept."""
         return self.files.subjects[0].output_dir / BEST_FOLDER
 
-    def resume(self, step: int) -> None:
-        """Continue from the adapter that an earlier part of the run kept, if it is of this step or of one before."""
-        if (self.folder / WEIGHTS_NAME).is_file():
-            training = read_header(self.folder)["training"]
-            if training["step"] <= step:
+    def resume(self, checkpoint: Path | None) -> None:
+        """Continue with the best adapter of the steps up to a checkpoint; None at the start of a run."""
+        if checkpoint is None:
+            return
+        kept = (folder / WEIGHTS_NAME for folder in (self.folder, checkpoint.parent / BEST_FOLDER))
+        for file in (*kept, checkpoint / BEST_WEIGHTS_NAME):
+            training = read_header(file)["training"] if file.is_file() else {}
+            if training.get("step", math.inf) <= checkpoint_step(checkpoint):
                 self.best = training[f"validation_{self.by}"]
+                if file.parent != self.folder:
+                    with atomic_write(self.folder / WEIGHTS_NAME) as temporary:
+                        shutil.copyfile(file, temporary)
+                return
 
     def offer(self, step: int, readings: Mapping[str, float]) -> None:
         """Keep the current adapter if its reading is better than all before."""

@@ -3,6 +3,7 @@
 import argparse
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -74,11 +75,12 @@ def train(
     average = WeightAverage(parameters, list(adapters.values()), optimizer, args.ema_decay)
     if average.ema is not None:
         accelerator.register_for_checkpointing(average.ema)
-    start = _resume(accelerator, args)
+    checkpoint = _resume(accelerator, args)
+    start = 0 if checkpoint is None else checkpoint_step(checkpoint)
     if average.ema is not None:
         average.ema.to(accelerator.device)
     if validate is not None:
-        validate.resume(start)
+        validate.resume(checkpoint)
     monitor = LossMonitor(accelerator.device, subjects)
     capture = _captures(accelerator, list(adapters.values()), same_length, args)
     accumulate_gradients = MicroBatches(accelerator, list(adapters.values()), parameters, losses_of, capture)
@@ -170,14 +172,15 @@ def _is_validated(step: int, args: argparse.Namespace) -> bool:
     return step % args.validation_steps == 0 or step == args.max_train_steps
 
 
-def _resume(accelerator: Accelerator, args: argparse.Namespace) -> int:
+def _resume(accelerator: Accelerator, args: argparse.Namespace) -> Path | None:
+    """Load the checkpoint to continue from; returns it, or None at the start of a run."""
     checkpoint = checkpoints.find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     if checkpoint is None:
         if args.resume_from_checkpoint is not None:
             logger.warning("%s has no checkpoint yet; training starts from the beginning", args.output_dir)
-        return 0
+        return None
     checkpoints.load_checkpoint(accelerator, checkpoint)
-    return checkpoint_step(checkpoint)
+    return checkpoint
 
 
 def _readings(adapters: Mapping[str, Adapter], optimizer: torch.optim.Optimizer) -> dict[str, float]:

@@ -6,14 +6,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from PIL import Image
 
-from delora_diffusers.crops import Size, View, buckets, nearest_bucket, views_of
+from delora_diffusers.crops import Size, View, buckets, crop_boxes, nearest_bucket, scaled_size, views_of
 from delora_diffusers.errors import InputError
 from delora_diffusers.families.loading import OpenModel
 from delora_diffusers.training.batches import Bucket, Sample
 from delora_diffusers.training.encoding import LatentCache, crop_offsets, encode_images
+
+LEAST_SHOWN = 0.25
+"""A view of a photo with a mask shows at least this share of what the best view shows of what the mask marks."""
 
 
 class PhotoFile(Protocol):
@@ -67,20 +71,35 @@ def in_buckets(sizes: Sequence[Size], args: argparse.Namespace, patch_pixels: in
 
 
 def photo_views(photo: PhotoFile, target: Size, offsets: list[float] | None, args: argparse.Namespace) -> list[View]:
-    """The views of a photo to train on, with their masks.
+    """The views of a photo to train on, with their masks; without those that show little of what the mask marks."""
+    mask = photo.load_mask()
+    views = views_of(photo.load(), target, offsets, args.random_flip, mask, Image.Resampling.BOX)
+    if mask is None:
+        return views
+    shown = [view.companion.sum(dtype=np.int64) for view in views if view.companion is not None]
+    return [view for view, amount in zip(views, shown) if amount >= LEAST_SHOWN * max(shown)]
+
+
+def check_masks(photos: Sequence[PhotoFile], seed: int, args: argparse.Namespace, patch_pixels: int) -> None:
+    """Reject photos of which no view shows what the mask marks, if nothing else counts.
 
     Raises:
-        InputError: no view shows a part that counts.
+        InputError
     """
-    views = views_of(photo.load(), target, offsets, args.random_flip, photo.load_mask(), Image.Resampling.BOX)
-    if args.mask_background_weight == 0:
-        views = [view for view in views if view.companion is None or view.companion.any()]
-    if not views:
-        raise InputError(
-            f"no crop of {photo.path} contains what its mask marks; leave out --center_crop or --square, or give "
-            "--mask_background_weight 0.1."
-        )
-    return views
+    if args.mask_background_weight > 0:
+        return
+    for target, numbers in in_buckets([photo.size() for photo in photos], args, patch_pixels).items():
+        for number in numbers:
+            mask = photos[number].load_mask()
+            if mask is None:
+                continue
+            scaled = mask.resize(scaled_size(mask.size, target), Image.Resampling.BOX)
+            boxes = crop_boxes(mask.size, target, crop_offsets(seed, number, not args.center_crop))
+            if not any(np.asarray(scaled.crop(box)).any() for box in boxes):
+                raise InputError(
+                    f"no crop of {photos[number].path} contains what its mask marks; leave out --center_crop or "
+                    "--square, or give --mask_background_weight 0.1."
+                )
 
 
 def encode_photos(
@@ -157,9 +176,11 @@ def encode_concepts(
 
 
 def _of_bucket(images: Sequence[PhotoFile], size: Size, sizes: Sequence[Size]) -> list[int]:
-    """The numbers of the class images for a bucket: those nearest to it among the buckets in use, or all if none is."""
-    nearest = [number for number, image in enumerate(images) if nearest_bucket(image.size(), sizes) == size]
-    return nearest or list(range(len(images)))
+    """The numbers of the class images for a bucket: those of its size, and of other sizes those that are nearest to its
+    shape; all if there are none."""
+    own = [image.size() for image in images]
+    buckets_of = [whole if whole in sizes else nearest_bucket(whole, sizes) for whole in own]
+    return [number for number, bucket in enumerate(buckets_of) if bucket == size] or list(range(len(images)))
 
 
 def _joined(parts: dict[int, LatentCache]) -> tuple[LatentCache, dict[int, tuple[int, int]]]:

@@ -48,6 +48,8 @@ def start_accelerator(args: argparse.Namespace, data: dict[str, str]) -> Acceler
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(args.output_dir, args.output_dir / "logs"),
     )
+    if args.cuda_graph and accelerator.device.type != "cuda":
+        raise InputError(f"--cuda_graph needs a CUDA GPU, and this run is on {accelerator.device.type}; leave it out.")
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     return accelerator
 

@@ -43,7 +43,6 @@ def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--mask_background_weight",
         type=float,
-        default=0.1,
         help="weight of the loss where a mask is black, relative to where it is white; default: 0.1",
     )
     group = parser.add_argument_group("validation")
@@ -66,7 +65,7 @@ def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also train the output for --class_prompt to stay the base model's; needs no class images",
     )
-    group.add_argument("--output_preservation_weight", type=float, default=1.0, help="weight of that loss; default: 1")
+    group.add_argument("--output_preservation_weight", type=float, help="weight of that loss; default: 1")
     group.add_argument("--with_prior_preservation", action="store_true", help="also train on images of the class")
     group.add_argument(
         "--class_data_dir", type=Path, help="folder of class images; default: class_images in the output folder"
@@ -81,6 +80,26 @@ def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def with_subject_defaults(args: argparse.Namespace) -> argparse.Namespace:
+    """Fill in what follows from other flags; returns new arguments.
+
+    Raises:
+        InputError: a weight is given for something that is not used.
+    """
+    args = argparse.Namespace(**vars(args))
+    args.use_masks = args.use_masks or args.mask_data_dir is not None
+    args.square = args.square or args.subjects_file is not None  # one batch has the photos of all subjects
+    for flag, default, user in (
+        ("output_preservation_weight", 1.0, "with_output_preservation"),
+        ("mask_background_weight", 0.1, "use_masks"),
+    ):
+        if getattr(args, flag) is None:
+            setattr(args, flag, default)
+        elif not getattr(args, user):
+            raise InputError(f"--{flag} belongs to --{user}, which is not given; leave it out.")
+    return args
+
+
 def check_arguments(args: argparse.Namespace) -> None:
     """Reject bad flags before anything is read or loaded.
 
@@ -89,7 +108,6 @@ def check_arguments(args: argparse.Namespace) -> None:
     """
     check_training_arguments(args)
     check_model_folder(args.pretrained_model_name_or_path, args.variant, args.model_config)
-    check_validation(args)
     if args.keep_tags and not args.shuffle_tags:
         raise InputError("--keep_tags belongs to --shuffle_tags, which is not given; leave it out.")
     if args.keep_tags < 0:
@@ -99,13 +117,14 @@ def check_arguments(args: argparse.Namespace) -> None:
             if getattr(args, flag):
                 raise InputError(f"--{flag} and --concepts_list are both given; choose one.")
     if args.subjects_file is None:
+        check_validation(args)
         given = args.instance_data_dir or args.concepts_list
         if given is None and not is_miniature(args.pretrained_model_name_or_path):
             raise InputError("no photos were given; specify their folder with --instance_data_dir.")
         return
-    single = ("instance_data_dir", "instance_prompt", "instance_name", "class_data_dir", "hub_model_id", "use_masks")
+    single = ("instance_data_dir", "instance_prompt", "instance_name", "class_data_dir", "hub_model_id")
     more = ("train_text_encoder", "validation_prompt", "validation_split", "validation_data_dir", "keep_best")
-    for flag in (*single, *more, "init_adapter"):
+    for flag in (*single, "mask_data_dir", "use_masks", *more, "init_adapter"):
         if getattr(args, flag):
             raise InputError(f"--{flag} applies to a single subject; leave out either it or --subjects_file.")
     if len(args.resolutions) > 1:
@@ -127,6 +146,13 @@ def check_validation(args: argparse.Namespace) -> None:
         side = getattr(args, flag)
         if side is not None and (side % 8 or side < 8):
             raise InputError(f"--{flag} {side} is not a multiple of 8; use {max(8, round(side / 8) * 8)}.")
+        if side is not None and not args.validation_prompt:
+            raise InputError(f"--{flag} belongs to --validation_prompt, which is not given; leave it out.")
+    folders = [folder.resolve() for folder in (args.instance_data_dir, args.validation_data_dir) if folder is not None]
+    if len(folders) == 2 and folders[0] == folders[1]:
+        raise InputError(
+            "--validation_data_dir is the folder of the photos to train on; give other photos, or --validation_split."
+        )
     if args.validation_split and args.validation_data_dir is not None:
         raise InputError("--validation_split and --validation_data_dir are both given; choose one.")
     if args.keep_best == "loss" and not args.validation_split and args.validation_data_dir is None:

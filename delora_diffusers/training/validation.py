@@ -56,8 +56,8 @@ class Validation(Protocol):
         """Whether those of this step are written."""
         ...
 
-    def resume(self, step: int) -> None:
-        """Continue a run after this step."""
+    def resume(self, checkpoint: Path | None) -> None:
+        """Continue a run from this checkpoint; None at its start."""
         ...
 
 
@@ -89,9 +89,9 @@ class SubjectValidation:
         files = [readings_file] * has_readings + [grid_file] * bool(self.prompts)
         return all(file(self.args.output_dir, step).exists() for file in files)
 
-    def resume(self, step: int) -> None:
+    def resume(self, checkpoint: Path | None) -> None:
         if self.best is not None and self.accelerator.is_main_process:
-            self.best.resume(step)
+            self.best.resume(checkpoint)
 
     @torch.no_grad()
     def __call__(self, step: int) -> None:
@@ -157,7 +157,7 @@ class MapValidation:
     def is_done(self, step: int) -> bool:
         return grid_file(self.args.output_dir, step).exists()
 
-    def resume(self, step: int) -> None:
+    def resume(self, checkpoint: Path | None) -> None:
         pass
 
     @torch.no_grad()
