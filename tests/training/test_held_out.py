@@ -20,8 +20,8 @@ from delora_diffusers.names import BEST_FOLDER, WEIGHTS_NAME
 from delora_diffusers.training.held_out import DIRECTIONS, BestAdapter, HeldOutLoss, split
 from tests.helpers import run_in_child, train, training_flags, write_photos
 
-VALIDATED = ("--validation_steps", 1, "--logging_steps", 1, "--train_batch_size", 2, "--bucket_step", 8)
-HELD_OUT = (*VALIDATED, "--validation_split", 0.4, "--keep_best", "loss", "--learning_rate", 0.02)
+VALIDATED = ("--validation_steps", 1, "--logging_steps", 1, "--train_batch_size", 2, "--max_train_steps", 5)
+HELD_OUT = (*VALIDATED, "--bucket_step", 8, "--validation_split", 0.4, "--keep_best", "loss", "--learning_rate", 0.1)
 
 
 @given(st.integers(2, 200), st.floats(0.01, 0.9), st.integers(0, 99))
@@ -59,11 +59,15 @@ def test_training_is_that_of_the_remaining_photos(run, tiny_sd, photographs, tmp
         (tmp_path / name).mkdir()
     for number, photo in enumerate(sorted(photographs.glob("*.png"))):
         shutil.copy(photo, tmp_path / ("held" if number in held else "rest"))
-    flags = training_flags(tiny_sd, tmp_path / "rest", tmp_path / "out", *VALIDATED, "--learning_rate", 0.02)
+    flags = training_flags(
+        tiny_sd, tmp_path / "rest", tmp_path / "out", *VALIDATED, "--bucket_step", 8, "--learning_rate", 0.1
+    )
     script.main([*flags, "--validation_data_dir", str(tmp_path / "held")])
     assert (tmp_path / "out" / WEIGHTS_NAME).read_bytes() == (run / WEIGHTS_NAME).read_bytes()
     assert losses_of(tmp_path / "out") == losses_of(run)
-    alone = training_flags(tiny_sd, tmp_path / "rest", tmp_path / "alone", *VALIDATED, "--learning_rate", 0.02)
+    alone = training_flags(
+        tiny_sd, tmp_path / "rest", tmp_path / "alone", *VALIDATED, "--bucket_step", 8, "--learning_rate", 0.1
+    )
     script.main(alone)
     assert (tmp_path / "alone" / WEIGHTS_NAME).read_bytes() == (run / WEIGHTS_NAME).read_bytes()
     assert not (tmp_path / "alone" / "validation").exists()
@@ -74,11 +78,12 @@ def test_the_loss_is_written_and_logged_and_the_best_adapter_kept(run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     losses = losses_of(run)
-    assert list(losses) == [1, 2, 3, 4, 5, 6] and len(set(losses.values())) == 6
+    assert list(losses) == [1, 2, 3, 4, 5] and len(set(losses.values())) == 5
     events = EventAccumulator(str(run / "logs" / "dreambooth-delora")).Reload()
     logged = {event.step: event.value for event in events.Scalars("validation/loss")}
     assert logged == pytest.approx(losses)
     best = min(losses, key=lambda step: losses[step])
+    assert best == 3, "if this is the last step, the tests below show less"
     training = read_header(run / BEST_FOLDER)["training"]
     assert (training["step"], training["validation_loss"]) == (best, losses[best])
 
@@ -137,9 +142,10 @@ def train_and_die_at(flags: list[str], when: int) -> None:
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("when", [2, 3, 4, 6])
+@pytest.mark.parametrize("when", [3, 4])
 def test_a_killed_run_keeps_the_same_best_adapter(run, tiny_sd, photographs, tmp_path, when):
-    """Killed between the checkpoint and the readings of a step, before or after a checkpoint."""
+    """Killed when the best adapter is that of the step, which is trained again, or before the readings of a step that
+    has a checkpoint."""
     out = tmp_path / "out"
     flags = training_flags(tiny_sd, photographs, out, *HELD_OUT, "--checkpointing_steps", 2)
     assert run_in_child(train_and_die_at, flags, when) == -signal.SIGKILL
