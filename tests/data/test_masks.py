@@ -1,6 +1,7 @@
 """Masks: the files that people have, what is listed as a photo, and the weights and gradients of the loss."""
 
 import argparse
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from delora_diffusers.crops import View
 from delora_diffusers.errors import InputError
 from delora_diffusers.families.table import family_of
 from delora_diffusers.image_files import ORIENTATION, list_images
-from delora_diffusers.training.encoding import latent_weights
+from delora_diffusers.training.batches import Bucket, Sample, SubjectBatches, SubjectData
+from delora_diffusers.training.encoding import PromptTable, latent_weights
 from delora_diffusers.training.objective import denoising_losses
 from delora_diffusers.training.photos import encode_photos, photo_views
 
@@ -226,6 +228,25 @@ def test_weights_lie_where_the_photo_was_masked(tmp_path, seed):
         brightness = 0.25 + 0.75 * (latents[:, :1] + 1) / 2
         weights = cache.of_views([0, 1, 1], draw, torch.device("cpu"))["pixel_weights"]
         torch.testing.assert_close(weights, brightness / brightness.mean((2, 3), keepdim=True))
+
+
+def test_a_batch_has_the_weights_of_its_views(tmp_path):
+    """Also beside class images, which count everywhere."""
+    args = script.parse_arguments(["--random_flip", "--mask_background_weight", "0"])
+    photos = masked_photos(tmp_path, 1)
+    cache, of_class = (encode_photos(BLOCKS, photos, [0, 1], (24, 24), s, args, torch.device("cpu")) for s in (0, 1))
+    samples = [Sample(number, ("",), class_images=(0, 2)) for number in range(2)]
+    data = [SubjectData(0, [Bucket(samples, cache, dataclasses.replace(of_class, weights=None))])]
+
+    def noising(latents: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        return {"noisy": latents, "weights": torch.ones(len(latents))}
+
+    batches = SubjectBatches(noising, data, PromptTable([""], {"text": torch.zeros(1)}), 2, 1.0, torch.device("cpu"))
+    for microbatch in range(10):
+        batch = batches(microbatch)
+        brightness = (batch["noisy"][:2, :1] + 1) / 2
+        expected = brightness / brightness.mean((2, 3), keepdim=True)
+        torch.testing.assert_close(batch["pixel_weights"], torch.cat([expected, torch.ones(2, 1, 3, 3)]))
 
 
 def test_photos_without_a_mask_count_everywhere(tmp_path):

@@ -1,11 +1,14 @@
 """Output preservation: the target of its rows is the base model's prediction, their loss the distance from it."""
 
 import copy
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import train_dreambooth_delora as script
@@ -13,12 +16,13 @@ from data.tiny_sd import write
 from delora_diffusers import AdapterConfig, attach
 from delora_diffusers.families.latents import LatentScale
 from delora_diffusers.families.table import family_of
+from delora_diffusers.names import WEIGHTS_NAME
 from delora_diffusers.training import objective
 from delora_diffusers.training.batches import Bucket, Sample, SubjectBatches, SubjectData
 from delora_diffusers.training.encoding import LatentCache, PromptTable
 from delora_diffusers.training.objective import PRESERVED, Losses
 from delora_diffusers.training.setup import checkpoint_denoiser
-from tests.helpers import randomize, training_flags
+from tests.helpers import randomize, together_flags, training_flags, write_photos
 
 CPU = torch.device("cpu")
 FAMILY = family_of("StableDiffusionPipeline")
@@ -254,3 +258,25 @@ def test_runs_of_other_families_and_trained_text_encoders(kind, photographs, tmp
             model.family, losses.denoiser, *arguments[1:], {k: v[2:] for k, v in inputs.items() if k in prompts} | sizes
         )
     assert (adapted_prediction - expected).abs().max() > 1e-2
+
+
+@pytest.mark.integration
+def test_subjects_of_a_file_keep_the_output_of_their_class(tiny_sd, tmp_path):
+    """Each gets the adapter that it gets alone, and class prompts of its own."""
+    photos = [write_photos(tmp_path / name, count) for name, count in (("a", 3), ("b", 2))]
+    more = ("--with_output_preservation", "--max_train_steps", 3, "--learning_rate", 0.01)
+    flags = together_flags(tiny_sd, tmp_path / "together", photos, *more)
+    file = Path(flags[flags.index("--subjects_file") + 1])
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines = [line | {"class_prompt": f"an {number}"} for number, line in enumerate(lines)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    script.main(flags)
+    for number, (folder, line) in enumerate(zip(photos, lines)):
+        settings = ("--class_prompt", line["class_prompt"], "--instance_prompt", line["instance_prompt"])
+        alone = (*more, *settings, "--train_batch_size", 2, "--square", "--path", "fast", "--seed", number)
+        script.main(training_flags(tiny_sd, folder, tmp_path / f"alone {number}", *alone))
+        expected = load_file(tmp_path / f"alone {number}" / WEIGHTS_NAME)
+        together = load_file(Path(line["output_dir"]) / WEIGHTS_NAME)
+        assert expected.keys() == together.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(together[name], tensor, atol=1e-4, rtol=1e-3)
