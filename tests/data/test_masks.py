@@ -56,6 +56,7 @@ KINDS = {
     "zero and one": Image.fromarray(SUBJECT.astype(np.uint8)),
     "one bit": GREY.convert("1"),
     "grey palette": with_palette([0, 0, 0, 255, 255, 255], SUBJECT),
+    "a grey palette that starts with white": with_palette([255, 255, 255, 0, 0, 0], ~SUBJECT),
     "a palette as in VOC": with_palette([0, 0, 0, 128, 0, 0, 0, 128, 0], np.where(SUBJECT, 2, 0)),
     "a palette with a bright background": with_palette([250, 250, 0, 0, 0, 90], SUBJECT),
     "16 bits": Image.fromarray(np.where(SUBJECT, 65535, 0).astype(np.uint16)),
