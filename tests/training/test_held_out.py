@@ -184,6 +184,16 @@ def test_the_best_is_the_lowest_loss_or_the_highest_similarity(tmp_path, by, ste
 
 
 @pytest.mark.integration
+def test_a_resumed_run_knows_only_the_best_of_its_past(run):
+    """The adapter of a step that is still to come does not count, in case the run ends before it."""
+    files: Any = Files(run)
+    for step, value in ((2, None), (3, losses_of(run)[3]), (5, losses_of(run)[3])):
+        best = BestAdapter(files, "loss")
+        best.resume(step)
+        assert best.best == value
+
+
+@pytest.mark.integration
 def test_keep_best_dino(tiny_sd, tiny_scorers, photographs, tmp_path, monkeypatch):
     """With the similarity that scoring gives for the validation images of that step."""
     from eval.metrics.similarity import DinoSimilarity

@@ -179,6 +179,17 @@ def test_without_an_update_nothing_is_lost(unet, path):
     torch.testing.assert_close(loss, alone, rtol=1e-6, atol=0)
 
 
+def test_the_adapted_weights_are_computed_once(unet, monkeypatch):
+    """The forward of the base model does not make them anew."""
+    adapter, model = adapted(unet)
+    calls: list[Any] = []
+    compute = adapter._refresh
+    monkeypatch.setattr(adapter, "_refresh", lambda bases, stack: calls.append(stack) or compute(bases, stack))
+    adapter.refresh()
+    Losses(FAMILY, model)(**batches_of()(0)).sum().backward()
+    assert len(calls) == len(list(adapter.stacks))
+
+
 def test_several_subjects_keep_their_rows(unet, monkeypatch):
     """The losses of subjects that are trained together are those that each has alone, with its own adapter."""
     adapter, model = adapted(unet, subjects=2)
