@@ -90,7 +90,7 @@ def test_batches_are_of_one_bucket(sizes, batch_size, prior, seed):
         latents += [torch.full(shape, -100.0 * number - image - 1) for image in range(3)]
         parts = [torch.stack(latents[:size]), torch.stack(latents[size:])]
         caches = [LatentCache(m, torch.zeros_like(m), list(range(len(m) + 1)), LatentScale()) for m in parts]
-        samples = [Sample(image, ("a",), "b", class_images=(0, 3)) for image in range(size)]
+        samples = [Sample(image, ("a",), "b", class_images=((0, 1), (1, 2))[image % 2]) for image in range(size)]
         return Bucket(samples, caches[0], caches[1] if prior else None)
 
     table = PromptTable(["a", "b"], {"texts": torch.arange(2)})
@@ -103,7 +103,11 @@ def test_batches_are_of_one_bucket(sizes, batch_size, prior, seed):
         assert rows.shape == (batch_size * (1 + prior), 1, rows.shape[2], 1)
         number = rows.shape[2] - 2
         seen.update(rows[:batch_size, 0, 0, 0].tolist())
-        assert all(-100 * number - 3 <= value < 0 for value in rows[batch_size:, 0, 0, 0].tolist())
+        images = (rows[:, 0, 0, 0].abs() - 100 * number).tolist()
+        for image, of_class in zip(
+            images, images[batch_size:]
+        ):  # the first concept has one class image, the second two
+            assert of_class - 1 in ((1, 2) if image % 2 else (0,))
         assert batch["texts"].tolist() == [0] * batch_size + [1] * batch_size * prior
     assert set(seen.values()) == {batch_size} and len(seen) == sum(sizes)
     examples = sorted(batches(microbatch)["noisy"].shape[2] - 2 for microbatch in batches.examples)

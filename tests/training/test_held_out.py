@@ -120,11 +120,12 @@ def test_the_loss_is_the_mean_over_photos(tiny_sd, tmp_path, monkeypatch):
             rows.extend((count, self.losses(**batch).item()) for batch, count in self._batches())
         expected = sum(count * loss for count, loss in rows) / sum(count for count, _ in rows)
         assert value == pytest.approx(expected, rel=1e-6)
+        assert all(len(bucket.latents.mean) == len(bucket.latents) for bucket in self.buckets)  # one view of each
         return value
 
     monkeypatch.setattr(HeldOutLoss, "__call__", recording)
     more = ("--validation_data_dir", held, "--max_train_steps", 1, "--bucket_step", 8, "--train_batch_size", 2)
-    script.main(training_flags(tiny_sd, photos, tmp_path / "out", *more))
+    script.main(training_flags(tiny_sd, photos, tmp_path / "out", *more, "--random_flip"))
     assert sum(count for count, _ in rows) == 16 * 5 and {count for count, _ in rows} == {1, 2}
 
 
