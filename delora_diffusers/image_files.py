@@ -137,6 +137,11 @@ def warn_of_unread_images(folder: Path, extensions: tuple[str, ...] | None = Non
     for subfolder in sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."):
         if extensions is None and (below := list_images(subfolder)):
             logger.warning(printable(f"not used: {len(below)} images in the subfolder {subfolder}; move them up."))
+    owners = {name for path in _visible_files(folder) for name in (path.stem, path.name)}
+    masks = (path for path in _visible_files(folder) if path.stem.endswith(MASK_ENDINGS[0]))
+    alone = [path.name for path in masks if path.stem.removesuffix(MASK_ENDINGS[0]) not in owners]
+    if alone:
+        logger.warning(printable(f"not used: {alone[0]} in {folder}, a mask without a photo; rename or remove it."))
     if unread:
         names = ", ".join(unread[:5]) + (f" and {len(unread) - 5} more" if len(unread) > 5 else "")
         heif = any(name.lower().endswith(HEIF_EXTENSIONS) for name in unread) and extensions is None

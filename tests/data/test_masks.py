@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from delora_diffusers.image_files import ORIENTATION, list_images
 from delora_diffusers.training.batches import Bucket, Sample, SubjectBatches, SubjectData
 from delora_diffusers.training.encoding import PromptTable, latent_weights
 from delora_diffusers.training.objective import denoising_losses
-from delora_diffusers.training.photos import encode_photos, photo_views
+from delora_diffusers.training.photos import check_masks, encode_photos, photo_views
 
 MASKS = Masks(True)
 SUBJECT = np.zeros((24, 40), bool)
@@ -127,7 +128,8 @@ def test_what_is_no_mask_is_refused(tmp_path):
 
     photo_of(SUBJECT).save(tmp_path / "a.jpg")
     refused(r"has no mask for its photos; add for example a\.mask\.png")
-    refused(r"missing could not be read", Masks(True, tmp_path / "missing"))
+    refused(r"--mask_data_dir .*missing is not a folder; give", Masks(True, tmp_path / "missing"))
+    refused(r"--mask_data_dir .* is the folder of the photos; leave it out", Masks(True, tmp_path))
     mask = tmp_path / "a.mask.png"
     Image.new("L", (40, 24)).save(mask)
     refused(r"the mask .*a\.mask\.png is black everywhere")
@@ -143,20 +145,22 @@ def test_what_is_no_mask_is_refused(tmp_path):
 
 
 def test_masks_are_never_photos(tmp_path):
-    """Neither to train on, nor as references, class images or photos of a benchmark. A photo whose name ends like that
-    of a mask is a photo, if there is no other that it could belong to."""
+    """Neither to train on, nor as references, class images or photos of a benchmark, also if their photo cannot be read
+    or is not there. A photo whose name ends in _mask is one, if there is no other that it could belong to."""
     benchmark = load_benchmark("toybox")
     folder = tmp_path / benchmark.subjects[0].name
     folder.mkdir()
-    photos = ["a.jpg", "b.png", "c.d.png", "party.mask.png"]
-    for name in [*photos, "a.mask.png", "b-masklabel.png", "c.d.mask.webp"]:
+    photos = ["a.jpg", "b.png", "c.d.png", "f.jpg", "party_mask.png"]
+    masks_of = ["a.mask.png", "b-masklabel.png", "c.d.mask.webp", "e_mask.png", "f.jpg.mask.png", "gone.mask.png"]
+    (folder / "e.jxl").write_bytes(b"")
+    for name in [*photos, *masks_of]:
         photo_of(SUBJECT).save(folder / name)
     for masks in (Masks(), MASKS):
         assert [photo.path.name for photo in find_photographs(folder, masks)] == photos
     assert [path.name for path in list_images(folder)] == photos
     concept = Concept(find_photographs(folder), folder, "a dog", class_data_dir=folder)
     assert [path.name for path in concept.class_images()] == photos
-    assert find_subjects(benchmark, tmp_path).counts == {folder.name: 4}
+    assert find_subjects(benchmark, tmp_path).counts == {folder.name: 5}
 
 
 def test_photos_without_a_mask_are_named(tmp_path, caplog):
@@ -218,7 +222,7 @@ def masked_photos(folder: Path, seed: int, count: int = 2) -> list[Photo]:
 @pytest.mark.parametrize("seed", range(3))
 def test_weights_lie_where_the_photo_was_masked(tmp_path, seed):
     """In every crop and mirror image, also when views are sampled for a batch."""
-    args = script.parse_arguments(["--random_flip", "--mask_background_weight", "0.25"])
+    args = script.parse_arguments(["--random_flip", "--use_masks", "--mask_background_weight", "0.25"])
     photos = masked_photos(tmp_path, seed)
     cache = encode_photos(BLOCKS, photos, [0, 1], (24, 24), seed, args, torch.device("cpu"))
     assert cache.weights is not None and len(cache.mean) > 20
@@ -233,7 +237,7 @@ def test_weights_lie_where_the_photo_was_masked(tmp_path, seed):
 
 def test_a_batch_has_the_weights_of_its_views(tmp_path):
     """Also beside class images, which count everywhere."""
-    args = script.parse_arguments(["--random_flip", "--mask_background_weight", "0"])
+    args = script.parse_arguments(["--random_flip", "--use_masks", "--mask_background_weight", "0"])
     photos = masked_photos(tmp_path, 1)
     cache, of_class = (encode_photos(BLOCKS, photos, [0, 1], (24, 24), s, args, torch.device("cpu")) for s in (0, 1))
     samples = [Sample(number, ("",), class_images=(0, 2)) for number in range(2)]
@@ -267,20 +271,21 @@ def test_photos_without_a_mask_count_everywhere(tmp_path):
 
 
 def test_views_without_the_subject_are_left_out(tmp_path):
-    """If the background does not count; a crop of only background would have a loss of 0 / 0."""
+    """A crop of only background would have a loss of 0 / 0, and one of a sliver would have all weight on it."""
     array = np.zeros((24, 72), bool)
     array[:, :8] = True
     photo_of(array).save(tmp_path / "a.png")
     photo_of(array).save(tmp_path / "a.mask.png")
     photos = find_photographs(tmp_path, MASKS)
     offsets = [0.0, 0.1, 0.2, 0.9, 1.0]
-    for weight, count in ((0, 4), (0.1, 10)):
-        args = script.parse_arguments(["--random_flip", "--mask_background_weight", str(weight)])
-        views = photo_views(photos[0], (24, 24), offsets, args)
-        assert len(views) == count and (weight or all(view.companion.any() for view in views))
-    args = script.parse_arguments(["--mask_background_weight", "0"])
-    with pytest.raises(InputError, match=r"no crop of .*a\.png contains what its mask marks; leave out --center_crop"):
-        photo_views(photos[0], (24, 24), [0.9, 1.0], args)
+    args = script.parse_arguments(["--random_flip", "--use_masks"])
+    views = photo_views(photos[0], (24, 24), offsets, args)
+    assert len(views) == 4 and all(view.companion.any() for view in views)
+    assert len(photo_views(photos[0], (24, 24), [0.0, 0.14], args)) == 2  # 7 of 48 pixels further, 1 of 8 is left
+    for weight, fails in (("0", True), ("0.1", False)):
+        words = ["--use_masks", "--square", "--center_crop", "--resolution", "24", "--mask_background_weight", weight]
+        with pytest.raises(InputError, match=r"no crop of .*a\.png contains") if fails else nullcontext():
+            check_masks(photos, 0, script.parse_arguments(words), 8)
 
 
 class Identity:
@@ -302,7 +307,7 @@ class Free(torch.nn.Module):
 def test_gradients_of_the_background(tmp_path, loss_type, background):
     """Exactly zero if the background has no weight; otherwise scaled by its weight, relative to the subject's."""
     photos = masked_photos(tmp_path, 4)
-    args = script.parse_arguments(["--center_crop", "--mask_background_weight", str(background)])
+    args = script.parse_arguments(["--center_crop", "--use_masks", "--mask_background_weight", str(background)])
     cache = encode_photos(BLOCKS, photos, [0, 1], (64, 24), 0, args, torch.device("cpu"))
     weights = cache.of_views([0, 1], 0, torch.device("cpu"))["pixel_weights"]
     covered = (cache.mean[:, :1] + 1) / 2  # the share of each block that is subject

@@ -200,7 +200,7 @@ def test_changed_masks_are_another_run(flags, finished, tmp_path):
     before = mask.read_bytes()
     try:
         Image.new("L", DOG[0], 255).save(mask)
-        with pytest.raises(AssertionError, match=r"0\.png has changed since .* was trained"):
+        with pytest.raises(AssertionError, match=r"0\.png as concept 1 has changed since .* was trained"):
             run_in_child(train, words)
     finally:
         mask.write_bytes(before)

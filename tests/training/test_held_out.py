@@ -190,7 +190,7 @@ def test_a_resumed_run_knows_only_the_best_of_its_past(run):
     files: Any = Files(run)
     for step, value in ((2, None), (3, losses_of(run)[3]), (5, losses_of(run)[3])):
         best = BestAdapter(files, "loss")
-        best.resume(step)
+        best.resume(run / f"checkpoint-{step}")
         assert best.best == value
 
 
