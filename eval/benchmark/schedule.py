@@ -57,7 +57,8 @@ def tasks(plan: Plan, together: int = 1, failed: Collection[str] = ()) -> list[T
             prompts = prompts + benchmark.drift_prompts_of(subject)
             steps = [step for step in plan.steps if step is not None]
             subject_runs.append(SubjectRun(folder, flags, prompts, image_seed, steps))
-    training = base_model | {"method": settings["method"], **settings["train"]}
+    # Square crops, as in the published protocols; subjects that are trained at once need photos of one size.
+    training = base_model | {"method": settings["method"], "square": True, **settings["train"]}
     if "score_every" in settings:
         training |= {"checkpointing_steps": settings["score_every"], "keep_checkpoint_adapters": True}
     tasks_left = [SubjectCommands(run.folder, [run], {}, generation).task() for run in base_runs if not run.is_done()]

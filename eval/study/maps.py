@@ -74,7 +74,7 @@ class MapCommands:
     def train(self) -> Sequence[str]:
         options, setting = self.options, self.run.setting
         training = {"checkpoints_total_limit": 1, "report_to": "tensorboard", "resume_from_checkpoint": "latest"}
-        training |= {"pretrained_model_name_or_path": options.pretrained_model_name_or_path}
+        training |= {"pretrained_model_name_or_path": options.pretrained_model_name_or_path, "square": True}
         training |= {"train_data_dir": self.data_dir, "cache_dir": options.output_dir / "cache"}
         training |= {"method": setting.method, "seed": self.run.seed, **setting.train}
         training |= {**training_flags(options, setting.method, MAPS), "output_dir": self.adapter}
