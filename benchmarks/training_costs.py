@@ -1,6 +1,6 @@
 """What options of training cost: time of a step and memory, with the shapes of Stable Diffusion 1.5 and random weights.
 
-    python -m benchmarks.training_costs OUT_DIR [--steps 120] [--output FILE.md]
+    python -m benchmarks.training_costs OUT_DIR [--steps 150] [--output FILE.md]
 
 Every option is a run of the training script in its own process, on photos of three shapes. The time is the mean over
 the steps after the recording of CUDA graphs, between events in the stream; it includes the optimizer and what prepares
