@@ -48,8 +48,6 @@ def start_accelerator(args: argparse.Namespace, data: dict[str, str]) -> Acceler
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(args.output_dir, args.output_dir / "logs"),
     )
-    if args.cuda_graph and accelerator.device.type != "cuda":
-        raise InputError(f"--cuda_graph needs a CUDA GPU, and this run is on {accelerator.device.type}; leave it out.")
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     return accelerator
 
@@ -186,7 +184,13 @@ def run_checkpointed(module: torch.nn.Module, *inputs: Any) -> Any:
 
 
 def begin_run(accelerator: Accelerator, args: argparse.Namespace, data: dict[str, str], name: str) -> None:
-    """Write the run's settings, start the trackers and set the global seed. Nothing is written before this."""
+    """Write the run's settings, start the trackers and set the global seed. Nothing is written before this.
+
+    Raises:
+        InputError: a CUDA graph is asked for without a CUDA GPU.
+    """
+    if args.cuda_graph and accelerator.device.type != "cuda":
+        raise InputError(f"--cuda_graph needs a CUDA GPU, and this run is on {accelerator.device.type}; leave it out.")
     if accelerator.is_main_process:
         args.output_dir.mkdir(parents=True, exist_ok=True)
         run_folder.write_config(args.output_dir, args, data)
