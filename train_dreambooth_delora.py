@@ -91,7 +91,7 @@ def find_subjects(args: argparse.Namespace) -> list[Subject]:
                 raise InputError(f"--{flag} needs --class_prompt, for example 'a photo of a dog'.")
         if INSTANCE in (concept.class_prompt or ""):
             raise InputError(f"--class_prompt {concept.class_prompt!r} contains {INSTANCE}; give the class only.")
-        concept.prompts  # noqa: B018 - raises if one is missing
+        concept.check_prompts()
     if args.with_prior_preservation:
         check_class_prompts(subjects)
         for path in {path for concept in concepts for path in concept.class_images()}:
@@ -127,7 +127,7 @@ def split_photos(args: argparse.Namespace, subjects: Sequence[Subject]) -> tuple
     if args.validation_data_dir is not None:
         photos = find_photographs(args.validation_data_dir, Masks(args.use_masks, required=False))
         held_out = [dataclasses.replace(subject.concepts[0], photographs=photos)]
-        held_out[0].prompts  # noqa: B018 - raises if one is missing
+        held_out[0].check_prompts()
         return subjects, held_out
     if not args.validation_split:
         return subjects, []
@@ -177,8 +177,12 @@ def count_trained_chunks(args: argparse.Namespace, subjects: Sequence[Subject], 
     return counts[0]
 
 
-def digest_data(args: argparse.Namespace, subjects: Sequence[Subject]) -> dict[str, str]:
-    """A digest of each photo and its prompt, and of the class images that were given; a continued run has the same."""
+def digest_data(args: argparse.Namespace, subjects: Sequence[Subject], held_out: Sequence[Concept]) -> dict[str, str]:
+    """A digest of each photo and its prompt, and of the class images that were given; a continued run has the same.
+
+    Args:
+        held_out: photos that are not the subjects', with their prompts.
+    """
     from delora_diffusers.training.run_folder import data_digests
 
     photos: dict[str, str] = {}
@@ -189,9 +193,11 @@ def digest_data(args: argparse.Namespace, subjects: Sequence[Subject]) -> dict[s
                 (f"{photo.path.resolve()}{again}", files_of(photo), json.dumps(trained_as(prompt, subject, concept)))
                 for photo, prompt in zip(concept.photographs, concept.prompts)
             )
-    if args.validation_data_dir is not None:
-        held_out = find_photographs(args.validation_data_dir, Masks(args.use_masks, required=False))
-        photos |= data_digests((f"{photo.path.resolve()}", files_of(photo), photo.caption) for photo in held_out)
+    for concept in held_out:
+        photos |= data_digests(
+            (str(photo.path.resolve()), files_of(photo), prompt)
+            for photo, prompt in zip(concept.photographs, concept.prompts)
+        )
     if not args.with_prior_preservation:
         return photos
     given = {
@@ -307,8 +313,10 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
         model_config=args.model_config,
     )
     args = arguments.with_family_defaults(args, family)
-    data = digest_data(args, subjects) | adapter_digest(args.init_adapter)
-    subjects, held_out = split_photos(args, subjects)
+    trained_on, held_out = split_photos(args, subjects)
+    others = held_out if args.validation_data_dir is not None else []
+    data = digest_data(args, subjects, others) | adapter_digest(args.init_adapter)
+    subjects = trained_on
     accelerator = start_accelerator(args, data)
     device = accelerator.device
     model, noising = open_base_model(accelerator, args)

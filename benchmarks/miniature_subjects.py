@@ -65,11 +65,11 @@ def run_one(task: tuple[Path, int, str | None, dict[str, Any]]) -> dict[str, Any
     result_file = folder / "result.json"
     if result_file.exists():
         return json.loads(result_file.read_text())
-    prepare(folder, "adapter", "pictures")
+    prepare(folder, "adapter", "images")
 
     from data.toybox.write import write_unseen_subject
 
-    photos, images = folder / "photographs", folder / "pictures"
+    photos, images = folder / "photographs", folder / "images"
     kind = write_unseen_subject(photos, number, PHOTOS_PER_SUBJECT)
     subject = f"a photo of {IDENTIFIER} {kind}"
     start = time.monotonic()

@@ -53,6 +53,10 @@ class Concept:
             prompts.append(with_instance(text or "", self.instance_name, source))
         return prompts
 
+    def check_prompts(self) -> None:
+        """Reject photos without a prompt; see ``prompts``."""
+        len(self.prompts)
+
     def class_images(self) -> list[Path]:
         """The images that its folder of class images contains; none without a folder."""
         folder = self.class_data_dir

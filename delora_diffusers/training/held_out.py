@@ -19,8 +19,8 @@ from delora_diffusers.training.encoding import PromptTable
 from delora_diffusers.training.noising import Noising
 from delora_diffusers.training.objective import Losses
 
-DRAWS = 16
-"""Noise and timestep are drawn so often for each photo, always the same ones."""
+NOISE_SAMPLES = 16
+"""Samples of noise and timestep for each photo, the same in every call."""
 DIRECTIONS = {"loss": -1, "dino": 1}
 """Whether a reading is better when it is higher or lower."""
 
@@ -55,16 +55,16 @@ class HeldOutLoss:
 
     def _batches(self) -> Iterator[tuple[Batch, int]]:
         for bucket in self.buckets:
-            for draw in range(DRAWS):
+            for number in range(NOISE_SAMPLES):
                 for start in range(0, len(bucket.samples), self.batch_size):
                     samples = bucket.samples[start : start + self.batch_size]
-                    drawn = [self._drawn(bucket, sample, draw) for sample in samples]
-                    batch = {name: torch.cat([one[name] for one in drawn]) for name in drawn[0]}
+                    noised = [self._noised(bucket, sample, number) for sample in samples]
+                    batch = {name: torch.cat([single[name] for single in noised]) for name in noised[0]}
                     yield batch | self.table.lookup([sample.prompts[0] for sample in samples]), len(samples)
 
-    def _drawn(self, bucket: Bucket, sample: Sample, draw: int) -> Batch:
+    def _noised(self, bucket: Bucket, sample: Sample, number: int) -> Batch:
         """A photo with noise that does not depend on the batch that it is in."""
-        seed = order.mixed_seed(sample.image, draw, 3)
+        seed = order.mixed_seed(sample.image, number, 3)
         generator = torch.Generator(self.device).manual_seed(seed)
         batch = self.noising(bucket.latents.sample([sample.image], generator, seed), generator)
         return batch | bucket.latents.of_views([sample.image], seed, self.device)

@@ -94,6 +94,13 @@ class InitialAdapter:
         named = dict(adapter.named_tensors())
         current = {m: {key: named[n] for key, n in keys.items()} for m, keys in module_tensors(named).items()}
         outside = sorted(part.modules - current.keys())
+        known = {name for name, _ in (*named_modules(model), *model.named_parameters())}
+        missing = [module for module in outside if module not in known]
+        if missing:
+            raise InputError(
+                f"--init_adapter {self.path} was trained for another architecture: this {type(model).__name__} has no "
+                f"{missing[0]}; give the adapter's base model."
+            )
         if outside:
             targets = " ".join(targets_to_give(model, adapter.config.targets, part.modules))
             raise InputError(

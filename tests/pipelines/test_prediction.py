@@ -1,4 +1,4 @@
-"""v-prediction and a terminal SNR of zero: in training, at sampling, in adapter files, and told by a file."""
+"""v-prediction and a terminal SNR of zero: in training, at sampling, in adapter files, and from a file's metadata."""
 
 import json
 import shutil
@@ -130,15 +130,15 @@ def test_a_file_tells_what_it_predicts(tmp_path):
 
 def test_adapters_record_what_they_were_told(unet, tmp_path):
     adapter = attach(unet, AdapterConfig(rank=2))
-    plain, told = save_adapter(adapter, tmp_path / "a", base_model="x/y"), tmp_path / "b"
-    save_adapter(adapter, told, base_model="x/y", model_config="x/z", **V_AND_ZERO)
+    plain, recorded = save_adapter(adapter, tmp_path / "a", base_model="x/y"), tmp_path / "b"
+    save_adapter(adapter, recorded, base_model="x/y", model_config="x/z", **V_AND_ZERO)
     assert set(read_header(plain)) == {"format_version", "base_model", "config"}
-    base = base_model_of([told], None)
+    base = base_model_of([recorded], None)
     assert (base.model_config, base.prediction_type, base.rescale_betas_zero_snr) == ("x/z", "v_prediction", True)
-    elsewhere = base_model_of([told], "other", prediction_type="epsilon")
+    elsewhere = base_model_of([recorded], "other", prediction_type="epsilon")
     assert (elsewhere.model_config, elsewhere.prediction_type) == (None, "epsilon")
     with pytest.raises(InputError, match="was trained with prediction_type None and .* with v_prediction; choose one"):
-        base_model_of([plain, told], None)
+        base_model_of([plain, recorded], None)
     for wrong in ({"prediction_type": "sample"}, {"rescale_betas_zero_snr": 1}, {"model_config": 3}):
         save_adapter(adapter, tmp_path / "c", base_model="x/y", **wrong)
         with pytest.raises(InputError, match="not an adapter saved by delora-diffusers"):

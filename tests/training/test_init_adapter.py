@@ -210,6 +210,15 @@ def test_what_cannot_be_continued_is_refused_before_weights_are_read(model, tmp_
         start.copy_into({"unet": attach(skeleton, after)}, {"unet": skeleton})
 
 
+def test_an_adapter_of_another_model_is_refused(model, models, tmp_path):
+    path, _ = saved(open_model(str(models["sdxl"])), tmp_path, AdapterConfig(rank=2))
+    start = read_initial_adapter(argparse.Namespace(init_adapter=path, seed=0), model)
+    skeleton = copy.deepcopy(model.skeletons["unet"])
+    assert start is not None
+    with pytest.raises(InputError, match=r"was trained for another architecture: this UNet2DConditionModel has no"):
+        start.copy_into({"unet": attach(skeleton, AdapterConfig(rank=2))}, {"unet": skeleton})
+
+
 def test_settings_that_are_not_given_come_from_the_adapter(model, tmp_path, foreign):
     def parsed(path: Path, *flags: str) -> tuple:
         args = train_dreambooth_delora.parse_arguments(["--init_adapter", str(path), *flags])
