@@ -35,10 +35,11 @@ class AdapterConfig:
     Args:
         method: a key of ``methods.table.METHODS``; ``"delora"`` is the method of Bini et al., ICLR 2025.
         rank: number r of rank-1 terms in each update.
-        delora_lambda: initial boundary (the paper's lambda), the same for every matrix. None derives it from each
-            matrix's width so that ``|dW|_F <= 0.35 |W|_F`` for each low-rank product: ``0.35 sqrt(in)`` with the
-            column scale, ``0.35`` with the Frobenius scale, ``0.35 |W|_F`` without a scale. The multiplicative
-            relaxations start at ETHER+'s boundary, 1.
+        delora_lambda: initial boundary (the paper's lambda), the same for every matrix. None derives it from
+            ``relative_bound``. The multiplicative relaxations start at ETHER+'s boundary, 1.
+        relative_bound: DeLoRA's initial boundary b relative to each matrix, ``|dW|_F <= b |W|_F`` for each low-rank
+            product: lambda is ``b sqrt(in)`` with the column scale, ``b`` with the Frobenius scale, ``b |W|_F`` without
+            a scale. None is ``RELATIVE_BOUND``.
         start: ``"frozen"`` subtracts a frozen copy of the random start, ``"zero"`` starts from B = 0, as PEFT does.
         weight_norm: the scale c of the update: ``"column"`` (c_j = |W[:, j]|, the authors' code and PEFT),
             ``"frobenius"`` (c = |W|_F, equation 8) or ``"none"``.
@@ -63,6 +64,7 @@ class AdapterConfig:
     method: str = "delora"
     rank: int = 16
     delora_lambda: float | None = None
+    relative_bound: float | None = None
     start: str = "frozen"
     weight_norm: str = "column"
     alpha: float | None = None
@@ -101,10 +103,13 @@ class AdapterConfig:
             raise InputError(f"split_dtype is {self.split_dtype!r}, but path is {self.path!r}; leave out one of them.")
         if self.blocks is not None and (not isinstance(self.blocks, int) or self.blocks is True or self.blocks < 1):
             raise InputError(f"blocks is {self.blocks!r}; give a positive integer.")
-        for name in ("delora_lambda", "alpha", "coft_eps"):
+        for name in ("delora_lambda", "relative_bound", "alpha", "coft_eps"):
             value = getattr(self, name)
             if value is not None and not _is_positive(value):
                 raise InputError(f"{name} is {value!r}; give a positive number.")
+        if self.relative_bound is not None and (self.method != "delora" or self.delora_lambda is not None):
+            other = "delora_lambda is given too" if self.method == "delora" else f"method is {self.method}"
+            raise InputError(f"relative_bound is {self.relative_bound}, but {other}; leave it out.")
         if self.coft_eps is not None and self.method != "oft":
             raise InputError(f"coft_eps is {self.coft_eps}, but {method.title} has no such constraint; leave it out.")
         if EVERYTHING in self.targets and self.method != "full":
@@ -115,7 +120,7 @@ class AdapterConfig:
     def as_recorded(self) -> dict[str, Any]:
         """The settings as an adapter file contains them, without unset ones that older versions do not know."""
         values = dataclasses.asdict(self)
-        unset = {"coft_eps": None, "split_dtype": None, "path": "auto"}
+        unset = {"relative_bound": None, "coft_eps": None, "split_dtype": None, "path": "auto"}
         return {name: value for name, value in values.items() if name not in unset or value != unset[name]}
 
     @property

@@ -43,12 +43,13 @@ def initial_lambda(weight: Tensor | update.Matrices, config: AdapterConfig) -> T
     n, _, in_features = weight.shape
     if config.delora_lambda is not None:
         return torch.full((n,), float(config.delora_lambda))
+    bound = RELATIVE_BOUND if config.relative_bound is None else config.relative_bound
     if config.weight_norm == "none":
         norms = update.weight_norm(weight, "frobenius")
         assert norms is not None
-        return RELATIVE_BOUND * (norms if norms.is_meta else norms.cpu())
+        return bound * (norms if norms.is_meta else norms.cpu())
     width = math.sqrt(in_features) if config.weight_norm == "column" else 1.0
-    return torch.full((n,), RELATIVE_BOUND * width)
+    return torch.full((n,), bound * width)
 
 
 def factors(tensors: dict[str, Tensor], config: AdapterConfig) -> tuple[Tensor, Tensor]:

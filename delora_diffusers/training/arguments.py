@@ -16,6 +16,7 @@ from delora_diffusers.families.quantization import PACKAGES, add_base_precision_
 from delora_diffusers.methods.config import (
     EVERYTHING,
     PATHS,
+    RELATIVE_BOUND,
     SPLIT_DTYPES,
     STARTS,
     UNET_TARGETS,
@@ -105,7 +106,12 @@ def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--method", choices=list(METHODS), default=defaults.method, help="default: delora")
     group.add_argument("--rank", type=positive_int, default=defaults.rank, help=f"default: {defaults.rank}")
-    group.add_argument("--delora_lambda", type=float, help="initial boundary; default: set from each matrix's width")
+    group.add_argument("--delora_lambda", type=float, help="initial boundary, the same for every matrix")
+    group.add_argument(
+        "--relative_bound",
+        type=float,
+        help=f"initial boundary relative to the norm of each matrix; default: {RELATIVE_BOUND:g}",
+    )
     group.add_argument(
         "--start",
         choices=STARTS,
@@ -348,6 +354,7 @@ def adapter_config(args: argparse.Namespace, **changes: Any) -> AdapterConfig:
         method=args.method,
         rank=args.rank,
         delora_lambda=args.delora_lambda,
+        relative_bound=args.relative_bound,
         start=args.start,
         weight_norm=args.weight_norm,
         alpha=args.alpha,
@@ -495,8 +502,9 @@ def check_training_arguments(args: argparse.Namespace) -> None:
             f"--lr_scheduler piecewise_constant needs --lr_step_rules such as 1:500,0.1, not {args.lr_step_rules!r}."
         )
     adapter_config(args)
-    if args.init_adapter is not None and args.delora_lambda is not None:
-        raise InputError("--delora_lambda is that of a new adapter, but --init_adapter has its own; leave out one.")
+    for flag in ("delora_lambda", "relative_bound"):
+        if args.init_adapter is not None and getattr(args, flag) is not None:
+            raise InputError(f"--{flag} is that of a new adapter, but --init_adapter has its own; leave out one.")
     _check_memory_flags(args)
     check_optimizer(args)
     _check_loss(args)

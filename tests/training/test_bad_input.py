@@ -63,6 +63,14 @@ CASES = {
     "rank": (flags("--rank", 500), "rank is 500, but .* is 32 x 32; choose a rank of at most 32"),
     "target": (flags("--targets", "to_q", "to_z"), "target to_z matches no module of UNet2DConditionModel"),
     "lambda": (flags("--delora_lambda", -2), r"delora_lambda is -2\.0; give a positive number"),
+    "two boundaries": (
+        flags("--delora_lambda", 2, "--relative_bound", 0.1),
+        r"relative_bound is 0\.1, but delora_lambda is given too; leave it out",
+    ),
+    "a boundary of LoRA": (
+        flags("--method", "lora", "--relative_bound", 0.1),
+        r"relative_bound is 0\.1, but method is lora; leave it out",
+    ),
     "no model": (flags("--pretrained_model_name_or_path", ""), "pretrained_model_name_or_path is empty"),
     "missing model": (flags("--pretrained_model_name_or_path", "/no/model"), "/no/model does not exist"),
     "unknown hub id": (flags("--pretrained_model_name_or_path", "no/model"), "base model no/model could not be loaded"),
