@@ -1,7 +1,8 @@
 """``python -m data.miniature.training STAGE WORK_DIR``: train the family, one stage at a time.
 
 Stages, in order: ``pool`` renders the training images; ``autoencoder``, ``clip``, ``dino`` and ``segmenter`` need the
-pool and may run in parallel; ``unet`` needs ``autoencoder`` and ``clip``, and writes mini-sd. The models are written to
+pool and may run in parallel; ``unet`` needs ``autoencoder`` and ``clip``, and writes mini-sd, or with ``--width``
+mini-sd-x0.5 or mini-sd-x2; ``transformer`` needs the same and writes mini-sd3. The models are written to
 WORK_DIR/family.
 """
 
@@ -14,11 +15,12 @@ from pathlib import Path
 
 import torch
 
-from data.miniature.training import autoencoder, clip, dino, segmenter, unet
+from data.miniature import MINI_CLIP, MINI_SD
+from data.miniature.training import autoencoder, clip, dino, encoding, segmenter, transformer, unet
 from data.miniature.training.pool import load_pool, render_pool
 from data.miniature.training.tokenizer import write_tokenizer
 
-STAGES = ("pool", "autoencoder", "clip", "dino", "segmenter", "unet")
+STAGES = ("pool", "autoencoder", "clip", "dino", "segmenter", "unet", "transformer")
 
 
 def wait_for(path: Path) -> Path:
@@ -37,7 +39,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, help="time limit for training; --steps may end it earlier")
     parser.add_argument("--batch", type=int, help="batch size (default: depends on the stage)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compiled", action="store_true", help="torch.compile the autoencoder and the UNet")
+    parser.add_argument("--compiled", action="store_true", help="torch.compile the autoencoder and the denoisers")
+    parser.add_argument(
+        "--width", type=float, choices=list(unet.RECIPES), default=1.0, help="unet: factor of its channels; default: 1"
+    )
+    parser.add_argument(
+        "--included_parts",
+        action="store_true",
+        help="unet, transformer: use the included models' autoencoder and text encoder, not those of earlier stages",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
     torch.set_float32_matmul_precision("high")
@@ -57,8 +67,12 @@ def main(arguments: list[str] | None = None) -> None:
         batch = options.batch or autoencoder.BATCH
         prepared = autoencoder.prepare_autoencoder(options.device, options.seed, options.compiled, batch)
     elif options.stage == "unet":
-        channels, batch = autoencoder.LATENT_CHANNELS, options.batch or unet.BATCH
-        prepared = unet.prepare_unet(options.device, channels, 128, 32, options.seed, options.compiled, batch)
+        shapes = (options.device, autoencoder.LATENT_CHANNELS, 128, 32, options.seed, options.compiled)
+        prepared = unet.prepare_unet(*shapes, options.width, options.batch)
+        settings["width"] = options.width
+    elif options.stage == "transformer":
+        shapes = (options.device, autoencoder.LATENT_CHANNELS, 128, 32, options.seed, options.compiled)
+        prepared = transformer.prepare_transformer(*shapes, options.batch or transformer.BATCH)
     wait_for(work / "pool.safetensors")
     pool = load_pool(work, options.device)
     parts.mkdir(exist_ok=True)
@@ -83,11 +97,20 @@ def main(arguments: list[str] | None = None) -> None:
         from diffusers import AutoencoderKL
         from transformers import CLIPTextModel, CLIPTokenizer
 
+        mini_clip = family / "mini-clip"
+        if options.included_parts:
+            parts, mini_clip = MINI_SD, MINI_CLIP
         vae = AutoencoderKL.from_pretrained(wait_for(parts / "vae")).to(options.device)
         text_encoder = CLIPTextModel.from_pretrained(wait_for(parts / "text_encoder")).float().eval()
         tokenizer = CLIPTokenizer.from_pretrained(parts / "tokenizer")
-        model, done = unet.train_unet(pool, *prepared, vae, text_encoder, tokenizer, **settings)
-        unet.write_pipeline(family / "mini-sd", model, vae, text_encoder, tokenizer)
+        if options.stage == "unet":
+            model, done = unet.train_unet(pool, *prepared, vae, text_encoder, tokenizer, **settings)
+            name = "mini-sd" if options.width == 1 else f"mini-sd-x{options.width:g}"
+            unet.write_pipeline(family / name, model, vae, text_encoder, tokenizer)
+        else:
+            text_encoder = encoding.projected(text_encoder, mini_clip)
+            model, done = transformer.train_transformer(pool, *prepared, vae, text_encoder, tokenizer, **settings)
+            transformer.write_pipeline(family / "mini-sd3", model, vae, text_encoder, tokenizer)
     print(f"{options.stage}: {done} steps, {time.monotonic() - start:.0f} s including start-up", flush=True)
 
 

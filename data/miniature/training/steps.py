@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,25 @@ class Schedule:
     def rate_at(self, step: int) -> float:
         """The learning rate."""
         return self.rate * min(1, (step + 1) / self.warmup) * 0.5 * (1 + math.cos(math.pi * self.progress(step)))
+
+
+def compiled_or_eager(module: nn.Module, run_on_zeros: Callable[[Callable], Tensor], label: str) -> Callable[..., Any]:
+    """The module compiled, by a forward and a backward; if that fails, the module itself, which is only slower.
+
+    Args:
+        run_on_zeros: calls the module that it is given on zeros of the shapes and dtypes of training.
+    """
+    device = next(module.parameters()).device
+    compiled = torch.compile(module)
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
+            y = run_on_zeros(compiled)
+        y.float().square().mean().backward()
+    except Exception as error:  # the compiler's errors have no common class
+        print(f"{label}: not compiled, because of {type(error).__name__}: {str(error)[:500]}", flush=True)
+        return module
+    print(f"{label}: compiled", flush=True)
+    return compiled
 
 
 def train(

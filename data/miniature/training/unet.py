@@ -4,20 +4,33 @@
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from data.miniature.training.clip import tokenize
-from data.miniature.training.pool import CAPTIONS, Pool, as_input
-from data.miniature.training.steps import train
+from data.miniature.training.encoding import encode_captions, encode_images, precision, sample_batch
+from data.miniature.training.pool import Pool
+from data.miniature.training.steps import compiled_or_eager, train
 
-BATCH = 512
+
+class Recipe(NamedTuple):
+    """Settings of training that depend on the width."""
+
+    batch: int
+    rate: float
+    ema: float
+
+
+# The rate falls with the square root of the width. Twice the width takes more than twice the time for an image, so it
+# trains on half the batch rather than for half the steps, and averages fewer of them.
+RECIPES = {0.5: Recipe(512, 1.4e-3, 0.9995), 1.0: Recipe(512, 1e-3, 0.9995), 2.0: Recipe(256, 7e-4, 0.999)}
 CAPTION_DROPOUT = 0.1
 SHARD = "15MB"
 
 
-def build(latent_channels: int, cross_attention_dim: int, sample_size: int, seed: int):
+def build(latent_channels: int, cross_attention_dim: int, sample_size: int, seed: int, width: float = 1.0):
+    """The UNet with its channels scaled by ``width``. Heads have 32 channels, and 16 at half the width."""
     from diffusers import UNet2DConditionModel
 
     with torch.random.fork_rng(devices=[]):
@@ -26,12 +39,13 @@ def build(latent_channels: int, cross_attention_dim: int, sample_size: int, seed
             sample_size=sample_size,
             in_channels=latent_channels,
             out_channels=latent_channels,
-            block_out_channels=(64, 128, 160),
+            block_out_channels=tuple(int(channels * width) for channels in (64, 128, 160)),
             layers_per_block=2,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
             cross_attention_dim=cross_attention_dim,
-            attention_head_dim=(4, 4, 5),  # the number of heads, as in Stable Diffusion 1.5's configuration
+            # The number of heads, as in Stable Diffusion 1.5's configuration.
+            attention_head_dim=tuple(int(heads * max(1, width)) for heads in (4, 4, 5)),
             norm_num_groups=16,
         )
 
@@ -53,72 +67,58 @@ def noise_scheduler():
     )
 
 
-@torch.no_grad()
-def encode_pool(pool: Pool, vae, text_encoder, tokenizer) -> tuple[Tensor, Tensor, Tensor]:
-    """Encode the images, unflipped and flipped, and the captions; in bfloat16 on a GPU.
-
-    Returns:
-        Latent means and standard deviations, each (images, 2, c, h, w), and text embeddings (images, captions, 77,
-        width).
-    """
-    device = pool.images.device
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    images = pool.images.flatten(0, 1)
-    means, stds = [], []
-    for part in images.split(256):
-        x = as_input(part)
-        both = [vae.encode(view).latent_dist for view in (x, x.flip(3))]
-        means.append(torch.stack([d.mean for d in both], 1).to(dtype))
-        stds.append(torch.stack([d.std for d in both], 1).to(dtype))
-    tokens = tokenize(tokenizer, [text for texts in pool.captions for text in texts])
-    texts = [text_encoder(part.to(device))[0].to(dtype) for part in tokens.split(2048)]
-    return torch.cat(means), torch.cat(stds), torch.cat(texts).unflatten(0, (-1, CAPTIONS))
-
-
 def prepare_unet(
     device: torch.device | str,
     latent_channels: int,
-    width: int,
+    cross_attention_dim: int,
     sample_size: int,
     seed: int,
     compiled: bool,
-    batch=BATCH,
+    width: float = 1.0,
+    batch: int | None = None,
 ):
     """The UNet and its forward; a run on zeros compiles it before the latents are available."""
-    unet = build(latent_channels, width, sample_size, seed).to(device).to(memory_format=torch.channels_last)
+    unet = build(latent_channels, cross_attention_dim, sample_size, seed, width)
+    unet = unet.to(device).to(memory_format=torch.channels_last)
     if not compiled:
         return unet, unet
-    forward = torch.compile(unet)
-    x = torch.zeros(batch, latent_channels, sample_size, sample_size, device=device)
-    text = torch.zeros(batch, 77, width, dtype=torch.bfloat16, device=device)
-    timestep = torch.zeros(batch, dtype=torch.long, device=device)
-    with torch.autocast(torch.device(device).type, torch.bfloat16, cache_enabled=False):
-        y = forward(
-            x.contiguous(memory_format=torch.channels_last), timestep, encoder_hidden_states=text, return_dict=False
-        )
-    y[0].float().square().mean().backward()
-    print("unet: compiled", flush=True)
-    return unet, forward
+    batch = batch or RECIPES[width].batch
+
+    def run_on_zeros(forward) -> Tensor:
+        x = torch.zeros(batch, latent_channels, sample_size, sample_size, device=device)
+        x = x.contiguous(memory_format=torch.channels_last)
+        text = torch.zeros(batch, 77, cross_attention_dim, dtype=precision(device), device=device)
+        timestep = torch.zeros(batch, dtype=torch.long, device=device)
+        return forward(x, timestep, encoder_hidden_states=text, return_dict=False)[0]
+
+    return unet, compiled_or_eager(unet, run_on_zeros, "unet")
 
 
 def train_unet(
-    pool: Pool, unet, forward, vae, text_encoder, tokenizer, *, seconds: float, steps: int, seed: int, batch=BATCH
+    pool: Pool,
+    unet,
+    forward,
+    vae,
+    text_encoder,
+    tokenizer,
+    *,
+    seconds: float,
+    steps: int,
+    seed: int,
+    width: float = 1.0,
+    batch: int | None = None,
 ):
-    device = pool.images.device
+    recipe, device = RECIPES[width], pool.images.device
+    batch = batch or recipe.batch
     text_encoder = text_encoder.to(device)
-    latents, deviations, texts = encode_pool(pool, vae, text_encoder, tokenizer)
-    with torch.no_grad():
-        empty = text_encoder(tokenize(tokenizer, [""]).to(device))[0].to(texts.dtype)
+    means, stds = encode_images(pool, vae)
+    (texts,), (empty,) = encode_captions(pool, tokenizer, lambda tokens: (text_encoder(tokens)[0],))
     torch.manual_seed(seed)
     alphas = noise_scheduler().alphas_cumprod.to(device)
     signal, noise_level = alphas.sqrt(), (1 - alphas).sqrt()
 
     def compute_loss() -> Tensor:
-        chosen = torch.randint(len(latents), (batch,), device=device)
-        mirrored = torch.randint(2, (batch,), device=device)
-        variant = torch.randint(CAPTIONS, (batch,), device=device)
-        mean, deviation = latents[chosen, mirrored].float(), deviations[chosen, mirrored].float()
-        x = mean + deviation * torch.randn_like(mean)
+        x, chosen, variant = sample_batch(means, stds, batch)
         dropped = torch.rand(batch, 1, 1, device=device) < CAPTION_DROPOUT
         text = torch.where(dropped, empty, texts[chosen, variant])
         # Timesteps are stratified over the batch, which reduces the variance of the loss.
@@ -131,7 +131,16 @@ def train_unet(
             velocity = forward(noisy, timestep, encoder_hidden_states=text, return_dict=False)[0]
         return (velocity.float() - (a * noise - b * x)).square().mean()
 
-    done = train([unet], compute_loss, rate=1e-3, steps=steps, seconds=seconds, warmup=400, ema=0.9995, label="unet")
+    done = train(
+        [unet],
+        compute_loss,
+        rate=recipe.rate,
+        steps=steps,
+        seconds=seconds,
+        warmup=400,
+        ema=recipe.ema,
+        label="unet",
+    )
     return unet.to(memory_format=torch.contiguous_format).eval(), done
 
 
