@@ -19,6 +19,7 @@ from data.miniature import MINI_CLIP, MINI_SD
 from data.miniature.training import autoencoder, clip, dino, encoding, segmenter, transformer, unet
 from data.miniature.training.pool import load_pool, render_pool
 from data.miniature.training.tokenizer import write_tokenizer
+from delora_diffusers.atomic import atomic_folder
 
 STAGES = ("pool", "autoencoder", "clip", "dino", "segmenter", "unet", "transformer")
 
@@ -50,6 +51,16 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
+    if options.width != 1 and options.stage != "unet":
+        parser.error(f"--width is for the stage unet, not {options.stage}; leave it out.")
+    if options.included_parts and options.stage not in ("unet", "transformer"):
+        parser.error(f"--included_parts is for the stages unet and transformer, not {options.stage}; leave it out.")
+    name = "mini-sd3" if options.stage == "transformer" else "mini-sd"
+    if options.width != 1:
+        name += f"-x{options.width:g}"
+    pipeline = options.work_dir / "family" / name
+    if options.stage in ("unet", "transformer") and pipeline.exists():
+        parser.error(f"{pipeline} already exists; remove it or choose another WORK_DIR.")
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     work, start = options.work_dir, time.monotonic()
@@ -105,12 +116,13 @@ def main(arguments: list[str] | None = None) -> None:
         tokenizer = CLIPTokenizer.from_pretrained(parts / "tokenizer")
         if options.stage == "unet":
             model, done = unet.train_unet(pool, *prepared, vae, text_encoder, tokenizer, **settings)
-            name = "mini-sd" if options.width == 1 else f"mini-sd-x{options.width:g}"
-            unet.write_pipeline(family / name, model, vae, text_encoder, tokenizer)
+            write_pipeline = unet.write_pipeline
         else:
             text_encoder = encoding.projected(text_encoder, mini_clip)
             model, done = transformer.train_transformer(pool, *prepared, vae, text_encoder, tokenizer, **settings)
-            transformer.write_pipeline(family / "mini-sd3", model, vae, text_encoder, tokenizer)
+            write_pipeline = transformer.write_pipeline
+        with atomic_folder(pipeline) as folder:
+            write_pipeline(folder, model, vae, text_encoder, tokenizer)
     print(f"{options.stage}: {done} steps, {time.monotonic() - start:.0f} s including start-up", flush=True)
 
 
