@@ -2,6 +2,7 @@
 
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -57,7 +58,8 @@ def test_fewer_zero_tokens_with_a_bias_are_as_good_as_all():
 
     with torch.no_grad():
         expected, without_bias = predict(transformer.T5_TOKENS), predict(transformer.ZERO_TOKENS)
-        model.set_attn_processor(transformer.ZeroTokenAttention(16 + 77 + transformer.ZERO_TOKENS, "cpu"))
+        processor: Any = transformer.ZeroTokenAttention(16 + 77 + transformer.ZERO_TOKENS, "cpu")
+        model.set_attn_processor(processor)
         actual = predict(transformer.ZERO_TOKENS)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     assert (without_bias - expected).abs().max() > 1e-2
