@@ -28,6 +28,7 @@ from delora_diffusers.methods.config import MAP_TARGETS
 from delora_diffusers.names import SD_PIPELINE, is_miniature
 from delora_diffusers.outputs import held_folders
 from delora_diffusers.training import arguments
+from delora_diffusers.training.defaults import with_defaults, with_family_defaults
 
 if TYPE_CHECKING:
     import torch
@@ -93,7 +94,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     arguments.add_adapter_arguments(parser)
     arguments.add_training_arguments(parser)
     parser.set_defaults(targets=list(MAP_TARGETS))
-    return arguments.with_defaults(arguments.parse_with_config(parser, argv, MINIATURE), maps=True)
+    return with_defaults(arguments.parse_with_config(parser, argv, MINIATURE), maps=True)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -327,7 +328,7 @@ def train_on_maps(
             f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} is not Stable Diffusion 1.x or 2.x; "
             "training on maps needs one of these."
         )
-    args = arguments.with_family_defaults(args, family)
+    args = with_family_defaults(args, family)
     accelerator = start_accelerator(args, data)
     device = accelerator.device
     model, noising = open_base_model(accelerator, args)

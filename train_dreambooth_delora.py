@@ -28,6 +28,7 @@ from delora_diffusers.methods.config import TEXT_ENCODER_TARGETS
 from delora_diffusers.names import is_miniature
 from delora_diffusers.outputs import check_run_folder, held_folders
 from delora_diffusers.training import arguments
+from delora_diffusers.training.defaults import with_defaults, with_family_defaults
 from delora_diffusers.training.subject_arguments import (
     add_subject_arguments,
     check_arguments,
@@ -49,8 +50,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     arguments.add_adapter_arguments(parser)
     arguments.add_training_arguments(parser)
     args = with_subject_defaults(arguments.parse_with_config(parser, argv))
-    miniature = is_miniature(args.pretrained_model_name_or_path)
-    return arguments.with_defaults(args, arguments.MINIATURE_SUBJECT_RATES if miniature else None)
+    return with_defaults(args)
 
 
 def with_rendered_photos(args: argparse.Namespace) -> argparse.Namespace:
@@ -312,7 +312,7 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
         variant=args.variant,
         model_config=args.model_config,
     )
-    args = arguments.with_family_defaults(args, family)
+    args = with_family_defaults(args, family)
     trained_on, held_out = split_photos(args, subjects)
     others = held_out if args.validation_data_dir is not None else []
     data = digest_data(args, subjects, others) | adapter_digest(args.init_adapter)

@@ -5,16 +5,14 @@ import importlib.util
 import math
 import re
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from delora_diffusers.errors import InputError
-from delora_diffusers.families.checks import PROMPT_CHUNKS_HELP, check_prompt_chunks
+from delora_diffusers.families.checks import PROMPT_CHUNKS_HELP
 from delora_diffusers.families.flags import add_single_file_arguments
 from delora_diffusers.families.quantization import PACKAGES, add_base_precision_argument, check_base_precision
 from delora_diffusers.methods.config import (
-    EVERYTHING,
     PATHS,
     RELATIVE_BOUND,
     SPLIT_DTYPES,
@@ -27,13 +25,11 @@ from delora_diffusers.methods.table import LAMBDA_LEARNING_RATE, METHODS
 from delora_diffusers.names import MINIATURE, is_miniature
 from delora_diffusers.outputs import check_run_folder
 from delora_diffusers.text_files import as_bool, is_text, read_yaml
-from delora_diffusers.training.optimizer_flags import add_optimizer_arguments, check_optimizer, with_optimizer_defaults
+from delora_diffusers.training.defaults import DENSITIES, MINIATURE_DEFAULTS, RECIPES
+from delora_diffusers.training.optimizer_flags import add_optimizer_arguments, check_optimizer
 
 if TYPE_CHECKING:
-    from delora_diffusers.families.family import Family
-
-MINIATURE_SUBJECT_RATES = {"delora": 1e-2}
-"""On the included miniature, DeLoRA has better prompt fidelity at half the paper's rate; see docs/miniature.md."""
+    pass
 
 SCHEDULERS = (
     "linear",
@@ -45,8 +41,8 @@ SCHEDULERS = (
     "piecewise_constant",
 )
 
-WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
-"""How flows sample times and weight the loss; diffusers' names."""
+WEIGHTING_SCHEMES = (*DENSITIES, "sigma_sqrt", "cosmap")
+"""How times are sampled, and how flows weight the loss by them; diffusers' names."""
 
 LOSS_TYPES = ("l2", "huber", "smooth_l1")
 HUBER_SCHEDULES = ("constant", "exponential", "snr")
@@ -54,16 +50,6 @@ HUBER_SCHEDULES = ("constant", "exponential", "snr")
 
 STEP_RULES = r"(\d*\.?\d+:\d+,)*\d*\.?\d+"
 """FACTOR:STEP pairs, each multiplying the learning rate up to that step, then the final factor."""
-
-MINIATURE_DEFAULTS: dict[str, Any] = {
-    "resolution": [128],
-    "bucket_step": 16,
-    "train_batch_size": 4,
-    "max_train_steps": 300,
-    "validation_steps": 100,
-    "guidance_scale": 4.0,
-}
-"""Defaults of the included miniature that differ from Stable Diffusion 1.5's; see docs/miniature.md for the search."""
 
 
 def positive_int(text: str) -> int:
@@ -190,7 +176,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         default=LAMBDA_LEARNING_RATE,
         help="learning rate of lambda; default: 1e-3",
     )
-    group.add_argument("--lr_scheduler", choices=SCHEDULERS, default="constant", help="default: constant")
+    group.add_argument(
+        "--lr_scheduler", choices=SCHEDULERS, help="default: cosine; for maps and with optimizers that decay, constant"
+    )
     group.add_argument("--lr_warmup_steps", type=int, default=0, help="default: 0")
     group.add_argument("--lr_num_cycles", type=positive_int, default=1, help="restarts of cosine_with_restarts")
     group.add_argument("--lr_power", type=float, default=1.0, help="power of the polynomial schedule")
@@ -211,11 +199,13 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--weighting_scheme",
         choices=WEIGHTING_SCHEMES,
-        help="of flow models: how times are sampled and the loss is weighted; default: logit_normal for Stable "
-        "Diffusion 3, none (uniform) for the others",
+        help="how times are sampled, and of flow models how the loss is weighted; default: logit_normal for Stable "
+        "Diffusion 3 and models with v-prediction, none (uniform) for the others",
     )
     group.add_argument("--logit_mean", type=float, help="of logit_normal; positive means less noise; default: 0")
-    group.add_argument("--logit_std", type=float, help="of logit_normal; default: 1")
+    group.add_argument(
+        "--logit_std", type=float, help="of logit_normal; default: 1, and 0.5 for models with v-prediction"
+    )
     group.add_argument("--mode_scale", type=float, help="of mode; default: 1.29")
     group.add_argument(
         "--timestep_shift",
@@ -281,8 +271,11 @@ def parse_with_config(
         raise InputError(f"the argument {broken!r} is not UTF-8; set the terminal's encoding, or use --config.")
     file = parser.parse_known_args(argv)[0].config
     argv = ([] if file is None else _read_config(parser, file)) + argv
-    if is_miniature(parser.parse_known_args(argv)[0].pretrained_model_name_or_path):
+    parsed = parser.parse_known_args(argv)[0]
+    if is_miniature(parsed.pretrained_model_name_or_path):
         parser.set_defaults(**(MINIATURE_DEFAULTS | (miniature or {})))
+    if "recipe" in parsed:
+        parser.set_defaults(**RECIPES[parsed.recipe].flags)
     args = parser.parse_args(argv)
     if args.init_adapter is None:
         return args
@@ -365,62 +358,6 @@ def adapter_config(args: argparse.Namespace, **changes: Any) -> AdapterConfig:
         split_dtype=args.split_dtype,
     )
     return AdapterConfig(**(values | changes))
-
-
-def with_defaults(
-    args: argparse.Namespace, learning_rates: Mapping[str, float] | None = None, maps: bool = False
-) -> argparse.Namespace:
-    """Fill in the optimizer and the method's default learning rate where none was given; returns new arguments.
-
-    Args:
-        learning_rates: default rates by method that override those of the table of methods.
-        maps: whether the defaults are those for semantic maps.
-    """
-    args = argparse.Namespace(**vars(args))
-    args.resolutions = sorted(set(args.resolution))
-    args.resolution = args.resolutions[-1]
-    args.gradient_checkpointing = args.gradient_checkpointing or args.offload
-    adamw_rate = (learning_rates or {}).get(args.method, METHODS[args.method].default_rate(maps))
-    args = with_optimizer_defaults(args, adamw_rate)
-    if args.targets is None and args.method == "full":
-        args.targets = [EVERYTHING]
-    return args
-
-
-def with_family_defaults(args: argparse.Namespace, family: "Family") -> argparse.Namespace:
-    """Fill in the defaults of the base model's family where nothing was given; returns new arguments.
-
-    Raises:
-        InputError: a flag does not apply to the family.
-    """
-    name = args.pretrained_model_name_or_path
-    kind = "a flow model" if family.IS_FLOW else "a DDPM"
-    diffusion_only, flow_only = ("snr_gamma", "debiased_estimation_loss"), ("weighting_scheme", "timestep_shift")
-    for flag in diffusion_only if family.IS_FLOW else flow_only:
-        if getattr(args, flag) not in (None, False):
-            raise InputError(f"--{flag} does not apply to {name}, which is {kind}; leave it out.")
-    if getattr(args, "train_text_encoder", False) and not family.TRAINABLE_ENCODERS:
-        raise InputError(f"--train_text_encoder trains CLIP, which {name} does not have; leave it out.")
-    if getattr(args, "subjects_file", None) is not None and family.DENOISER != "unet":
-        raise InputError(
-            f"--subjects_file trains several subjects at once only on a UNet, which {name} does not have; train them "
-            "one after another."
-        )
-    check_prompt_chunks(family, name, args.max_prompt_chunks)
-    args = argparse.Namespace(**vars(args))
-    scheme = (args.weighting_scheme or family.WEIGHTING_SCHEME) if family.IS_FLOW else None
-    for flag, user in (("logit_mean", "logit_normal"), ("logit_std", "logit_normal"), ("mode_scale", "mode")):
-        if getattr(args, flag) is not None and scheme != user:
-            raise InputError(f"--{flag} belongs to --weighting_scheme {user}, which is not used; leave out --{flag}.")
-    if args.loss_type != "l2":
-        if family.IS_FLOW and args.huber_schedule == "snr":
-            raise InputError(f"--huber_schedule snr does not apply to {name}, which is {kind}; use exponential.")
-        args.huber_c = 0.1 if args.huber_c is None else args.huber_c
-        args.huber_schedule = args.huber_schedule or ("exponential" if family.IS_FLOW else "snr")
-    args.targets = args.targets or list(family.TARGETS)
-    args.guidance_scale = family.GUIDANCE_SCALE if args.guidance_scale is None else args.guidance_scale
-    args.weighting_scheme = scheme
-    return args
 
 
 RANGES: dict[str, tuple[float, float]] = {

@@ -243,6 +243,11 @@ def check_same_run(
     before = config.get("arguments") if isinstance(config, dict) else None
     if not isinstance(before, dict):
         raise InputError(f"{file} is damaged, so this run cannot be continued; restore it, or give a new --output_dir.")
+    if settings.get("recipe", "paper") != "paper" and "recipe" not in before:
+        raise InputError(
+            f"{folder} was trained by an earlier version, whose defaults were those of --recipe paper; give that, or a "
+            "new --output_dir."
+        )
     # A run that continues another run in a new folder lists the same subjects in another file.
     may_change = MAY_CHANGE if folder.resolve() == output_dir.resolve() else MAY_CHANGE | {"subjects_file"}
     for key in sorted(before.keys() & settings.keys() - may_change):

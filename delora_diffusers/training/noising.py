@@ -39,22 +39,72 @@ def noising_of(model: OpenModel, args: argparse.Namespace) -> Noising:
     huber = None if args.loss_type == "l2" else Huber(args.huber_c, args.huber_schedule)
     if not model.family.IS_FLOW:
         schedule = ddpm_schedule(scheduler, name)
-        return Diffusion(schedule, args.snr_gamma, args.noise_offset, args.debiased_estimation_loss, huber)
+        density = ddpm_density(schedule, args)
+        return Diffusion(schedule, args.snr_gamma, args.noise_offset, args.debiased_estimation_loss, huber, density)
     check_flow(scheduler, name)
     config, shift = scheduler.config, args.timestep_shift
     if shift is None:
         shift = 1.0 if config.get("use_dynamic_shifting") else config.shift
     return Flow(
-        args.weighting_scheme or model.family.WEIGHTING_SCHEME,
-        0.0 if args.logit_mean is None else args.logit_mean,
-        1.0 if args.logit_std is None else args.logit_std,
-        1.29 if args.mode_scale is None else args.mode_scale,
+        density_of(args, args.weighting_scheme or model.family.WEIGHTING_SCHEME),
         shift,
         model.family.PATCH,
         [config.get(name, usual) for name, usual in SHIFTS_BY_SIZE.items()],
         args.noise_offset,
         huber,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Density:
+    """How times t are sampled: 1 - u, where u has the density of a weighting scheme (Esser et al., ICML 2024, section
+    3.1), uniform if the scheme only weights the loss.
+
+    Attributes:
+        scheme: diffusers' name. logit_mean, logit_std, mode_scale: parameters of ``logit_normal`` and ``mode``.
+    """
+
+    scheme: str = "none"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
+
+    def times(self, count: int, generator: torch.Generator, device: torch.device) -> Tensor:
+        """Random times, (count,), from 0, the image, to 1, the noise."""
+        u = compute_density_for_timestep_sampling(
+            self.scheme, count, self.logit_mean, self.logit_std, self.mode_scale, device=device, generator=generator
+        )
+        return 1 - u
+
+
+def density_of(args: argparse.Namespace, scheme: str, logit_std: float = 1.0) -> Density:
+    """The density that the flags describe.
+
+    Args:
+        logit_std: its default.
+    """
+    return Density(
+        scheme,
+        0.0 if args.logit_mean is None else args.logit_mean,
+        logit_std if args.logit_std is None else args.logit_std,
+        1.29 if args.mode_scale is None else args.mode_scale,
+    )
+
+
+V_LOGIT_STD = 0.5
+"""Standard deviation of the logit of times for models with v-prediction; docs/method.md has the runs that chose it."""
+
+
+def ddpm_density(schedule: DDPMScheduler, args: argparse.Namespace) -> Density:
+    """The density of a DDPM's timesteps: as given, else logit-normal for v-prediction and uniform for noise prediction.
+
+    The loss of v is ``1 + 1 / SNR`` times that of the noise, so that much of it is at high noise, where the layout of
+    an image is decided and not what a subject looks like. Weights by SNR, if they are given, correct for that.
+    """
+    predicts_v = schedule.config["prediction_type"] == "v_prediction"
+    weighted = args.snr_gamma is not None or args.debiased_estimation_loss
+    default = "logit_normal" if predicts_v and not weighted else "none"
+    return density_of(args, args.weighting_scheme or default, V_LOGIT_STD if predicts_v else 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,22 +144,16 @@ linear between them."""
 class Flow:
     """Noising of a rectified flow: ``(1 - t) z + t noise``, of which the velocity ``noise - z`` is predicted.
 
-    The time t is 1 - u, where u has the density of the weighting scheme (Esser et al., ICML 2024, section 3.1), and is
-    then shifted to ``shift t / (1 + (shift - 1) t)`` (equation 23).
+    A time t of the density is shifted to ``shift t / (1 + (shift - 1) t)`` (Esser et al., ICML 2024, equation 23).
 
     Attributes:
-        weighting_scheme: uniform u for ``none``, ``sigma_sqrt`` and ``cosmap``, else ``logit_normal`` or ``mode``; it
-            also weights the loss by time for ``sigma_sqrt`` and ``cosmap``.
-        logit_mean, logit_std, mode_scale: parameters of the densities.
+        density: of times; its scheme also weights the loss by time, if it is ``sigma_sqrt`` or ``cosmap``.
         shift: a number, or ``"resolution"`` for one that grows with the number of tokens.
         patch: side of the denoiser's patches of latents. shifts_by_size: the values of ``SHIFTS_BY_SIZE``.
         noise_offset: see ``sample_noise``. huber: the loss's thresholds, if it has any.
     """
 
-    weighting_scheme: str
-    logit_mean: float
-    logit_std: float
-    mode_scale: float
+    density: Density
     shift: float | str
     patch: int
     shifts_by_size: Sequence[Any]
@@ -121,27 +165,19 @@ class Flow:
         times = self.times(latents, generator)
         t = times[:, None, None, None]
         # Diffusers' schedules have no time below 0.001, where the weights of sigma_sqrt would be without bound.
-        weights: Tensor = compute_loss_weighting_for_sd3(self.weighting_scheme, times.clamp_min(1e-3))
+        weights: Tensor = compute_loss_weighting_for_sd3(self.density.scheme, times.clamp_min(1e-3))
         noisy = (1 - t) * latents + t * noise
         batch = {"noisy": noisy, "timesteps": times, "target": noise - latents, "weights": weights}
         return batch if self.huber is None else batch | {"huber_c": self.huber.thresholds(times)}
 
     def times(self, latents: Tensor, generator: torch.Generator) -> Tensor:
         """A random time for each latent, (batch,), in 0 to 1."""
-        u = compute_density_for_timestep_sampling(
-            self.weighting_scheme,
-            len(latents),
-            self.logit_mean,
-            self.logit_std,
-            self.mode_scale,
-            device=latents.device,
-            generator=generator,
-        )
+        t = self.density.times(len(latents), generator, latents.device)
         shift = self.shift
         if isinstance(shift, str):
             tokens = latents.shape[-2] * latents.shape[-1] // self.patch**2
             shift = math.exp(calculate_shift(tokens, *self.shifts_by_size))
-        return shift * (1 - u) / (1 + (shift - 1) * (1 - u))
+        return shift * t / (1 + (shift - 1) * t)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +187,7 @@ class Diffusion:
     Attributes:
         scheduler: of the base model. snr_gamma, debiased: see ``loss_weights``. noise_offset: see ``sample_noise``.
         huber: the loss's thresholds, if it has any.
+        density: of timesteps.
     """
 
     scheduler: DDPMScheduler
@@ -158,12 +195,17 @@ class Diffusion:
     noise_offset: float = 0.0
     debiased: bool = False
     huber: Huber | None = None
+    density: Density = Density()
 
     def __call__(self, latents: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         scheduler: Any = self.scheduler
         noise = sample_noise(latents, self.noise_offset, generator)
         steps = scheduler.config.num_train_timesteps
-        timesteps = torch.randint(0, steps, (len(latents),), generator=generator, device=latents.device)
+        if self.density.scheme == "none":
+            timesteps = torch.randint(0, steps, (len(latents),), generator=generator, device=latents.device)
+        else:
+            times = self.density.times(len(latents), generator, latents.device)
+            timesteps = (times * steps).long().clamp(max=steps - 1)
         target = noise
         if scheduler.config.prediction_type == "v_prediction":
             target = scheduler.get_velocity(latents, noise, timesteps)

@@ -10,6 +10,7 @@ from delora_diffusers.families.quantization import PACKAGES
 from delora_diffusers.names import is_miniature
 from delora_diffusers.outputs import check_writable
 from delora_diffusers.training.arguments import check_training_arguments, positive_int
+from delora_diffusers.training.defaults import RECIPES
 
 
 def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +31,12 @@ def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--random_flip", action="store_true", help="also train on mirror images")
     group.add_argument("--train_text_encoder", action="store_true", help="also adapt the text encoder's attention")
+    group.add_argument(
+        "--recipe",
+        choices=list(RECIPES),
+        default="default",
+        help="settings that belong together, as defaults of other flags: docs/training.md; default: default",
+    )
     group = parser.add_argument_group("captions and masks")
     group.add_argument(
         "--caption_dropout", type=float, default=0.0, help="probability of training without the caption, 0 to 1"

@@ -16,7 +16,7 @@ from data.miniature.training.steps import train
 from delora_diffusers.families.loading import load_pipeline
 from delora_diffusers.families.sd3 import FAMILY
 from delora_diffusers.pipelines.sampling import sample_images
-from delora_diffusers.training.noising import Flow
+from delora_diffusers.training.noising import Density, Flow
 
 
 def test_averaged_weights_of_a_short_training_forget_the_initialization():
@@ -98,7 +98,7 @@ def test_pooled_features_are_those_of_mini_clip():
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_times_have_the_distribution_that_adapters_are_trained_on(shift, monkeypatch):
     monkeypatch.setattr(transformer, "SHIFT", shift)
-    flow = Flow("logit_normal", 0.0, 1.0, 1.29, shift, 2, [])
+    flow = Flow(Density("logit_normal"), shift, 2, [])
     times = flow.times(torch.empty(100_000, 1, 1, 1), torch.Generator().manual_seed(0))
     share = torch.linspace(0.01, 0.99, 50)
     stratified = transformer.logit_normal_times(10_000, "cpu")

@@ -362,7 +362,7 @@ TRAINING_FLAGS: dict[str, tuple[str, tuple[object, ...], str]] = {
     "no CLIP in Z-Image": ("zimage", ("--train_text_encoder",), "--train_text_encoder .*CLIP.*leave it out"),
     "no CLIP in FLUX.2": ("flux2-klein", ("--train_text_encoder",), "--train_text_encoder .*CLIP.*leave it out"),
     "snr_gamma": ("flux", ("--snr_gamma", 5), "--snr_gamma .*does not apply to .* flow.*leave it out"),
-    "weighting_scheme": ("sd", ("--weighting_scheme", "mode"), "--weighting_scheme .*does not apply to .* DDPM"),
+    "weighting_scheme": ("sd", ("--weighting_scheme", "cosmap"), "--weighting_scheme cosmap does not apply to .* DDPM"),
     "timestep_shift": ("sd", ("--timestep_shift", 3), "--timestep_shift .*does not apply to .* DDPM.*leave it out"),
     "mode_scale": ("sd3", ("--mode_scale", 1), "--mode_scale belongs to --weighting_scheme mode, .*leave out"),
     "patches": ("flux", ("--resolution", 72), "--resolution 72 is not a multiple of 16.*use (64|80)"),

@@ -23,7 +23,7 @@ from delora_diffusers.pipelines.autoencoder import decode, encode
 from delora_diffusers.pipelines.conditions import conditions, encode_prompts, joined, read_prompts, warn_of_truncation
 from delora_diffusers.pipelines.sampling import default_resolution, latent_size
 from delora_diffusers.training.encoding import PromptTable
-from delora_diffusers.training.noising import Flow, noising_of
+from delora_diffusers.training.noising import Density, Flow, noising_of
 from delora_diffusers.training.objective import denoising_losses
 from delora_diffusers.training.setup import checkpoint_denoiser
 from tests.families.reference_losses import reference_latents, reference_loss
@@ -69,7 +69,7 @@ class Example:
 
     def batch(self) -> dict[str, Any]:
         """The arguments of ``denoising_losses``."""
-        noising = Flow("cosmap", 0.0, 1.0, 1.29, 2.0, self.family.PATCH, [])
+        noising = Flow(Density("cosmap"), 2.0, self.family.PATCH, [])
         return noising(self.latents, torch.Generator().manual_seed(3)) | self.conditions
 
 
@@ -288,7 +288,7 @@ def time_at(probability: float, scheme: str, mean: float, std: float, scale: flo
 @pytest.mark.parametrize("name", SCHEMES)
 def test_times_have_the_density_of_their_scheme(name, shift):
     count = 10_000
-    flow = Flow(*SCHEMES[name], shift, 2, [])
+    flow = Flow(Density(*SCHEMES[name]), shift, 2, [])
     times = flow.times(torch.zeros(count, 1, 2, 2), torch.Generator().manual_seed(0)).sort().values
     assert times[0] >= 0 and times[-1] <= 1
     expected = torch.tensor([time_at((i + 0.5) / count, *SCHEMES[name], shift) for i in range(count)])
@@ -301,7 +301,7 @@ def test_times_have_the_density_of_their_scheme(name, shift):
 @pytest.mark.parametrize("name", SCHEMES)
 def test_what_is_noised_and_predicted(name):
     latents = torch.randn(64, 3, 4, 6, generator=torch.Generator().manual_seed(1))
-    flow = Flow(*SCHEMES[name], 2.0, 2, [])
+    flow = Flow(Density(*SCHEMES[name]), 2.0, 2, [])
     batch = flow(latents, torch.Generator().manual_seed(5))
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(5))
     times = batch["timesteps"]
@@ -314,7 +314,7 @@ def test_what_is_noised_and_predicted(name):
 
 
 def test_the_weight_of_a_vanishing_time_is_bounded():
-    flow = Flow("sigma_sqrt", 0.0, 1.0, 1.29, 1e-3, 2, [])  # shifts every time to nearly 0
+    flow = Flow(Density("sigma_sqrt"), 1e-3, 2, [])  # shifts every time to nearly 0
     weights = flow(torch.zeros(64, 1, 2, 2), torch.Generator())["weights"]
     assert weights.max() == pytest.approx(1e6, rel=1e-3)
 
@@ -322,8 +322,7 @@ def test_the_weight_of_a_vanishing_time_is_bounded():
 def test_the_noise_offset_is_one_number_per_channel():
     latents = torch.zeros(2, 3, 4, 4)
     plain, offset = (
-        Flow("none", 0.0, 1.0, 1.29, 1.0, 2, [], value)(latents, torch.Generator().manual_seed(0))["target"]
-        for value in (0.0, 0.5)
+        Flow(Density(), 1.0, 2, [], value)(latents, torch.Generator().manual_seed(0))["target"] for value in (0.0, 0.5)
     )
     difference = offset - plain
     torch.testing.assert_close(difference, difference[..., :1, :1].expand_as(difference), atol=1e-6, rtol=0)
@@ -351,11 +350,11 @@ def test_the_flags_of_a_flow_and_their_defaults(example):
     static = {"sd3": 3.0, "sd3-no-t5": 3.0, "zimage": 3.0}
     scheme = "logit_normal" if example.kind.startswith("sd3") else "none"
     flow = flow_of(example.model)
-    assert (flow.weighting_scheme, flow.shift) == (scheme, static.get(example.kind, 1.0))
-    assert (flow.logit_mean, flow.logit_std, flow.mode_scale, flow.noise_offset) == (0, 1, 1.29, 0)
+    assert (flow.density.scheme, flow.shift) == (scheme, static.get(example.kind, 1.0))
+    assert (flow.density, flow.noise_offset) == (Density(scheme, 0, 1, 1.29), 0)
     given = ("--weighting_scheme", "mode", "--logit_mean", 0.5, "--logit_std", 2, "--mode_scale", 0.3)
     flow = flow_of(example.model, *given, "--timestep_shift", 2.5, "--noise_offset", 0.1)
-    assert flow == Flow("mode", 0.5, 2.0, 0.3, 2.5, example.family.PATCH, flow.shifts_by_size, 0.1)
+    assert flow == Flow(Density("mode", 0.5, 2.0, 0.3), 2.5, example.family.PATCH, flow.shifts_by_size, 0.1)
 
 
 def test_times_shift_with_the_resolution_as_when_sampling(example):

@@ -44,6 +44,7 @@ def reference_alphas() -> torch.Tensor:
 def test_training_reaches_pure_noise_and_its_weights_stay_finite(tiny_sd):
     model = open_model(str(tiny_sd), **V_AND_ZERO)
     losses = {"loss_type": "l2", "debiased_estimation_loss": False, "huber_c": None, "huber_schedule": None}
+    losses |= {"weighting_scheme": None, "logit_mean": None, "logit_std": None, "mode_scale": None}
     args = Namespace(pretrained_model_name_or_path="x", snr_gamma=5.0, noise_offset=0.0, **losses)
     noising: Any = noising_of(model, args)
     alphas = noising.scheduler.alphas_cumprod

@@ -1,6 +1,9 @@
 """The losses and their weights against formulas in float64."""
 
 import argparse
+import math
+from statistics import NormalDist
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -10,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from delora_diffusers import InputError
+from delora_diffusers.families.loading import open_model
 from delora_diffusers.families.table import family_of
-from delora_diffusers.training import arguments
-from delora_diffusers.training.noising import Diffusion, Flow, Huber, loss_weights
+from delora_diffusers.training.defaults import with_family_defaults
+from delora_diffusers.training.noising import Density, Diffusion, Flow, Huber, loss_weights, noising_of
 from delora_diffusers.training.objective import denoising_losses, errors
 
 TIMESTEPS = torch.tensor([0, 10, 500, 999])
@@ -88,7 +92,7 @@ def test_only_a_loss_with_a_threshold_adds_it_to_the_batch():
     batch = Diffusion(scheduler, huber=huber)(latents, generator)
     torch.testing.assert_close(batch["huber_c"], 0.2 ** (batch["timesteps"] / 1000))
     assert batch["huber_c"].dtype == torch.float32
-    flow = Flow("none", 0.0, 1.0, 1.29, 1.0, 2, [], huber=huber)(latents, generator)
+    flow = Flow(Density(), 1.0, 2, [], huber=huber)(latents, generator)
     torch.testing.assert_close(flow["huber_c"], 0.2 ** flow["timesteps"])
 
 
@@ -120,15 +124,15 @@ def parsed(*flags: object) -> argparse.Namespace:
 def test_what_flow_models_do_not_have(flags, message):
     args = parsed(*flags)
     with pytest.raises(InputError, match=message):
-        arguments.with_family_defaults(args, family_of("FluxPipeline"))
-    arguments.with_family_defaults(args, family_of("StableDiffusionPipeline"))
+        with_family_defaults(args, family_of("FluxPipeline"))
+    with_family_defaults(args, family_of("StableDiffusionPipeline"))
 
 
 def test_the_default_schedule_depends_on_the_family():
     for pipeline, schedule in (("StableDiffusionPipeline", "snr"), ("FluxPipeline", "exponential")):
-        args = arguments.with_family_defaults(parsed("--loss_type", "smooth_l1"), family_of(pipeline))
+        args = with_family_defaults(parsed("--loss_type", "smooth_l1"), family_of(pipeline))
         assert (args.huber_c, args.huber_schedule) == (0.1, schedule)
-        args = arguments.with_family_defaults(parsed(), family_of(pipeline))
+        args = with_family_defaults(parsed(), family_of(pipeline))
         assert args.huber_c is None and args.huber_schedule is None
 
 
@@ -144,3 +148,35 @@ def test_the_default_schedule_depends_on_the_family():
 def test_flags_of_the_loss_that_exclude_each_other(tmp_path, flags, message):
     with pytest.raises(InputError, match=message):
         arguments.check_training_arguments(parsed("--output_dir", tmp_path / "out", *flags))
+
+
+@pytest.mark.parametrize(
+    ("prediction_type", "more", "expected"),
+    [
+        ("epsilon", (), Density()),
+        ("v_prediction", (), Density("logit_normal", 0, 0.5)),
+        ("v_prediction", ("--snr_gamma", 5), Density()),
+        ("v_prediction", ("--debiased_estimation_loss",), Density()),
+        ("v_prediction", ("--weighting_scheme", "none"), Density(logit_std=0.5)),
+        ("v_prediction", ("--recipe", "paper"), Density(logit_std=0.5)),
+        ("epsilon", ("--weighting_scheme", "logit_normal", "--logit_mean", 1), Density("logit_normal", 1, 1)),
+    ],
+)
+def test_the_density_of_timesteps_depends_on_what_a_ddpm_predicts(tiny_sd, prediction_type, more, expected):
+    model = open_model(str(tiny_sd), prediction_type=prediction_type)
+    args = with_family_defaults(parsed(*more), model.family)
+    density = cast(Any, noising_of(model, args)).density
+    assert density == expected
+
+
+def test_timesteps_of_a_ddpm_follow_a_logit_normal_density(tiny_sd):
+    """Quantiles of t / T against those of the logistic function of a normal variable; positive means less noise."""
+    schedule = cast(Any, noising_of(open_model(str(tiny_sd)), parsed())).scheduler
+    latents = torch.zeros(20_000, 1, 2, 2)
+    noising = Diffusion(schedule, density=Density("logit_normal", 0.7, 0.5))
+    timesteps = noising(latents, torch.Generator().manual_seed(0))["timesteps"]
+    assert timesteps.min() >= 0 and timesteps.max() <= 999
+    for share in (0.05, 0.5, 0.95):
+        normal = -0.7 + 0.5 * NormalDist().inv_cdf(share)
+        expected = 1000 / (1 + math.exp(-normal))
+        assert timesteps.double().quantile(share).item() == pytest.approx(expected, abs=8)

@@ -1,0 +1,121 @@
+"""Defaults that depend on the base model, on what is trained and on ``--recipe``. Imports no torch."""
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from delora_diffusers.errors import InputError
+from delora_diffusers.families.checks import check_prompt_chunks
+from delora_diffusers.methods.config import EVERYTHING
+from delora_diffusers.methods.table import METHODS
+from delora_diffusers.training.optimizer_flags import given_options, with_optimizer_defaults
+
+if TYPE_CHECKING:
+    from delora_diffusers.families.family import Family
+
+MINIATURE_DEFAULTS: dict[str, Any] = {
+    "resolution": [128],
+    "bucket_step": 16,
+    "train_batch_size": 4,
+    "max_train_steps": 300,
+    "validation_steps": 100,
+    "guidance_scale": 4.0,
+}
+"""Defaults of the included miniature that differ from Stable Diffusion 1.5's; see docs/miniature.md for the search."""
+
+
+DENSITIES = ("none", "logit_normal", "mode")
+"""The ``--weighting_scheme`` that only sample times, which DDPMs can use too."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Defaults that belong together. Flags that are given override them.
+
+    Attributes:
+        lr_scheduler: unless the optimizer has its own schedule.
+        flags: further flags by name.
+        relative_bound: DeLoRA's initial boundary; None for ``methods.config.RELATIVE_BOUND``.
+        weighting_scheme: of DDPMs; None for one that depends on what the model predicts, see ``noising.noising_of``.
+    """
+
+    lr_scheduler: str
+    relative_bound: float | None = None
+    weighting_scheme: str | None = None
+    flags: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+RECIPES = {
+    "default": Recipe("cosine"),
+    "paper": Recipe("constant", relative_bound=0.35, weighting_scheme="none"),
+}
+"""``paper``: Bini et al., ICLR 2025, appendix B, with a constant rate and uniform timesteps; the paper prints no
+initial boundary for images. Learning rates, rank and targets are the paper's in both."""
+
+MAP_RECIPE = RECIPES["paper"]
+"""Training on semantic maps keeps the paper's settings: the others were found on subjects."""
+
+
+def with_defaults(args: argparse.Namespace, maps: bool = False) -> argparse.Namespace:
+    """Fill in what the recipe, the optimizer and the method set where nothing was given; returns new arguments.
+
+    Args:
+        maps: whether the defaults are those for semantic maps.
+    """
+    args = argparse.Namespace(**vars(args))
+    args.resolutions = sorted(set(args.resolution))
+    args.resolution = args.resolutions[-1]
+    args.gradient_checkpointing = args.gradient_checkpointing or args.offload
+    args = with_optimizer_defaults(args, METHODS[args.method].default_rate(maps))
+    recipe = MAP_RECIPE if maps else RECIPES[args.recipe]
+    if args.lr_scheduler is None:
+        has_own = args.optimizer == "adamw_schedulefree" or given_options(args).get("relative_step") is True
+        args.lr_scheduler = "constant" if has_own else recipe.lr_scheduler
+    if args.method == "delora" and args.relative_bound is None and not (args.delora_lambda or args.init_adapter):
+        args.relative_bound = recipe.relative_bound
+    if args.targets is None and args.method == "full":
+        args.targets = [EVERYTHING]
+    return args
+
+
+def with_family_defaults(args: argparse.Namespace, family: "Family") -> argparse.Namespace:
+    """Fill in the defaults of the base model's family where nothing was given; returns new arguments.
+
+    Raises:
+        InputError: a flag does not apply to the family.
+    """
+    name = args.pretrained_model_name_or_path
+    kind = "a flow model" if family.IS_FLOW else "a DDPM"
+    if not family.IS_FLOW and args.weighting_scheme not in (None, *DENSITIES):
+        raise InputError(
+            f"--weighting_scheme {args.weighting_scheme} does not apply to {name}, which is {kind}; use one of "
+            f"{', '.join(DENSITIES)}."
+        )
+    diffusion_only, flow_only = ("snr_gamma", "debiased_estimation_loss"), ("timestep_shift",)
+    for flag in diffusion_only if family.IS_FLOW else flow_only:
+        if getattr(args, flag) not in (None, False):
+            raise InputError(f"--{flag} does not apply to {name}, which is {kind}; leave it out.")
+    if getattr(args, "train_text_encoder", False) and not family.TRAINABLE_ENCODERS:
+        raise InputError(f"--train_text_encoder trains CLIP, which {name} does not have; leave it out.")
+    if getattr(args, "subjects_file", None) is not None and family.DENOISER != "unet":
+        raise InputError(
+            f"--subjects_file trains several subjects at once only on a UNet, which {name} does not have; train them "
+            "one after another."
+        )
+    check_prompt_chunks(family, name, args.max_prompt_chunks)
+    args = argparse.Namespace(**vars(args))
+    recipe = RECIPES[args.recipe] if hasattr(args, "recipe") else MAP_RECIPE
+    scheme = args.weighting_scheme or (family.WEIGHTING_SCHEME if family.IS_FLOW else recipe.weighting_scheme)
+    for flag, user in (("logit_mean", "logit_normal"), ("logit_std", "logit_normal"), ("mode_scale", "mode")):
+        if getattr(args, flag) is not None and scheme != user:
+            raise InputError(f"--{flag} belongs to --weighting_scheme {user}, which is not used; leave out --{flag}.")
+    if args.loss_type != "l2":
+        if family.IS_FLOW and args.huber_schedule == "snr":
+            raise InputError(f"--huber_schedule snr does not apply to {name}, which is {kind}; use exponential.")
+        args.huber_c = 0.1 if args.huber_c is None else args.huber_c
+        args.huber_schedule = args.huber_schedule or ("exponential" if family.IS_FLOW else "snr")
+    args.targets = args.targets or list(family.TARGETS)
+    args.guidance_scale = family.GUIDANCE_SCALE if args.guidance_scale is None else args.guidance_scale
+    args.weighting_scheme = scheme
+    return args
