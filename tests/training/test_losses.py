@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from delora_diffusers import InputError
 from delora_diffusers.families.loading import open_model
 from delora_diffusers.families.table import family_of
+from delora_diffusers.training.arguments import check_training_arguments
 from delora_diffusers.training.defaults import with_family_defaults
 from delora_diffusers.training.noising import Density, Diffusion, Flow, Huber, loss_weights, noising_of
 from delora_diffusers.training.objective import denoising_losses, errors
@@ -147,7 +148,7 @@ def test_the_default_schedule_depends_on_the_family():
 )
 def test_flags_of_the_loss_that_exclude_each_other(tmp_path, flags, message):
     with pytest.raises(InputError, match=message):
-        arguments.check_training_arguments(parsed("--output_dir", tmp_path / "out", *flags))
+        check_training_arguments(parsed("--output_dir", tmp_path / "out", *flags))
 
 
 @pytest.mark.parametrize(
@@ -155,8 +156,8 @@ def test_flags_of_the_loss_that_exclude_each_other(tmp_path, flags, message):
     [
         ("epsilon", (), Density()),
         ("v_prediction", (), Density("logit_normal", 0, 0.5)),
-        ("v_prediction", ("--snr_gamma", 5), Density()),
-        ("v_prediction", ("--debiased_estimation_loss",), Density()),
+        ("v_prediction", ("--snr_gamma", 5), Density(logit_std=0.5)),
+        ("v_prediction", ("--debiased_estimation_loss",), Density(logit_std=0.5)),
         ("v_prediction", ("--weighting_scheme", "none"), Density(logit_std=0.5)),
         ("v_prediction", ("--recipe", "paper"), Density(logit_std=0.5)),
         ("epsilon", ("--weighting_scheme", "logit_normal", "--logit_mean", 1), Density("logit_normal", 1, 1)),
