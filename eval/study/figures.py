@@ -79,9 +79,9 @@ def plot_grid(table: pd.DataFrame, axis: str, path: Path) -> None:
             panel.set_xticks(ticks, [multiple(x) for x in ticks])
             panel.minorticks_off()
             panel.spines[["top", "right"]].set_visible(False)
+        column[-1].set_xlabel(axis)
     for panel, (_, title) in zip(panels[:, 0], DINO_AND_CLIP_T):
         panel.set_ylabel(title)
-    figure.supxlabel(axis, fontsize=10)
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     _save(figure, path)
 
