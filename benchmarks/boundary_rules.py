@@ -83,7 +83,7 @@ def _interpolated(x: np.ndarray, y: np.ndarray, at: float) -> float:
     return math.exp(logs_y[k - 1] + slope * (position - logs_x[k - 1]))
 
 
-def growing(bounds: Sequence[float], values: Sequence[float]) -> Quantity:
+def growing(bounds: Sequence[float], values: Sequence[float] | np.ndarray) -> Quantity:
     """A measured quantity up to its maximum; a probe may saturate beyond."""
     kept = [0]
     for k in range(1, len(values)):
@@ -175,9 +175,7 @@ def randomize(adapter: Any, generator: torch.Generator) -> None:
         stack.trainable["lambda"].mul_(torch.tensor(ratios).to(stack.trainable["lambda"]))
 
 
-def predictions(
-    model: Any, denoiser: Any, prompts: Mapping[str, Tensor], device: torch.device
-) -> Callable[[], Tensor]:
+def predictions(model: Any, denoiser: Any, prompts: Mapping[str, Tensor], device: torch.device) -> Callable[[], Tensor]:
     """A function that gives the denoiser's predictions for noise, (times, prompts, noises, values).
 
     Noise and timesteps are the same for all prompts and at every call.
@@ -279,15 +277,12 @@ def report(result: Mapping[str, Any]) -> str:
             by_model = [", ".join(f"{p['predicted']:.3f}" for p in pairs if p["model"] == model) for model in models]
             deviation = rules[rule]["spread"]
             cells.append([title, f"{deviation:.3f}", f"{math.exp(deviation):.2f}", *by_model])
-        kept = [
-            [title, *(f"{value:.3g}" for value in rules[rule]["kept"].values())]
-            for rule, title in RULES.items()
-        ]
+        kept = [[title, *(f"{value:.3g}" for value in rules[rule]["kept"].values())] for rule, title in RULES.items()]
         parts += [f"{meaning}.\n", markdown(header, cells)]
         parts += ["What each rule would keep constant, at the measured bounds:\n", markdown(["rule", *models], kept)]
     parts.append(
-        "Spread: standard deviation of log(predicted / measured), every model the reference of every other. Factor: its\n"
-        "exponential. In brackets: 95% bootstrap interval over subjects."
+        "Spread: standard deviation of log(predicted / measured), every model the reference of every other. Factor:\n"
+        "its exponential. In brackets: 95% bootstrap interval over subjects."
     )
     return "\n".join(parts)
 
@@ -309,7 +304,7 @@ def read_knees(file: Path, rate: float | None = None) -> dict[str, Interval]:
     counts = rows["method"].value_counts()
     if not counts.get("none") or not counts.get("delora"):
         raise InputError(f"{file} lacks rows of the base model or of DeLoRA; run eval study boundary to its end.")
-    return knees(rows)
+    return knees(pd.DataFrame(rows))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -61,7 +61,11 @@ def check_study_flags(options: argparse.Namespace) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    for flag, remedy in (("multipliers", "1 for the default"), ("step_multipliers", "1 for the default"), ("bounds", "such as 0.1")):
+    for flag, remedy in (
+        ("multipliers", "1 for the default"),
+        ("step_multipliers", "1 for the default"),
+        ("bounds", "such as 0.1"),
+    ):
         for value in getattr(options, flag) or ():
             if not 0 < value < math.inf:
                 raise InputError(f"--{flag} {value:g} is not positive; give positive numbers, {remedy}.")

@@ -63,9 +63,7 @@ def settings_of(options: argparse.Namespace) -> list[Setting]:
     for rate in rates:
         learning_rate = at_rate("delora", rate).train
         for bound in bounds:
-            settings.append(
-                Setting(label_of(rate), bound, "delora", learning_rate | {"relative_bound": bound} | train)
-            )
+            settings.append(Setting(label_of(rate), bound, "delora", learning_rate | {"relative_bound": bound} | train))
     return [*settings, BASE]
 
 
@@ -167,7 +165,8 @@ def knees(rows: pd.DataFrame) -> dict[str, Interval]:
         rows: of one base model and protocol; of several learning rates, the means over them count. Those of the base
             model itself have the method ``none``.
     """
-    trained, base = (rows[(rows["method"] == "none") == is_base] for is_base in (False, True))
+    trained = cast(pd.DataFrame, rows[rows["method"] != "none"])
+    base: Any = rows[rows["method"] == "none"]
     tables = {score: by_setting(trained, ["x"], score) for score in KNEES}
     subjects = tables["clip_t"].columns
     of_base = base.groupby("subject")["clip_t"].mean().reindex(subjects).to_numpy(float)

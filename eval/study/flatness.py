@@ -173,8 +173,6 @@ def joint_table(tables: Sequence[pd.DataFrame]) -> tuple[list[str], list[list[st
             of_method, failed = captions.where(rows, "method", method), failed_settings(rows, method)
             note = f", {len(failed)} failed" if failed else ""
             for score in scores:
-                line.append(
-                    with_brackets(largest_changes(of_method, score)["change"]) + note if len(of_method) else ""
-                )
+                line.append(with_brackets(largest_changes(of_method, score)["change"]) + note if len(of_method) else "")
         cells.append(line)
     return header, cells
