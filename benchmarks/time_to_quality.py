@@ -65,6 +65,10 @@ BASE = "none"
 """The method of the base model's own images."""
 
 
+SETTING = ("method", "batch_size", "rate", "steps", "seed")
+"""The fields of a run that tell settings apart."""
+
+
 class Run(NamedTuple):
     """A setting to train all toys with, or the base model.
 
@@ -107,8 +111,12 @@ def subject_prompt(number: int) -> str:
     return f"a photo of {IDENTIFIER} {CLASSES[number % len(CLASSES)]}"
 
 
-def run_setting(run: Run) -> list[dict[str, Any]]:
-    """Train all toys at once unless it is the base model, generate and score; an existing result is read instead."""
+def run_setting(run: Run) -> dict[str, Any]:
+    """Train all toys at once unless it is the base model, generate and score; an existing result is read instead.
+
+    Returns:
+        The setting, and its scores as ``rows``, one per toy.
+    """
     file = run.folder / "result.json"
     if file.exists():
         return json.loads(file.read_text())
@@ -138,10 +146,10 @@ def run_setting(run: Run) -> list[dict[str, Any]]:
     rows = []
     for number in run.subjects:
         scores = score(run.folder / "images" / f"{number}", photos_of(run, number))["scores"]
-        setting = {name: getattr(run, name) for name in ("method", "batch_size", "rate", "steps", "seed")}
-        rows.append(setting | {"subject": number, "dino": scores["dino"], "clip_t": scores["clip_t"]})
-    write_text(file, json.dumps(rows, indent=1) + "\n")
-    return rows
+        rows.append({"subject": number, "dino": scores["dino"], "clip_t": scores["clip_t"]})
+    result = {name: getattr(run, name) for name in SETTING} | {"rows": rows}
+    write_text(file, json.dumps(result, indent=1) + "\n")
+    return result
 
 
 def time_training(run: Run) -> dict[str, Any]:
@@ -238,6 +246,17 @@ def check_settings(options: argparse.Namespace, runs: Sequence[Run]) -> None:
     write_text(file, text)
 
 
+def as_rows(results: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """A row per setting and toy."""
+    settings = ({name: result[name] for name in SETTING} for result in results)
+    return pd.DataFrame([setting | row for setting, result in zip(settings, results) for row in result["rows"]])
+
+
+def mean_scores(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Means of a run's scores over its toys, for its line of progress."""
+    return {name: round(statistics.fmean(row[name] for row in rows), 4) for name in ("dino", "clip_t")}
+
+
 def summarize(rows: pd.DataFrame, timings: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """A row per trained setting: seconds, means over subjects and seeds, and what they change against the base model
     and the method's default, with the 95% interval of the latter over subjects.
@@ -277,7 +296,7 @@ def good_enough(table: pd.DataFrame, reference: str) -> pd.Series:
 
 def fastest(table: pd.DataFrame, method: str, reference: str) -> dict[str, Any] | None:
     """The setting of a method that takes the least time and is good enough; None if there is none."""
-    of_method = table[table["method"] == method]
+    of_method = pd.DataFrame(table[table["method"] == method])
     if f"vs_{reference}_high" not in of_method:
         return None
     candidates = of_method[good_enough(of_method, reference) & of_method["seconds"].notna()]
@@ -316,7 +335,7 @@ def report(table: pd.DataFrame, rows: pd.DataFrame, timings: Sequence[dict[str, 
         "All settings, by time:\n",
     ]
     lines = []
-    for row in table.sort_values(["method", "seconds"]).to_dict("records"):
+    for row in table.sort_values(by=["method", "seconds"]).to_dict("records"):
         against = f"vs_{row['method']}"
         known = against in row and not pd.isna(row[against])
         change = f"{row[against]:+.3f} [{row[against + '_low']:+.3f}, {row[against + '_high']:+.3f}]" if known else ""
@@ -344,7 +363,9 @@ def plot(table: pd.DataFrame, rows: pd.DataFrame, path: Path) -> None:
 
     figure, panel = plt.subplots(figsize=(7.6, 4.8), layout="constrained")
     for method, colour in zip(dict.fromkeys(table["method"]), ("#00798c", "#d1495b", "#edae49", "#66a182")):
-        of_method = table[(table["method"] == method) & table["seconds"].notna()].sort_values("seconds")
+        of_method = pd.DataFrame(table[(table["method"] == method) & table["seconds"].notna()]).sort_values(
+            by="seconds"
+        )
         kept = of_method["clip_t_change"] >= -CLIP_T_LOSS
         for mask, face in ((kept, colour), (~kept, "none")):
             points = of_method[mask]
@@ -394,13 +415,13 @@ def main(argv: list[str] | None = None) -> None:
     for number in options.subjects:
         write_unseen_subject(options.out_dir / "photos" / f"{number:03}", number, PHOTOS)
     timings: list[Any] = list(run_all(time_training, timing_runs, workers=1, per_process=1))
-    results: list[Any] = []
-    for rows in run_all(run_setting, runs, options.workers):  # pyright: ignore[reportArgumentType]
-        results.append(rows)
-        print(json.dumps({**rows[0], **_means(rows)}), flush=True)
-    finished = {(r[0]["method"], r[0]["batch_size"], r[0]["rate"], r[0]["steps"], r[0]["seed"]) for r in results}
-    failed = [run.folder.name for run in runs if (*run[2:6], run.seed) not in finished]
-    rows = pd.DataFrame([row for of_run in results for row in of_run])
+    results = []
+    for result in run_all(run_setting, runs, options.workers):
+        results.append(result)
+        print(json.dumps({**result, "rows": len(result["rows"]), **mean_scores(result["rows"])}), flush=True)
+    finished = {tuple(result[name] for name in SETTING) for result in results}
+    failed = [run.folder.name for run in runs if tuple(getattr(run, name) for name in SETTING) not in finished]
+    rows = as_rows(results)
     if rows.empty or BASE not in set(rows["method"]) or set(rows["method"]) == {BASE}:
         raise InputError("no setting finished, or the base model did not; see the errors above.")
     timings.sort(key=lambda t: (options.methods.index(t["method"]), t["batch_size"]))
@@ -409,12 +430,6 @@ def main(argv: list[str] | None = None) -> None:
     write_text(options.out_dir / "table.json", json.dumps(text, indent=1, default=float) + "\n")
     plot(table, rows, options.out_dir / "time_to_quality")
     print_and_save(report(table, rows, timings, failed), options.out_dir / "table.md")
-
-
-def _means(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means of a run's scores over its toys, for its line of progress."""
-    scores = {name: round(statistics.fmean(row[name] for row in rows), 4) for name in ("dino", "clip_t")}
-    return {"subject": "mean", **scores}
 
 
 if __name__ == "__main__":

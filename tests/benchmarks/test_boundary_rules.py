@@ -43,7 +43,7 @@ def test_a_saturated_probe_is_used_up_to_its_maximum():
 
 
 def test_a_rule_that_holds_predicts_every_model():
-    """Knees at the same lambda 1.5 in models of width 100, 400 and 900: that rule is exact, the relative bound is not."""
+    """Knees at the same lambda in models of three widths: that rule is exact, the relative bound is not."""
     widths = {"a": 100, "b": 400, "c": 900}
     knee = {model: 1.5 / math.sqrt(width) for model, width in widths.items()}
     pairs = predicted({model: proportional(math.sqrt(width)) for model, width in widths.items()}, knee)

@@ -5,6 +5,7 @@ import argparse
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -173,37 +174,40 @@ def test_flags_of_other_studies_are_rejected(words, message):
 @pytest.mark.integration
 def test_both_studies_on_the_miniature(tmp_path):
     """Two toys, a shorter and a longer training; the longer one does not continue the shorter with cosine decay."""
-    flags = ["--output_dir", tmp_path, "--subjects", "car", "duck", "--images_per_prompt", "1", "--together", "2"]
-    flags += ["--generate", "num_inference_steps=1", "--train", "train_batch_size=1", "max_train_steps=3"]
-    result = run_eval(
-        "study", "flatness", *flags, "lr_scheduler=cosine", "--methods", "delora", "--multipliers", "1", "8",
-        "--step_multipliers", "0.34", "1",
-    )  # fmt: skip
+    toys = {name: {"class": name, "kind": "toy", "toybox": number} for name, number in (("car", 200), ("duck", 201))}
+    content = {"images_per_prompt": 1, "prompts": {"toy": ["a photo of {identifier} {class} at night"]}}
+    (tmp_path / "toys.yaml").write_text(yaml.safe_dump(content | {"subjects": toys}))
+    out = tmp_path / "out"
+    flags = ["--output_dir", out, "--benchmark", tmp_path / "toys.yaml", "--together", 2]
+    flags += ["--generate", "num_inference_steps=1", "resolution=64"]
+    flags += ["--train", "train_batch_size=1", "max_train_steps=3", "resolution=64"]
+    more = ("--methods", "delora", "--multipliers", "1", "--step_multipliers", "0.34", "1")
+    result = run_eval("study", "flatness", *flags, "lr_scheduler=cosine", *more)
     assert result.returncode == 0, result.stderr[-2000:]
-    rows = pd.read_parquet(tmp_path / "flatness.parquet")
-    assert len(rows) == 8 and set(rows["model"]) == {"mini-sd"}
-    assert set(zip(rows["x"], rows["step_multiplier"])) == {(1, 0.34), (1, 1), (8, 0.34), (8, 1)}
+    rows = pd.read_parquet(out / "flatness.parquet")
+    assert len(rows) == 4 and set(rows["model"]) == {"mini-sd"}
+    assert set(zip(rows["x"], rows["step_multiplier"])) == {(1, 0.34), (1, 1)}
     means = rows.groupby(["x", "step_multiplier"])["clip_t"].mean()
-    caption = (tmp_path / "flatness.md").read_text()
+    caption = (out / "flatness.md").read_text()
     assert f"| {means[1, 1]:.3f} | {means.min():.3f} | {means.max():.3f} | {means.max() - means.min():.3f} [" in caption
-    commands = [file.read_text() for file in tmp_path.glob("runs/*-max_train_steps-3/*/*/adapter/config.json")]
-    assert len(commands) == 4 and all("checkpoint-1" not in command for command in commands)
-    flatness_table.main([str(tmp_path / "flatness.parquet"), "--output", str(tmp_path / "joint.md")])
+    commands = [file.read_text() for file in out.glob("runs/*-max_train_steps-3/*/*/adapter/config.json")]
+    assert len(commands) == 2 and all("checkpoint-1" not in command for command in commands)
+    flatness_table.main([str(out / "flatness.parquet"), "--output", str(out / "joint.md")])
     assert f"| DeLoRA | {rows.groupby(['x', 'step_multiplier'])['dino'].mean().agg(np.ptp):.3f} [" in (
-        (tmp_path / "joint.md").read_text()
+        (out / "joint.md").read_text()
     )
 
     result = run_eval("study", "boundary", *flags, "--bounds", "0.05", "0.2", "--multipliers", "1")
     assert result.returncode == 0, result.stderr[-2000:]
-    rows = pd.read_parquet(tmp_path / "boundary.parquet")
+    rows = pd.read_parquet(out / "boundary.parquet")
     assert len(rows) == 6 and (rows["method"] == "none").sum() == 2
-    assert "Base model mini-sd" in (tmp_path / "boundary.md").read_text()
-    (adapter, *_) = tmp_path.glob("runs/*relative_bound-0.2*/*/car/adapter/*.safetensors")
+    assert "Base model mini-sd" in (out / "boundary.md").read_text()
+    (adapter, *_) = out.glob("runs/*relative_bound-0.2*/*/car/adapter/*.safetensors")
     expected = mean_relative_distance(adapter)
     (reached,) = rows[(rows["x"] == 0.2) & (rows["subject"] == "car")]["relative_distance"]
     assert reached == pytest.approx(relative_distance(adapter)) == pytest.approx(expected, rel=1e-4)
     for name in ("flatness.png", "boundary.png", "boundary-pictures.png"):
-        with Image.open(tmp_path / name) as figure:
+        with Image.open(out / name) as figure:
             assert figure.width > 200
 
 
