@@ -4,10 +4,10 @@
         [--steps 25 50 ...] [--workers 12] [--pretrained_model_name_or_path MODEL]
 
 Trains DeLoRA and LoRA with cosine decay on ten toys that the miniature never saw; the toys of a setting train together.
-These runs share one GPU. The time of a step is measured before, in a process of its own for each method and batch size,
-with one toy and the GPU idle otherwise: the median between CUDA events. Seconds are steps times that; start-up, which
-is everything else from the start of the process to the saved adapter, is reported separately. Without a GPU the clock
-replaces the events.
+These runs share one GPU, or are spread over those that are visible. The time of a step is measured before, in a process
+of its own for each method and batch size, with one toy and the GPU idle otherwise: the median between CUDA events.
+Seconds are steps times that; start-up, which is everything else from the start of the process to the saved adapter, is
+reported separately. Without a GPU the clock replaces the events.
 
 Writes ``table.md``, ``table.json``, and ``time_to_quality.png`` and ``.svg`` to OUT. Finished runs are kept, so the
 same command continues after an interruption.

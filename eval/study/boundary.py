@@ -201,7 +201,8 @@ def write(path: Path, rows: pd.DataFrame, missing: str) -> Path:
     for label, group in [*groups, *([("mean over rates", trained)] if len(groups) > 1 else [])]:
         by_rate[str(label)] = {} if base.empty else knees(pd.concat([cast(pd.DataFrame, group), base]))
         measured = sorted(group["x"].unique())
-        cells.append([str(label), *(knee_text(interval, measured) for interval in by_rate[str(label)].values())])
+        texts = {score: knee_text(interval, measured) for score, interval in by_rate[str(label)].items()}
+        cells.append([str(label), *(texts.get(score, "") for score in KNEES)])
     header, lines = captions.means(table, "relative bound")
     relative = ["" if pd.isna(value) else f"{value:.3g}" for value in table["relative_distance"]]
     seeds, subjects = rows["seed"].nunique(), rows["subject"].nunique()

@@ -66,6 +66,24 @@ def test_the_fastest_setting_that_is_good_enough():
     assert "| LoRA | DeLoRA | none |" in text and "lora-batch-1" in text
 
 
+def test_processes_take_turns_on_the_gpus():
+    assert [miniature_runs.gpu_of(number, 4, None) for number in range(6)] == ["0", "1", "2", "3", "0", "1"]
+    assert [miniature_runs.gpu_of(number, 2, "5, GPU-7") for number in range(3)] == ["5", "GPU-7", "5"]
+
+
+def _number_of_gpu(task: tuple) -> dict:
+    import os
+
+    miniature_runs._use_gpu(2)
+    return {"gpu": os.environ["CUDA_VISIBLE_DEVICES"]}
+
+
+@pytest.mark.integration
+def test_a_pool_starts_with_its_initializer():
+    gpus = [result["gpu"] for result in miniature_runs.run_all(_number_of_gpu, [("a",), ("b",)], 1, per_process=1)]
+    assert sorted(gpus) == ["0", "1"]
+
+
 def _run_both(out_dir) -> None:
     from data.toybox.write import write_unseen_subject
 
