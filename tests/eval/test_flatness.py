@@ -21,7 +21,7 @@ from eval.study.boundary import crossing, knees, relative_distance
 from eval.study.flatness import joint_table, largest_changes
 from eval.study.settings import Setting
 from eval.study.trials import continues
-from tests.helpers import run_eval
+from tests.helpers import run_eval, write_photos
 from train_dreambooth_delora import parse_arguments
 
 
@@ -172,20 +172,24 @@ def test_flags_of_other_studies_are_rejected(words, message):
 
 
 @pytest.mark.integration
-def test_both_studies_on_the_miniature(tmp_path):
+def test_both_studies_on_a_tiny_model(tiny_sd, tiny_scorers, tmp_path):
     """Two toys, a shorter and a longer training; the longer one does not continue the shorter with cosine decay."""
-    toys = {name: {"class": name, "kind": "toy", "toybox": number} for name, number in (("car", 200), ("duck", 201))}
+    toys = {name: {"class": name, "kind": "toy"} for name in ("car", "duck")}
+    for name in toys:
+        write_photos(tmp_path / "photographs" / name, 2)
     content = {"images_per_prompt": 1, "prompts": {"toy": ["a photo of {identifier} {class} at night"]}}
     (tmp_path / "toys.yaml").write_text(yaml.safe_dump(content | {"subjects": toys}))
     out = tmp_path / "out"
-    flags = ["--output_dir", out, "--benchmark", tmp_path / "toys.yaml", "--together", 2]
-    flags += ["--generate", "num_inference_steps=1", "resolution=64"]
-    flags += ["--train", "train_batch_size=1", "max_train_steps=3", "resolution=64"]
+    flags = ["--output_dir", out, "--benchmark", tmp_path / "toys.yaml", "--together", 2, "--jobs", 2]
+    flags += ["--photographs", tmp_path / "photographs", "--pretrained_model_name_or_path", tiny_sd]
+    flags += ["--dino", f"local-dir:{tiny_scorers / 'dino'}", "--clip", f"local-dir:{tiny_scorers / 'clip'}"]
+    flags += ["--lpips", "none", "--generate", "num_inference_steps=1"]
+    flags += ["--train", "train_batch_size=1", "max_train_steps=3", "resolution=32", "rank=2"]
     more = ("--methods", "delora", "--multipliers", "1", "--step_multipliers", "0.34", "1")
     result = run_eval("study", "flatness", *flags, "lr_scheduler=cosine", *more)
     assert result.returncode == 0, result.stderr[-2000:]
     rows = pd.read_parquet(out / "flatness.parquet")
-    assert len(rows) == 4 and set(rows["model"]) == {"mini-sd"}
+    assert len(rows) == 4 and set(rows["model"]) == {"tiny-sd"}
     assert set(zip(rows["x"], rows["step_multiplier"])) == {(1, 0.34), (1, 1)}
     means = rows.groupby(["x", "step_multiplier"])["clip_t"].mean()
     caption = (out / "flatness.md").read_text()
@@ -201,9 +205,9 @@ def test_both_studies_on_the_miniature(tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     rows = pd.read_parquet(out / "boundary.parquet")
     assert len(rows) == 6 and (rows["method"] == "none").sum() == 2
-    assert "Base model mini-sd" in (out / "boundary.md").read_text()
+    assert "Base model tiny-sd" in (out / "boundary.md").read_text()
     (adapter, *_) = out.glob("runs/*relative_bound-0.2*/*/car/adapter/*.safetensors")
-    expected = mean_relative_distance(adapter)
+    expected = mean_relative_distance(tiny_sd, adapter)
     (reached,) = rows[(rows["x"] == 0.2) & (rows["subject"] == "car")]["relative_distance"]
     assert reached == pytest.approx(relative_distance(adapter)) == pytest.approx(expected, rel=1e-4)
     for name in ("flatness.png", "boundary.png", "boundary-pictures.png"):
@@ -211,14 +215,14 @@ def test_both_studies_on_the_miniature(tmp_path):
             assert figure.width > 200
 
 
-def mean_relative_distance(adapter) -> float:
+def mean_relative_distance(model_folder, adapter) -> float:
     """The mean of |W' - W| / |W|, by the library."""
     import torch
 
     from delora_diffusers import load_adapter
     from delora_diffusers.families.loading import open_model
 
-    model = open_model(None)
+    model = open_model(str(model_folder))
     unet = model.load("unet", torch.float32)
     loaded = load_adapter(unet, adapter)
     norms = {name: float(module.weight.norm()) for name, module, _ in loaded.sites()}
