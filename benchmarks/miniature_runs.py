@@ -2,6 +2,7 @@
 
 import functools
 import multiprocessing
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -78,13 +79,32 @@ def run_all(
 
     Args:
         run: a function of a module. tasks: the first item of each is its folder.
-        workers: processes; they share the GPU. per_process: tasks after which a process is replaced.
+        workers: processes; they share the GPU, or are spread over those that are visible.
+        per_process: tasks after which a process is replaced.
     """
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(min(workers, len(tasks)), maxtasksperchild=per_process) as pool:
+    import torch
+
+    context, gpus = multiprocessing.get_context("spawn"), torch.cuda.device_count()
+    with context.Pool(min(workers, len(tasks)), _use_gpu, (gpus,), maxtasksperchild=per_process) as pool:
         for result in pool.imap_unordered(functools.partial(_run_or_report, run), tasks, chunksize=1):
             if result is not None:
                 yield result
+
+
+def _use_gpu(count: int) -> None:
+    """Let a process of the pool see one of several GPUs; they take turns. Runs before the process imports torch."""
+    if count > 1:
+        number = multiprocessing.current_process()._identity[-1] - 1
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu_of(number, count, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def gpu_of(number: int, count: int, visible: str | None) -> str:
+    """The GPU of process ``number`` of a pool, as CUDA_VISIBLE_DEVICES names it.
+
+    Args:
+        count: of GPUs. visible: those that the pool may use, separated by commas; None for all.
+    """
+    return visible.split(",")[number % count].strip() if visible else str(number % count)
 
 
 def _run_or_report(run: Callable[[Any], dict[str, Any]], task: Any) -> dict[str, Any] | None:

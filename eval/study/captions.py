@@ -1,6 +1,6 @@
 """The outputs of a study: its figure, a caption with all numbers, and one image per setting."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,8 +19,12 @@ from eval.study.trials import Trial, kept_step
 PAIRED_SCORES = (("dino", "DINO"), ("clip_t", "CLIP-T"))
 
 
-def unfinished(trials: Sequence[Trial], rows: pd.DataFrame) -> str:
-    """A sentence that lists the trainings that did not finish, by setting; empty if all finished."""
+def unfinished(trials: Sequence[Trial], rows: pd.DataFrame, unit: str = "x") -> str:
+    """A sentence that lists the trainings that did not finish, by setting; empty if all finished.
+
+    Args:
+        unit: of positions on the axis, x for multiples.
+    """
     rows = first_protocol(rows)
     missing = []
     for trial in trials:
@@ -28,7 +32,7 @@ def unfinished(trials: Sequence[Trial], rows: pd.DataFrame) -> str:
         expected = len(plan.benchmark.subjects) * len(plan.seeds)
         finished = len(rows[(rows["label"] == setting.label) & (rows["x"].eq(setting.x) | (setting.x is None))])
         if finished < expected:
-            position = "" if setting.x is None else f" at {setting.x:g}x"
+            position = "" if setting.x is None else f" at {setting.x:g}{unit}"
             missing.append(f"{setting.label}{position} ({expected - finished} of {expected})")
     return f" Not finished, and excluded from all means: {', '.join(missing)}." if missing else ""
 
@@ -154,10 +158,15 @@ def ratio(rows: pd.DataFrame, reference: pd.DataFrame) -> str:
     return f"{np.exp(differences.mean()):.2f} [{np.exp(low):.2f}, {np.exp(high):.2f}]"
 
 
-def write_images(path: Path, axis: str | None, trials: Sequence[Trial]) -> None:
+def write_images(
+    path: Path, axis: str | None, trials: Sequence[Trial], tick: Callable[[float], str] = figures.multiple
+) -> None:
     """A grid with one image per setting: the first image of the benchmark's second prompt, from the first seed.
 
     With an axis the grid shows the first subject, without one every subject.
+
+    Args:
+        tick: a position on the axis as text.
     """
     first = trials[0].plan.benchmark
     subjects = first.subjects if axis is None else first.subjects[:1]
@@ -168,12 +177,12 @@ def write_images(path: Path, axis: str | None, trials: Sequence[Trial]) -> None:
             if (folder / METADATA_NAME).is_file():
                 second_prompt = trial.plan.benchmark.prompts_of(subject)[:2][-1]
                 images = [image for image, prompt in read_generated(folder) if prompt == second_prompt]
-                column = subject.name if trial.setting.x is None else figures.multiple(trial.setting.x)
+                column = subject.name if trial.setting.x is None else tick(trial.setting.x)
                 rows.setdefault(trial.setting.label, {})[column] = images[0]
     ordered = {trial.setting.label: rows[trial.setting.label] for trial in trials if trial.setting.label in rows}
     columns = [subject.name for subject in subjects]
     if axis is not None:
-        columns = [figures.multiple(x) for x in sorted({trial.setting.x for trial in trials if trial.setting.x})]
+        columns = [tick(x) for x in sorted({trial.setting.x for trial in trials if trial.setting.x})]
     if ordered:
         prompts = list(dict.fromkeys(first.prompts_of(subject)[:2][-1] for subject in subjects))
         figures.plot_images(ordered, columns, axis, prompts[0] if len(prompts) == 1 else "", path)

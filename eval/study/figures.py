@@ -8,6 +8,7 @@ import pandas as pd
 
 from delora_diffusers.atomic import atomic_write
 from delora_diffusers.image_files import load_rgb
+from delora_diffusers.methods.table import METHODS
 
 COLOURS = ("#00798c", "#d1495b", "#edae49", "#66a182", "#8d6a9f", "#2e4057")
 
@@ -47,6 +48,75 @@ def plot_curves(table: pd.DataFrame, axis: str, real: float | None, path: Path) 
     panels[2].yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     panels[2].yaxis.set_major_formatter("{x:g}")
     panels[2].yaxis.set_minor_formatter(NullFormatter())
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+    _save(figure, path)
+
+
+def plot_grid(table: pd.DataFrame, axis: str, path: Path) -> None:
+    """DINO above CLIP-T, a column of panels per method: a line per number of steps over a logarithmic axis of rates.
+
+    Args:
+        table: of ``captions.tabulate``, with ``step_multiplier``.
+        axis: what x is. path: without a suffix.
+    """
+    import matplotlib.pyplot as plt
+
+    methods, steps = list(table["method"].unique()), sorted(table["step_multiplier"].unique())
+    size = (0.8 + 3.2 * len(methods), 5.6)
+    figure, panels = plt.subplots(2, len(methods), figsize=size, layout="constrained", sharey="row", squeeze=False)
+    ticks = sorted(table["x"].unique())
+    for column, method in zip(panels.T, methods):
+        of_method = table[table["method"] == method]
+        column[0].set_title(METHODS[method].title, fontsize=10)
+        for panel, (name, _) in zip(column, DINO_AND_CLIP_T):
+            for colour, multiplier in zip(COLOURS, steps):
+                rows = of_method[of_method["step_multiplier"] == multiplier]
+                label = f"{multiple(multiplier)}x the default steps"
+                panel.plot(rows["x"], rows[name], "o-", color=colour, markersize=4, label=label)
+                low, high = rows[f"{name}_low"], rows[f"{name}_high"]
+                panel.fill_between(rows["x"], low, high, color=colour, alpha=0.12, linewidth=0)
+            panel.set_xscale("log", base=2)
+            panel.set_xticks(ticks, [multiple(x) for x in ticks])
+            panel.minorticks_off()
+            panel.spines[["top", "right"]].set_visible(False)
+        column[-1].set_xlabel(axis)
+    for panel, (_, title) in zip(panels[:, 0], DINO_AND_CLIP_T):
+        panel.set_ylabel(title)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+    _save(figure, path)
+
+
+def plot_bounds(table: pd.DataFrame, base: dict[str, float], real: float | None, path: Path) -> None:
+    """Three panels over a logarithmic axis of relative bounds: DINO and CLIP-T with their intervals, and the distance
+    from the base model relative to its weights; a line per learning rate.
+
+    Args:
+        table: of ``captions.tabulate``, with ``relative_distance``. base: DINO and CLIP-T of the base model.
+        real: DINO of real images (intra-subject). path: without a suffix.
+    """
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 3, figsize=(13.2, 4.1), layout="constrained")
+    for colour, (label, rows) in zip(COLOURS, table.groupby("label", sort=False)):
+        style: dict[str, Any] = {"color": colour, "label": label, "marker": "o", "markersize": 4}
+        for panel, (name, _) in zip(panels, DINO_AND_CLIP_T):
+            panel.plot(rows["x"], rows[name], **style)
+            low, high = rows[f"{name}_low"], rows[f"{name}_high"]
+            panel.fill_between(rows["x"], low, high, color=colour, alpha=0.12, linewidth=0)
+        panels[2].plot(rows["x"], rows["relative_distance"], **style)
+    references = [(panels[0], base["dino"], "base model"), (panels[1], base["clip_t"], "base model")]
+    references += [] if real is None else [(panels[0], real, "real images")]
+    for panel, height, text in references:
+        panel.axhline(height, color="#888", linewidth=1, linestyle="--")
+        panel.annotate(text, (1, height), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+    ticks = sorted(table["x"].unique())
+    for panel, title in zip(panels, ("DINO", "CLIP-T", "mean of |W' - W| / |W|")):
+        panel.set_xscale("log")
+        panel.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        panel.minorticks_off()
+        panel.set_xlabel("relative bound")
+        panel.set_ylabel(title)
+        panel.spines[["top", "right"]].set_visible(False)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     _save(figure, path)
 

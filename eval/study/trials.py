@@ -19,10 +19,18 @@ from data.benchmark import render_subjects
 from delora_diffusers.atomic import atomic_write
 from delora_diffusers.errors import InputError
 from delora_diffusers.locking import locked_folder
-from delora_diffusers.names import CHECKPOINT_PREFIX, CONFIG_NAME, METADATA_KEY, WEIGHTS_NAME
+from delora_diffusers.names import CHECKPOINT_PREFIX, CONFIG_NAME, METADATA_KEY, MINIATURE, WEIGHTS_NAME
 from delora_diffusers.text_files import parse_json, read_json
 from eval.benchmark import scoring
-from eval.benchmark.checks import check, check_base_model, chosen_benchmark, is_toybox, total_steps, with_defaults
+from eval.benchmark.checks import (
+    DEFAULT_SCHEDULER,
+    check,
+    check_base_model,
+    chosen_benchmark,
+    is_toybox,
+    total_steps,
+    with_defaults,
+)
 from eval.benchmark.plan import Plan, make_plan, write_settings
 from eval.benchmark.run import exit_with_failures, run_plans
 from eval.benchmark.tasks import flag_values
@@ -100,8 +108,8 @@ def continues(shorter: Setting, setting: Setting, options: argparse.Namespace) -
     training that is scored along the way needs all of its checkpoints."""
     if options.score_every:
         return False
-    without_steps = [dataclasses.replace(s, x=None, train=s.train | {"steps": 0}) for s in (shorter, setting)]
-    schedule = flag_values(options.train, "--train").get("lr_scheduler", "constant")
+    without_steps = [dataclasses.replace(s, label="", x=None, train=s.train | {"steps": 0}) for s in (shorter, setting)]
+    schedule = (flag_values(options.train, "--train") | setting.train).get("lr_scheduler", DEFAULT_SCHEDULER)
     return without_steps[0] == without_steps[1] and schedule in ("constant", "constant_with_warmup")
 
 
@@ -182,6 +190,11 @@ def distance_of(adapter: Path, step: int | None = None) -> float | None:
         return header.get("training", {}).get("distance")
     file = adapter / CONFIG_NAME
     return read_json(file).get("reached", {}).get("distance") if file.is_file() else None
+
+
+def base_model_name(options: argparse.Namespace) -> str:
+    """The base model's name without its folder, so that rows of several base models can be joined."""
+    return Path(options.pretrained_model_name_or_path or MINIATURE).name
 
 
 def write_rows(file: Path, rows: pd.DataFrame) -> None:
