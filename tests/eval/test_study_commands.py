@@ -20,6 +20,7 @@ from eval.benchmark.schedule import tasks_of_all
 from eval.commands.study import add_arguments
 from eval.study import trials as study_trials
 from eval.study.comparison import COMPARED, settings_of
+from eval.study.frontier_settings import settings_of as frontier_settings
 from eval.study.maps import MapCommands, MapRun
 from eval.study.settings import STUDIES, ablation
 from eval.study.trials import plan_trials
@@ -48,7 +49,7 @@ def downloaded(tmp_path_factory):
 
 
 def test_every_study_has_a_command_line():
-    assert set(COMMANDS) == {*STUDIES, "comparison", "norms", "ablation-maps"}
+    assert set(COMMANDS) == {*STUDIES, "comparison", "norms", "ablation-maps", "frontier"}
 
 
 def run_in_bash(command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -118,6 +119,8 @@ def test_the_script_accepts_every_training(name, downloaded, monkeypatch):
     options = with_recipe(parse([name, *recipe, *flags]))
     if name == "comparison":
         settings = [setting for method in COMPARED for setting in settings_of(method, (0.5, 1, 2))]
+    elif name == "frontier":
+        settings = [s for key in options.methods for s in frontier_settings(key, {})]
     else:
         settings = STUDIES[name].settings(options.methods, options.multipliers or STUDIES[name].multipliers)
     trials = plan_trials(options, settings)
