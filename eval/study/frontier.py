@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from delora_diffusers.errors import InputError
+from delora_diffusers.image_files import load_rgb
 from eval.benchmark import scoring
 from eval.benchmark.checks import chosen_benchmark, total_steps
 from eval.benchmark.collect import collect
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
 MOST_WORKERS = 16
 """Processes that decode images, for each process of ``accelerate launch``."""
+
+Point = tuple[Trial, float, SubjectImages]
+"""A run, a strength, and the images of one subject and seed."""
 
 
 def run(options: argparse.Namespace) -> None:
@@ -162,11 +166,15 @@ def score(
         The rows, without scores for runs that did not finish, and the errors by folder of what could not be scored.
     """
     new: dict[str, str] = {}
-    points: list[tuple[Trial, float, SubjectImages]] = []
+    points: list[Point] = []
     for trial in trials:
         for strength in strengths_at(trial, options):
             problems = dict(failed)
-            images = collect(trial.plan, trial.options, problems, strength)[None]
+            try:
+                images = collect(trial.plan, trial.options, problems, strength)[None]
+            except InputError as error:  # an exception would leave the other processes waiting
+                new[str(trial.plan.folder)] = str(error)
+                continue
             new |= {folder: problem for folder, problem in problems.items() if folder not in failed}
             points += [(trial, strength, of_subject) for of_subject in images]
     workers = options.workers
@@ -176,10 +184,8 @@ def score(
         workers = min(MOST_WORKERS, (os.cpu_count() or 1) // processes, len(files) // 64)
     try:
         vectors = embed(files, encoders.by_key(), workers=workers, **settings)
-    except InputError as error:
-        points, files = readable(points, encoders, new, settings)
-        if not points:
-            raise error
+    except InputError:
+        points, files = readable(points, new)
         vectors = embed(files, encoders.by_key(), workers=workers, **settings)
     features = {key: dict(zip(files, of_files)) for key, of_files in vectors.items()}
     prompts = list(dict.fromkeys(prompt for _, _, images in points for prompt in images.prompts))
@@ -198,17 +204,13 @@ def score(
     return rows, new
 
 
-def readable(
-    points: Sequence[tuple[Trial, float, SubjectImages]],
-    encoders: Encoders,
-    problems: dict[str, str],
-    settings: dict[str, Any],
-) -> tuple[list[tuple[Trial, float, SubjectImages]], list[Path]]:
+def readable(points: Sequence[Point], problems: dict[str, str]) -> tuple[list[Point], list[Path]]:
     """The points whose images can all be read, and their files; the errors of the others go to ``problems``."""
     kept, files = [], {}
     for trial, strength, images in points:
         try:
-            embed(images.files(), encoders.by_key(), workers=0, **settings)
+            for file in images.files():
+                load_rgb(file)
         except InputError as error:
             problems[str(trial.plan.folder / f"seed-{images.seed}" / images.subject)] = str(error)
             continue
