@@ -96,7 +96,7 @@ def test_the_script_accepts_every_training_and_strengths_share_it(tmp_path):
         (["--strengths", "0"], "--strengths 0 is not positive"),
         (["--clip_t_drop", "-1"], "--clip_t_drop is -1; give a number of at least 0"),
         (["--score_every", "10"], "--score_every keeps the best step"),
-        (["--protocol", "oft"], "--protocol oft does not fit frontier"),
+        (["--methods", "full", "--protocol", "oft"], "--protocol oft does not fit frontier"),
         (["--train", "relative_bound=0.2"], "--train relative_bound is what frontier varies"),
         (["--from_rows"], "frontier.parquet is missing; run the study without --from_rows first"),
     ],
