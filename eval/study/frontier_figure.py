@@ -8,6 +8,7 @@ import numpy as np
 
 from eval.study.figures import COLOURS, save
 from eval.study.frontier_analysis import Analysis, Result
+from eval.study.frontier_settings import CLIP_T_DROP
 
 STYLES: dict[str, tuple[str, str]] = {
     "delora": (COLOURS[0], "-"),
@@ -44,8 +45,9 @@ def plot(analysis: Analysis, path: Path) -> None:
     results = {result.scores.key: result for result in analysis.results}
     methods = [result for key, result in results.items() if not key.startswith("delora-")]
     variants = [result for key, result in results.items() if key.startswith("delora") or key == analysis.reference]
-    groups = [("Methods", methods)] if methods else []
-    groups += [("Variants of DeLoRA", variants)] if len(methods) < len(results) else []
+    has_variants = len(methods) < len(results)
+    groups = [("Methods", methods)] if len(methods) > has_variants else []
+    groups += [("Variants of DeLoRA", variants)] if has_variants else []
     count = len(groups) + analysis.has_drift
     size = (0.6 + 5.0 * count, 8.6)
     figure, panels = plt.subplots(
@@ -60,8 +62,8 @@ def plot(analysis: Analysis, path: Path) -> None:
     if analysis.has_drift:
         upper, lower = panels[:, -1]
         upper.set_title("Drift\n", fontsize=11, loc="left")
-        _draw_drift(upper, analysis, methods or variants, ranges)
-        _draw_difference(lower, analysis, methods or variants, "drift")
+        _draw_drift(upper, analysis, groups[0][1], ranges)
+        _draw_difference(lower, analysis, groups[0][1], "drift")
         lower.set_xlabel("drift on prompts without the subject")
     handles: dict[str, Any] = {}
     for panel in panels[0]:
@@ -87,12 +89,12 @@ def plot_small(analysis: Analysis, path: Path, width: int = 700) -> None:
 
 def limits(analysis: Analysis, results: Sequence[Result]) -> Ranges:
     """The ranges of CLIP-T and DINO that are shown, where prompts are still followed and subjects are learned."""
-    drop = analysis.base - analysis.target
+    drop = analysis.base - analysis.target or CLIP_T_DROP
     x, y = (np.concatenate([_means(result, name) for result in results]) for name in ("clip_t", "dino"))
-    left = max(x.min(), analysis.base - SHOWN_BELOW * drop) if drop > 0 else x.min()
+    left = min(max(x.min(), analysis.base - SHOWN_BELOW * drop), analysis.target)
     right, top = max(x.max(), analysis.base), y[x >= left].max(initial=analysis.base_dino)
     weakest = min(result.at_target.value for result in results)
-    bottom = weakest - max(top - weakest, 0.02)
+    bottom = max(weakest - max(top - weakest, 0.02), min(y.min(), analysis.base_dino) - 0.02)
     margin = 0.03 * (right - left) or 0.01
     return (left - margin, right + margin), (bottom, top + 0.1 * (top - bottom))
 
