@@ -137,6 +137,9 @@ def test_the_numbers_of_made_up_rows():
     ]
     assert (delora.fidelity.low <= delora.fidelity.value + 1e-9).all() and np.isfinite(delora.fidelity.low).all()
 
+    on_grid = np.interp(analysis.target, analysis.grid, delora.fidelity.difference)
+    assert on_grid == pytest.approx(delora.difference.value, abs=0.005) and (lora.fidelity.difference == 0).all()
+
     shuffled = analyse(reordered(rows))
     assert shuffled.results[0].at_target == analysis.results[0].at_target
     judged = analyse(rows, judges=["d"])
