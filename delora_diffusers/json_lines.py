@@ -19,6 +19,7 @@ TYPES: dict[str, tuple[type, ...]] = {
     "map": (str,),
     "adapter": (str, type(None)),
     "seed": (int,),
+    "strength": (int, float),
     "output_dir": (str,),
     "instance_data_dir": (str,),
     "instance_prompt": (str,),
@@ -95,7 +96,7 @@ SUBJECTS = LineFormat(
 """``--subjects_file`` of the DreamBooth script: subjects that are trained together."""
 REQUESTS = LineFormat(
     ("prompts", "output_dir"),
-    ("adapter", "seed"),
+    ("adapter", "seed", "strength"),
     '{"adapter": "runs/dog", "prompts": ["a sks dog"], "output_dir": "images/dog"}',
     closed=True,
 )

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import re
 import zlib
 from collections.abc import Mapping, Sequence
@@ -46,6 +47,9 @@ class Request:
 def read_requests(file: Path, seed: int, strengths: tuple[float, ...]) -> list[Request]:
     """Requests from lines like ``{"adapter": "runs/dog", "prompts": ["a sks dog"], "output_dir": "out", "seed": 0}``.
 
+    Args:
+        seed, strengths: of lines without a seed or a strength.
+
     Raises:
         InputError: the file does not exist, a line is not such a record, or two lines have the same output folder.
     """
@@ -57,8 +61,11 @@ def read_requests(file: Path, seed: int, strengths: tuple[float, ...]) -> list[R
         prompts, adapter = record["prompts"], record["adapter"]
         if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise InputError(f"{file} line {number} has prompts that are not a list of at least one string; fix it.")
+        if not math.isfinite(record.get("strength", 1.0)):
+            raise InputError(f"{file} line {number} has the strength {record['strength']}; give a finite number.")
+        at = (float(record["strength"]),) if "strength" in record else strengths
         adapters = () if adapter is None else ((Path(adapter), 1.0),)
-        requests.append(Request(adapters, tuple(prompts), Path(record["output_dir"]), record["seed"], strengths))
+        requests.append(Request(adapters, tuple(prompts), Path(record["output_dir"]), record["seed"], at))
     if not requests:
         raise InputError(f"--requests_file {file} is empty; write one line per adapter.")
     folders = [request.output_dir.resolve() for request in requests]

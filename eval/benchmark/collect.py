@@ -16,7 +16,7 @@ ByStep = dict[int | None, list[SubjectImages]]
 """The images of all subjects and seeds, by the training step after which they were generated; None is the last."""
 
 
-def collect(plan: Plan, options: argparse.Namespace, failed: dict[str, str]) -> ByStep:
+def collect(plan: Plan, options: argparse.Namespace, failed: dict[str, str], strength: float = 1.0) -> ByStep:
     """The images to score. Subjects whose images are incomplete at some step are added to ``failed``."""
     words = [*IDENTIFIERS, plan.benchmark.identifier]
     given: Path | None = options.generated_dir
@@ -29,7 +29,7 @@ def collect(plan: Plan, options: argparse.Namespace, failed: dict[str, str]) -> 
             folder = plan.subject_folder(subject, seed)
             if str(folder) in failed:
                 continue
-            folders = {step: plan.images_folder(subject, seed, step) for step in plan.steps}
+            folders = {step: plan.images_folder(subject, seed, step, strength) for step in plan.steps}
             if given is not None:
                 folders = {None: given / subject.name}
             try:

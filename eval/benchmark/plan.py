@@ -36,6 +36,8 @@ class Plan:
         class_images: folder with a folder of class images for each class; None without prior preservation.
         gives_class_images: whether the user gave that folder; its images are used as they are.
         continues: the same run with fewer training steps, from whose checkpoints this one continues.
+        base_run: the run whose images of the base model the drift is measured against; None if this run has its own.
+        strengths: further strengths at which images are generated.
     """
 
     benchmark: Benchmark
@@ -45,6 +47,8 @@ class Plan:
     class_images: Path | None = None
     gives_class_images: bool = False
     continues: "Plan | None" = None
+    base_run: Path | None = None
+    strengths: tuple[float, ...] = ()
 
     @property
     def seeds(self) -> range:
@@ -61,8 +65,8 @@ class Plan:
             return [None]
         return [*range(every, total_steps(self.settings), every), None]
 
-    def images_folder(self, subject: Subject, seed: int, step: int | None) -> Path:
-        return images_folder(self.subject_folder(subject, seed), step)
+    def images_folder(self, subject: Subject, seed: int, step: int | None, strength: float = 1.0) -> Path:
+        return images_folder(self.subject_folder(subject, seed), step, strength)
 
     def class_folder(self, subject: Subject) -> Path:
         """The folder of the subject's class images. Images of other settings are in another folder."""
@@ -90,7 +94,7 @@ class Plan:
         }
 
     def base_folder(self, seed: int) -> Path:
-        return self.folder / f"seed-{seed}" / ".base"
+        return (self.base_run or self.folder) / f"seed-{seed}" / ".base"
 
     def measures_drift(self) -> bool:
         """Whether the run also generates images without the subject and compares them with the base model's."""

@@ -64,8 +64,8 @@ NAMES = tuple(SUBJECTS)
 def with_recipe(options: argparse.Namespace, recipes: Mapping[str, Recipe] = SUBJECTS) -> argparse.Namespace:
     """The options with the defaults of ``--recipe`` where they were not given.
 
-    Existing images (``--generated_dir``) are neither trained for nor generated. The study ``prolonged`` is about what
-    becomes of long trainings, so its images are those of the last step and not of the best.
+    Existing images (``--generated_dir``) are neither trained for nor generated. The studies ``prolonged`` and
+    ``frontier`` vary the number of steps, so their images are those of the last step and not of the best.
 
     Raises:
         InputError: a word of ``--train`` or ``--generate`` is not FLAG=VALUE.
@@ -74,7 +74,7 @@ def with_recipe(options: argparse.Namespace, recipes: Mapping[str, Recipe] = SUB
         return options
     options, recipe = argparse.Namespace(**vars(options)), recipes[options.recipe]
     existing = getattr(options, "generated_dir", None) is not None
-    if existing or getattr(options, "name", None) == "prolonged":
+    if existing or getattr(options, "name", None) in ("prolonged", "frontier"):
         recipe = dataclasses.replace(recipe, score_every=None)
     for flag in () if existing else ("train", "generate"):
         given = flag_values(getattr(options, flag), f"--{flag}")

@@ -56,7 +56,7 @@ def tasks(plan: Plan, together: int = 1, failed: Collection[str] = ()) -> list[T
                 }
             prompts = prompts + benchmark.drift_prompts_of(subject)
             steps = [step for step in plan.steps if step is not None]
-            subject_runs.append(SubjectRun(folder, flags, prompts, image_seed, steps))
+            subject_runs.append(SubjectRun(folder, flags, prompts, image_seed, steps, plan.strengths))
     # Square crops, as in the published protocols; subjects that are trained at once need photos of one size.
     training = base_model | {"method": settings["method"], "square": True, **settings["train"]}
     if "score_every" in settings:
@@ -83,5 +83,8 @@ def tasks_of_all(plans: Sequence[Plan], together: int, failed: Collection[str] =
         while first.continues is not None:
             first = first.continues
         for task in tasks(plan, together, failed):
+            if not task.folder.is_relative_to(plan.folder):  # the base model's images, which several runs share
+                by_folder[task.folder] = [task]
+                continue
             by_folder.setdefault(first.folder / task.folder.relative_to(plan.folder), []).append(task)
     return [in_order(chain) for chain in by_folder.values()]

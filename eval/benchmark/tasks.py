@@ -4,7 +4,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from delora_diffusers.errors import InputError
 from delora_diffusers.image_files import UNREADABLE, open_image
@@ -32,6 +32,7 @@ class SubjectRun:
         training_flags: the flags that only this subject has; None for images of the base model.
         prompts, seed: of the images.
         steps: the checkpoints from which images are generated too.
+        strengths: further strengths at which images of the finished run are generated too.
     """
 
     folder: Path
@@ -39,6 +40,7 @@ class SubjectRun:
     prompts: Sequence[str]
     seed: int
     steps: Sequence[int] = ()
+    strengths: Sequence[float] = ()
 
     @property
     def adapter(self) -> Path | None:
@@ -50,6 +52,10 @@ class SubjectRun:
             return [(None, images_folder(self.folder))]
         early = [(self.adapter / f"{CHECKPOINT_PREFIX}{step}", images_folder(self.folder, step)) for step in self.steps]
         return [*early, (self.adapter, images_folder(self.folder))]
+
+    def scaled_images(self) -> list[tuple[float, Path]]:
+        """Each further strength, and the folder of its images."""
+        return [(strength, images_folder(self.folder, strength=strength)) for strength in self.strengths]
 
     def is_trained(self) -> bool:
         return not self.missing_adapters()
@@ -64,7 +70,8 @@ class SubjectRun:
         ]
 
     def is_done(self) -> bool:
-        return self.is_trained() and all(images_are_complete(folder, self.prompts) for _, folder in self.images())
+        folders = [folder for _, folder in (*self.images(), *self.scaled_images())]
+        return self.is_trained() and all(images_are_complete(folder, self.prompts) for folder in folders)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,20 +159,16 @@ class SubjectCommands:
         trained = [run for run in self.runs if run.is_trained()]
         if not trained:
             return None
-        requests = [
-            (run, adapter, folder)
-            for run in trained
-            for adapter, folder in run.images()
-            if adapter is None or (adapter / WEIGHTS_NAME).is_file()
-        ]
-        if len(requests) == 1:
-            ((run, adapter, folder),) = requests
-            arguments = {"adapter": adapter, "seed": run.seed, "output_dir": folder}
-            return [*command, *flags(arguments), "--prompt", *run.prompts]
-        lines = [
-            {"adapter": adapter, "prompts": run.prompts, "seed": run.seed, "output_dir": folder}
-            for run, adapter, folder in requests
-        ]
+        lines: list[dict[str, object]] = []
+        for run in trained:
+            scaled = [(run.adapter, folder, {"strength": strength}) for strength, folder in run.scaled_images()]
+            for adapter, folder, more in [*((*images, {}) for images in run.images()), *scaled]:
+                if adapter is None or (adapter / WEIGHTS_NAME).is_file():
+                    request = {"adapter": adapter, "prompts": run.prompts, "seed": run.seed, "output_dir": folder}
+                    lines.append(request | more)
+        if len(lines) == 1:
+            prompts: Any = lines[0].pop("prompts")
+            return [*command, *flags(lines[0]), "--prompt", *prompts]
         return [*command, "--requests_file", _write_lines(self.folder / "requests.jsonl", lines)]
 
     def task(self) -> Task:
@@ -212,8 +215,10 @@ def _write_lines(file: Path, lines: Sequence[Mapping[str, object]]) -> str:
     return str(file)
 
 
-def images_folder(subject_folder: Path, step: int | None = None) -> Path:
-    """Where the images of a subject are: those of the finished run, or of a checkpoint."""
+def images_folder(subject_folder: Path, step: int | None = None, strength: float = 1.0) -> Path:
+    """Where the images of a subject are: those of the finished run, of a checkpoint, or of another strength."""
+    if strength != 1:
+        return subject_folder / f"pictures-at-strength-{strength:g}"
     return subject_folder / ("pictures" if step is None else f"pictures-{step}")
 
 

@@ -12,24 +12,54 @@ from delora_diffusers.errors import InputError
 from delora_diffusers.methods.table import METHODS
 from eval.benchmark.recipes import with_recipe
 from eval.commands.arguments import add_run_arguments
+from eval.study.frontier_settings import SCHEDULES, VARIANTS
 from eval.study.settings import STUDIES
 
-OTHER_STUDIES = ("ablation-maps", "boundary", "comparison", "flatness", "norms")
+OTHER_STUDIES = ("ablation-maps", "boundary", "comparison", "flatness", "frontier", "norms")
+OF_STUDIES = {
+    "bounds": ("boundary", "frontier"),
+    "step_multipliers": ("flatness", "frontier"),
+    "schedules": ("frontier",),
+    "strengths": ("frontier",),
+    "clip_t_drop": ("frontier",),
+    "judges": ("frontier",),
+    "from_rows": ("frontier",),
+}
+"""The studies that have a flag which others reject."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", choices=[*STUDIES, *OTHER_STUDIES], help="which figure or table")
     parser.add_argument("--benchmark", default="toybox", help="dreambooth, toybox or a YAML file in the same format")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="instead of the study's default methods")
+    methods = list(dict.fromkeys([*METHODS, *VARIANTS]))
+    parser.add_argument("--methods", nargs="+", choices=methods, help="instead of the study's default methods")
     parser.add_argument(
         "--multipliers", nargs="+", type=float, help="multiples of the default rate or steps, instead of the study's"
     )
     add_run_arguments(parser)
-    group = parser.add_argument_group("flatness and boundary")
+    group = parser.add_argument_group("boundary, flatness and frontier")
+    group.add_argument("--bounds", nargs="+", type=float, help="boundary, frontier: relative bounds of DeLoRA")
     group.add_argument(
-        "--step_multipliers", nargs="+", type=float, help="flatness: multiples of the default steps (1/3, 1 and 3)"
+        "--step_multipliers", nargs="+", type=float, help="flatness, frontier: multiples of the default training steps"
     )
-    group.add_argument("--bounds", nargs="+", type=float, help="boundary: relative bounds (0.025 to 0.45)")
+    group.add_argument("--schedules", nargs="+", choices=SCHEDULES, help="frontier: learning rate schedules")
+    group.add_argument("--strengths", nargs="+", type=float, help="frontier: of the update in images; default: 0.7 1")
+    group.add_argument(
+        "--clip_t_drop",
+        type=float,
+        help="frontier: methods are compared at the base model's CLIP-T minus this; default: 0.01",
+    )
+    group.add_argument(
+        "--judges",
+        nargs="+",
+        help="frontier: subjects that judge the settings chosen on the others; default: two halves in turn",
+    )
+    group.add_argument(
+        "--from_rows",
+        action="store_true",
+        default=None,
+        help="frontier: only write the figures, tables and page again from the rows of an earlier run",
+    )
     group = parser.add_argument_group("ablation-maps")
     group.add_argument(
         "--train_data_dir", type=Path, help="pairs of images and maps; rendered for the miniature if omitted"
@@ -41,38 +71,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_study_flags(options: argparse.Namespace) -> None:
-    """Reject flags that a study does not use.
+    """Reject flags that a study does not use, and numbers that are out of range.
 
     Raises:
         InputError
     """
+    for flag, studies in OF_STUDIES.items():
+        if getattr(options, flag) is not None and options.name not in studies:
+            raise InputError(f"--{flag} applies to {' and '.join(studies)}, not to {options.name}; leave it out.")
+    for flag in ("multipliers", "step_multipliers", "bounds", "strengths"):
+        wrong = next((value for value in getattr(options, flag) or () if not 0 < value < math.inf), None)
+        if wrong is not None:
+            raise InputError(f"--{flag} {wrong:g} is not positive; give positive numbers, such as 0.5 or 1.")
+    if options.clip_t_drop is not None and not 0 <= options.clip_t_drop < math.inf:
+        raise InputError(f"--clip_t_drop is {options.clip_t_drop:g}; give a number of at least 0, such as 0.01.")
     of_subjects = ("identifier", "images_per_prompt", "score_every", "class_images", "protocol", "subjects")
     if options.name == "ablation-maps":
         given = [name for name in of_subjects if getattr(options, name) is not None]
         if given:
             raise InputError(f"--{given[0]} applies to studies of subjects, not to ablation-maps; leave it out.")
-    for flag, name in (("step_multipliers", "flatness"), ("bounds", "boundary")):
-        if getattr(options, flag) and options.name != name:
-            raise InputError(f"--{flag} applies to {name}, not to {options.name}; leave it out.")
+    unknown = [name for name in options.methods or () if name not in METHODS]
+    if unknown and options.name != "frontier":
+        raise InputError(f"--methods {unknown[0]} is a variant that only frontier has; choose {', '.join(METHODS)}.")
     if options.name == "boundary" and options.methods not in (None, ["delora"]):
         raise InputError("--methods: only DeLoRA has the boundary that this study varies; leave it out.")
-    if options.name == "prolonged" and options.score_every:
-        raise InputError("--score_every keeps the best step, but prolonged shows how long trainings end; leave it out.")
+    if options.name in ("prolonged", "frontier") and options.score_every:
+        raise InputError(
+            f"--score_every keeps the best step, but {options.name} compares how whole runs end; leave it out."
+        )
 
 
 def run(options: argparse.Namespace) -> None:
-    for flag, remedy in (
-        ("multipliers", "1 for the default"),
-        ("step_multipliers", "1 for the default"),
-        ("bounds", "such as 0.1"),
-    ):
-        for value in getattr(options, flag) or ():
-            if not 0 < value < math.inf:
-                raise InputError(f"--{flag} {value:g} is not positive; give positive numbers, {remedy}.")
-
-    from eval.study import boundary, comparison, curves, flatness, maps, norms, trials  # imports torch
-
     check_study_flags(options)
+
+    from eval.study import boundary, comparison, curves, flatness, frontier, maps, norms, trials  # imports torch
+
     if options.name != "ablation-maps":
         options = with_recipe(options)
     if options.name == "norms":
@@ -83,6 +116,8 @@ def run(options: argparse.Namespace) -> None:
         flatness.run(options)
     elif options.name == "boundary":
         boundary.run(options)
+    elif options.name == "frontier":
+        frontier.run(options)
     elif options.name == "ablation-maps":
         maps.run(options)
     else:

@@ -49,7 +49,7 @@ def plot_curves(table: pd.DataFrame, axis: str, real: float | None, path: Path) 
     panels[2].yaxis.set_major_formatter("{x:g}")
     panels[2].yaxis.set_minor_formatter(NullFormatter())
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_grid(table: pd.DataFrame, axis: str, path: Path) -> None:
@@ -83,7 +83,7 @@ def plot_grid(table: pd.DataFrame, axis: str, path: Path) -> None:
     for panel, (_, title) in zip(panels[:, 0], DINO_AND_CLIP_T):
         panel.set_ylabel(title)
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_bounds(table: pd.DataFrame, base: dict[str, float], real: float | None, path: Path) -> None:
@@ -118,7 +118,7 @@ def plot_bounds(table: pd.DataFrame, base: dict[str, float], real: float | None,
         panel.set_ylabel(title)
         panel.spines[["top", "right"]].set_visible(False)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 DINO_AND_CLIP_T = (("dino", "DINO"), ("clip_t", "CLIP-T"))
@@ -148,7 +148,7 @@ def plot_rows(
     if real is not None:
         panels[0].axvline(real, color="#888", linewidth=1, linestyle="--")
         panels[0].annotate("real", (real, 1.0), xycoords=("data", "axes fraction"), ha="right", va="top")
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_positions(rows: pd.DataFrame, path: Path) -> None:
@@ -169,7 +169,7 @@ def plot_positions(rows: pd.DataFrame, path: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     panels[0][0].set_ylabel("mean column norm of W")
     panels[0][0].legend(frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def multiple(x: float) -> str:
@@ -203,10 +203,11 @@ def plot_images(
     plt.close(figure)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path, dpi: int = 150) -> None:
+    """Write a figure as PNG and SVG, and close it."""
     import matplotlib.pyplot as plt
 
     for suffix in (".png", ".svg"):
         with atomic_write(path.with_suffix(suffix)) as temporary:
-            figure.savefig(temporary, format=suffix[1:], dpi=150)
+            figure.savefig(temporary, format=suffix[1:], dpi=dpi)
     plt.close(figure)

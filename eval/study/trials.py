@@ -49,9 +49,9 @@ class Trial:
     options: argparse.Namespace
 
 
-def plan_trials(options: argparse.Namespace, settings: Sequence[Setting]) -> list[Trial]:
+def plan_trials(options: argparse.Namespace, settings: Sequence[Setting], measures_drift: bool = False) -> list[Trial]:
     """Check the benchmark run of each setting, and render the photos of toys. A run that differs from the previous one
-    only in its number of steps continues it.
+    only in that it has more steps continues it.
 
     Raises:
         InputError: a flag is wrong, or photos are missing.
@@ -82,7 +82,7 @@ def plan_trials(options: argparse.Namespace, settings: Sequence[Setting]) -> lis
         trial_options.output_dir = options.output_dir / "runs" / f"{prefix}{slug}"
         trial_options = with_defaults(trial_options)
         plan = make_plan(trial_options)
-        benchmark = dataclasses.replace(plan.benchmark, drift_prompts=())
+        benchmark = plan.benchmark if measures_drift else dataclasses.replace(plan.benchmark, drift_prompts=())
         previous = trials[-1] if trials and multiple is not None else None
         shorter = previous.plan if previous and continues(previous.setting, setting, options) else None
         trials.append(Trial(setting, dataclasses.replace(plan, benchmark=benchmark, continues=shorter), trial_options))
@@ -106,7 +106,7 @@ def check_not_varied(options: argparse.Namespace, settings: Sequence[Setting]) -
 def continues(shorter: Setting, setting: Setting, options: argparse.Namespace) -> bool:
     """Whether a training can continue a shorter one: the rate must not depend on the total number of steps, and a
     training that is scored along the way needs all of its checkpoints."""
-    if options.score_every:
+    if options.score_every or shorter.train.get("steps", 0) >= setting.train["steps"]:
         return False
     without_steps = [dataclasses.replace(s, label="", x=None, train=s.train | {"steps": 0}) for s in (shorter, setting)]
     schedule = (flag_values(options.train, "--train") | setting.train).get("lr_scheduler", DEFAULT_SCHEDULER)

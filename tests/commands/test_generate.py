@@ -135,20 +135,22 @@ def scaled_copy(adapter, folder, scale: float):
 
 @pytest.mark.integration
 def test_many_adapters_from_one_command(adapter, tmp_path):
-    """One command generates the same images as separate commands per adapter and for the base model."""
+    """One command generates the same images as separate commands per adapter, for the base model and at a strength."""
     further = scaled_copy(adapter, tmp_path / "further", 2.0)
     lines = [
         {"adapter": str(path), "prompts": ["a", "b"], "seed": seed, "output_dir": str(tmp_path / f"all-{seed}")}
         for seed, path in enumerate((adapter, further))
     ]
     lines.append({"prompts": ["a", "b"], "output_dir": str(tmp_path / "all-2"), "seed": 2})
+    lines.append(lines[0] | {"output_dir": str(tmp_path / "all-3"), "seed": 3, "strength": 0.5})
     (tmp_path / "requests.jsonl").write_text("\n".join(map(json.dumps, lines)))
     common = ["--num_inference_steps", 2, "--num_images", 2]
     main(["generate", "--requests_file", str(tmp_path / "requests.jsonl"), *map(str, common)])
-    for seed, path in enumerate((adapter, further, None)):
+    for seed, path in enumerate((adapter, further, None, adapter)):
         flags = ["--prompt", "a", "b", "--seed", seed, "--output_dir", tmp_path / f"one-{seed}", *common]
         model = json.loads((tmp_path / "all-0" / "metadata.jsonl").read_text().splitlines()[0])["base_model"]
         flags += ["--pretrained_model_name_or_path", model] if path is None else ["--adapter", path]
+        flags += ["--strength", 0.5] if seed == 3 else []
         main(["generate", *map(str, flags)])
         names = sorted(p.name for p in (tmp_path / f"one-{seed}").glob("0*.png"))
         assert len(names) == 4

@@ -161,8 +161,8 @@ def test_only_a_schedule_that_ignores_the_number_of_steps_is_continued():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("lr", "--bounds", "0.1"), "--bounds applies to boundary, not to lr"),
-        (("boundary", "--step_multipliers", "2"), "--step_multipliers applies to flatness"),
+        (("lr", "--bounds", "0.1"), "--bounds applies to boundary and frontier, not to lr"),
+        (("boundary", "--step_multipliers", "2"), "--step_multipliers applies to flatness and frontier"),
         (("boundary", "--methods", "lora"), "only DeLoRA has the boundary"),
     ],
 )

@@ -21,6 +21,7 @@ from eval.commands.study import OTHER_STUDIES, add_arguments
 from eval.study import boundary, flatness
 from eval.study import trials as study_trials
 from eval.study.comparison import COMPARED, settings_of
+from eval.study.frontier_settings import settings_of as frontier_settings
 from eval.study.maps import MapCommands, MapRun
 from eval.study.settings import STUDIES, ablation
 from eval.study.trials import plan_trials
@@ -121,6 +122,8 @@ def test_the_script_accepts_every_training(name, downloaded, monkeypatch):
         settings = [setting for method in COMPARED for setting in settings_of(method, (0.5, 1, 2))]
     elif name in ("flatness", "boundary"):
         settings = {"flatness": flatness, "boundary": boundary}[name].settings_of(options)
+    elif name == "frontier":
+        settings = [s for key in ("delora", "coft") for s in frontier_settings(key, {})]
     else:
         settings = STUDIES[name].settings(options.methods, options.multipliers or STUDIES[name].multipliers)
     trials = plan_trials(options, settings)
