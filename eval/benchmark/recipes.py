@@ -34,6 +34,7 @@ SUBJECTS = {
     # OFT's code (Qiu et al., NeurIPS 2023). Learning rates, rank and batch size are the training script's defaults.
     "paper": Recipe(
         train={
+            "recipe": "paper",
             "max_train_steps": 1400,  # ETHER, C.1
             "with_prior_preservation": True,  # OFT's scripts, as are the next two
             "num_class_images": 200,
@@ -84,6 +85,14 @@ def with_recipe(options: argparse.Namespace, recipes: Mapping[str, Recipe] = SUB
         if getattr(options, name) is None:
             setattr(options, name, getattr(recipe, name))
     return options
+
+
+def with_papers_training(options: argparse.Namespace) -> argparse.Namespace:
+    """The options with ``recipe=paper`` among the training flags, unless another recipe is given: a study of the paper
+    does not follow this project's defaults."""
+    if "recipe" in flag_values(options.train, "--train"):
+        return options
+    return argparse.Namespace(**vars(options) | {"train": ["recipe=paper", *options.train]})
 
 
 def training_flags(options: argparse.Namespace, method: str, recipes: Mapping[str, Recipe] = SUBJECTS) -> dict:

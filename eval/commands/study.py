@@ -10,7 +10,7 @@ from pathlib import Path
 
 from delora_diffusers.errors import InputError
 from delora_diffusers.methods.table import METHODS
-from eval.benchmark.recipes import with_recipe
+from eval.benchmark.recipes import with_papers_training, with_recipe
 from eval.commands.arguments import add_run_arguments
 from eval.study.frontier_settings import SCHEDULES, VARIANTS
 from eval.study.settings import STUDIES
@@ -108,6 +108,8 @@ def run(options: argparse.Namespace) -> None:
 
     if options.name != "ablation-maps":
         options = with_recipe(options)
+    if options.name in (*STUDIES, "comparison"):
+        options = with_papers_training(options)
     if options.name == "norms":
         trials.finish(norms.write(options.pretrained_model_name_or_path, options.output_dir / "norms"), {})
     elif options.name == "comparison":
