@@ -25,7 +25,7 @@ from delora_diffusers.methods.table import LAMBDA_LEARNING_RATE, METHODS
 from delora_diffusers.names import MINIATURE, is_miniature
 from delora_diffusers.outputs import check_run_folder
 from delora_diffusers.text_files import as_bool, is_text, read_yaml
-from delora_diffusers.training.defaults import DENSITIES, MINIATURE_DEFAULTS, RECIPES
+from delora_diffusers.training.defaults import DENSITIES, MINIATURE_DEFAULTS
 from delora_diffusers.training.optimizer_flags import add_optimizer_arguments, check_optimizer
 
 if TYPE_CHECKING:
@@ -200,12 +200,10 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         "--weighting_scheme",
         choices=WEIGHTING_SCHEMES,
         help="how times are sampled, and of flow models how the loss is weighted; default: logit_normal for Stable "
-        "Diffusion 3 and models with v-prediction, none (uniform) for the others",
+        "Diffusion 3, none (uniform) for the others",
     )
     group.add_argument("--logit_mean", type=float, help="of logit_normal; positive means less noise; default: 0")
-    group.add_argument(
-        "--logit_std", type=float, help="of logit_normal; default: 1, and 0.5 for models with v-prediction"
-    )
+    group.add_argument("--logit_std", type=float, help="of logit_normal; default: 1")
     group.add_argument("--mode_scale", type=float, help="of mode; default: 1.29")
     group.add_argument(
         "--timestep_shift",
@@ -274,8 +272,6 @@ def parse_with_config(
     parsed = parser.parse_known_args(argv)[0]
     if is_miniature(parsed.pretrained_model_name_or_path):
         parser.set_defaults(**(MINIATURE_DEFAULTS | (miniature or {})))
-    if "recipe" in parsed:
-        parser.set_defaults(**RECIPES[parsed.recipe].flags)
     args = parser.parse_args(argv)
     if args.init_adapter is None:
         return args

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from delora_diffusers.errors import InputError
@@ -35,23 +34,19 @@ class Recipe:
 
     Attributes:
         lr_scheduler: unless the optimizer has its own schedule.
-        flags: further flags by name.
         relative_bound: DeLoRA's initial boundary; None for ``methods.config.RELATIVE_BOUND``.
-        weighting_scheme: of DDPMs; None for one that depends on what the model predicts, see ``noising.noising_of``.
     """
 
     lr_scheduler: str
     relative_bound: float | None = None
-    weighting_scheme: str | None = None
-    flags: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 RECIPES = {
     "default": Recipe("cosine"),
-    "paper": Recipe("constant", relative_bound=0.35, weighting_scheme="none"),
+    "paper": Recipe("constant", relative_bound=0.35),
 }
-"""``paper``: Bini et al., ICLR 2025, appendix B, with a constant rate and uniform timesteps; the paper prints no
-initial boundary for images. Learning rates, rank and targets are the paper's in both."""
+"""``paper``: Bini et al., ICLR 2025, appendix B, with a constant rate. The paper prints no initial boundary for
+images. Learning rates, rank and targets are the paper's in both."""
 
 MAP_RECIPE = RECIPES["paper"]
 """Training on semantic maps keeps the paper's settings: the others were found on subjects."""
@@ -105,8 +100,7 @@ def with_family_defaults(args: argparse.Namespace, family: "Family") -> argparse
         )
     check_prompt_chunks(family, name, args.max_prompt_chunks)
     args = argparse.Namespace(**vars(args))
-    recipe = RECIPES[args.recipe] if hasattr(args, "recipe") else MAP_RECIPE
-    scheme = args.weighting_scheme or (family.WEIGHTING_SCHEME if family.IS_FLOW else recipe.weighting_scheme)
+    scheme = args.weighting_scheme or (family.WEIGHTING_SCHEME if family.IS_FLOW else None)
     for flag, user in (("logit_mean", "logit_normal"), ("logit_std", "logit_normal"), ("mode_scale", "mode")):
         if getattr(args, flag) is not None and scheme != user:
             raise InputError(f"--{flag} belongs to --weighting_scheme {user}, which is not used; leave out --{flag}.")

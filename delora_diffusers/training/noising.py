@@ -39,7 +39,7 @@ def noising_of(model: OpenModel, args: argparse.Namespace) -> Noising:
     huber = None if args.loss_type == "l2" else Huber(args.huber_c, args.huber_schedule)
     if not model.family.IS_FLOW:
         schedule = ddpm_schedule(scheduler, name)
-        density = ddpm_density(schedule, args)
+        density = density_of(args, args.weighting_scheme or "none")
         return Diffusion(schedule, args.snr_gamma, args.noise_offset, args.debiased_estimation_loss, huber, density)
     check_flow(scheduler, name)
     config, shift = scheduler.config, args.timestep_shift
@@ -77,34 +77,14 @@ class Density:
         return 1 - u
 
 
-def density_of(args: argparse.Namespace, scheme: str, logit_std: float = 1.0) -> Density:
-    """The density that the flags describe.
-
-    Args:
-        logit_std: its default.
-    """
+def density_of(args: argparse.Namespace, scheme: str) -> Density:
+    """The density that the flags describe."""
     return Density(
         scheme,
         0.0 if args.logit_mean is None else args.logit_mean,
-        logit_std if args.logit_std is None else args.logit_std,
+        1.0 if args.logit_std is None else args.logit_std,
         1.29 if args.mode_scale is None else args.mode_scale,
     )
-
-
-V_LOGIT_STD = 0.5
-"""Standard deviation of the logit of times for models with v-prediction; docs/method.md has the runs that chose it."""
-
-
-def ddpm_density(schedule: DDPMScheduler, args: argparse.Namespace) -> Density:
-    """The density of a DDPM's timesteps: as given, else logit-normal for v-prediction and uniform for noise prediction.
-
-    The loss of v is ``1 + 1 / SNR`` times that of the noise, so that much of it is at high noise, where the layout of
-    an image is decided and not what a subject looks like. Weights by SNR, if they are given, correct for that.
-    """
-    predicts_v = schedule.config["prediction_type"] == "v_prediction"
-    weighted = args.snr_gamma is not None or args.debiased_estimation_loss
-    default = "logit_normal" if predicts_v and not weighted else "none"
-    return density_of(args, args.weighting_scheme or default, V_LOGIT_STD if predicts_v else 1.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -151,23 +151,15 @@ def test_flags_of_the_loss_that_exclude_each_other(tmp_path, flags, message):
         check_training_arguments(parsed("--output_dir", tmp_path / "out", *flags))
 
 
-@pytest.mark.parametrize(
-    ("prediction_type", "more", "expected"),
-    [
-        ("epsilon", (), Density()),
-        ("v_prediction", (), Density("logit_normal", 0, 0.5)),
-        ("v_prediction", ("--snr_gamma", 5), Density(logit_std=0.5)),
-        ("v_prediction", ("--debiased_estimation_loss",), Density(logit_std=0.5)),
-        ("v_prediction", ("--weighting_scheme", "none"), Density(logit_std=0.5)),
-        ("v_prediction", ("--recipe", "paper"), Density(logit_std=0.5)),
-        ("epsilon", ("--weighting_scheme", "logit_normal", "--logit_mean", 1), Density("logit_normal", 1, 1)),
-    ],
-)
-def test_the_density_of_timesteps_depends_on_what_a_ddpm_predicts(tiny_sd, prediction_type, more, expected):
-    model = open_model(str(tiny_sd), prediction_type=prediction_type)
-    args = with_family_defaults(parsed(*more), model.family)
-    density = cast(Any, noising_of(model, args)).density
-    assert density == expected
+def test_timesteps_of_a_ddpm_are_uniform_unless_a_density_is_given(tiny_sd):
+    model = open_model(str(tiny_sd))
+    for more, expected in (
+        ((), Density()),
+        (("--weighting_scheme", "logit_normal", "--logit_mean", 1), Density("logit_normal", 1)),
+        (("--weighting_scheme", "mode", "--mode_scale", 0.5), Density("mode", mode_scale=0.5)),
+    ):
+        args = with_family_defaults(parsed(*more), model.family)
+        assert cast(Any, noising_of(model, args)).density == expected
 
 
 def test_timesteps_of_a_ddpm_follow_a_logit_normal_density(tiny_sd):
