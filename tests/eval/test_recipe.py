@@ -35,6 +35,7 @@ def test_a_flag_that_is_given_overrides_the_recipe(tmp_path):
     options = with_recipe(parse(*words))
     train = training_flags(options, "oft")
     assert train == {
+        "recipe": "paper",
         "max_train_steps": "1400",
         "with_prior_preservation": True,
         "num_class_images": "200",

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from delora_diffusers.methods.table import METHODS
+from eval.benchmark.recipes import with_papers_training
 from eval.commands.study import add_arguments
 from eval.study.settings import STUDIES
 from eval.study.trials import plan_trials
@@ -207,7 +208,7 @@ def test_steps_are_multiples_of_max_train_steps(small_study):
     flags, _ = small_study
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    options = parser.parse_args(["prolonged", *flags, "--methods", "delora", "lora"])
+    options = with_papers_training(parser.parse_args(["prolonged", *flags, "--methods", "delora", "lora"]))
     trials = plan_trials(options, STUDIES["prolonged"].settings(options.methods, (1, 2.5)))
     steps = [(trial.setting.label, trial.plan.settings["train"]["max_train_steps"]) for trial in trials]
     assert steps == [("DeLoRA", "4"), ("DeLoRA", "10"), ("LoRA", "4"), ("LoRA", "10")]

@@ -34,7 +34,7 @@ from delora_diffusers.pipelines.conditions import (
     warn_of_truncation,
 )
 from delora_diffusers.pipelines.encoded_prompts import EncodedPrompts
-from delora_diffusers.training.arguments import with_family_defaults
+from delora_diffusers.training.defaults import with_family_defaults
 from tests.helpers import map_flags, run_in_child, train, training_flags, write_map_folders
 from train_dreambooth_delora import count_trained_chunks, parse_arguments
 
