@@ -112,6 +112,7 @@ def main() -> None:
             flags = ["--pretrained_model_name_or_path", options.pretrained_model_name_or_path]
             flags += ["--instance_data_dir", options.instance_data_dir, "--instance_prompt", PROMPT]
             flags += ["--output_dir", run, "--method", method, "--start", start, "--learning_rate", rate, "--rank", 8]
+            flags += ["--recipe", "paper"]
             flags += ["--resolution", options.resolution, "--max_train_steps", options.max_train_steps]
             train_dreambooth_delora.main([str(f) for f in [*flags, "--train_batch_size", 4, "--report_to", "none"]])
             losses[f"{factor:g}"] = fixed_loss(run) / base

@@ -39,7 +39,7 @@ def lambda_of(relative_bound: float) -> float:
 
 
 SEARCH: dict[str, dict[str, Any]] = {
-    name: {"learning_rate": 2e-2, **changes}
+    name: {"recipe": "paper", **changes}
     for name, changes in {
         "rate 2e-2": {},
         "rate 5e-3": {"learning_rate": 5e-3},
@@ -56,7 +56,7 @@ SEARCH: dict[str, dict[str, Any]] = {
         "rate 5e-3, bound 0.7": {"learning_rate": 5e-3, "delora_lambda": lambda_of(0.7)},
     }.items()
 }
-"""Changes to the paper's learning rate, bound 0.35 and 300 steps of batch 4."""
+"""Changes to the paper's recipe, with its learning rate of 2e-2 and bound 0.35, and 300 steps of batch 4."""
 
 
 def run_one(task: tuple[Path, int, str | None, dict[str, Any]]) -> dict[str, Any]:
