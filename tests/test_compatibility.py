@@ -289,6 +289,7 @@ def test_a_training_run_is_continued(before, monkeypatch):
     """From the checkpoint after two steps to the adapter of three steps."""
     monkeypatch.chdir(ROOT)  # the server that forks the child imports from there
     _, *words = shlex.split(COMMANDS["train"])
+    words += ["--recipe", "paper"]
     run_in_child(_train, before, [*words, "--max_train_steps", "3", "--resume_from_checkpoint", "latest"])
     (metadata, tensors), (expected_metadata, expected) = (
         read(before / file) for file in (f"training/{WEIGHTS}", "expected_training.safetensors")

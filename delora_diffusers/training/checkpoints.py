@@ -268,7 +268,7 @@ def check_same_run(
     if before.get("max_train_steps", steps) != steps and scheduler not in WITHOUT_END:
         raise InputError(
             f"--lr_scheduler {scheduler} depends on --max_train_steps, which was {before['max_train_steps']} and is "
-            f"now {steps}; give the same value, or a new --output_dir."
+            f"now {steps}; give the same value, or start a new run from this one with --init_adapter {folder}."
         )
     for name in sorted({*recorded, *data}):
         if recorded.get(name) != data.get(name):

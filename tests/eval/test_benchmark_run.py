@@ -90,7 +90,7 @@ def test_a_run_continues_past_a_failure_and_after_it(tiny_sd, tiny_scorers, tmp_
     # Then both subjects. The folder of the second contains a different training.
     blocked = output / "seed-0" / "two" / "adapter"
     blocked.mkdir(parents=True)
-    (blocked / "config.json").write_text(json.dumps({"arguments": {"rank": 64}}))
+    (blocked / "config.json").write_text(json.dumps({"arguments": {"recipe": "default", "rank": 64}}))
     failing = run_eval("benchmark", *flags, "--subjects", "one", "two")
     assert failing.returncode != 0 and "1 failed and are excluded from all means" in failing.stderr
     summary = json.loads((output / "summary.json").read_text())
