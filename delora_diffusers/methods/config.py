@@ -118,9 +118,13 @@ class AdapterConfig:
             raise InputError("targets is empty; give at least one module name, for example to_q.")
 
     def as_recorded(self) -> dict[str, Any]:
-        """The settings as an adapter file contains them, without unset ones that older versions do not know."""
+        """The settings as an adapter file contains them, without unset ones that older versions do not know.
+
+        Nor does the file have the relative bound: it has the boundaries themselves.
+        """
         values = dataclasses.asdict(self)
-        unset = {"relative_bound": None, "coft_eps": None, "split_dtype": None, "path": "auto"}
+        del values["relative_bound"]
+        unset = {"coft_eps": None, "split_dtype": None, "path": "auto"}
         return {name: value for name, value in values.items() if name not in unset or value != unset[name]}
 
     @property

@@ -70,7 +70,10 @@ def test_the_script_accepts_every_training_and_strengths_share_it(tmp_path):
     trials = frontier.plan(options)
     *of_methods, base = trials
     assert len(of_methods) == sum(len(settings_of(key, {})) for key in VARIANTS) and base.setting.method == BASE
-    assert [trial.setting.train["steps"] for trial in of_methods[:10]] == [3] * 10, "the longest come first"
+    steps = [trial.setting.train["steps"] for trial in of_methods]
+    full = len(settings_of("full", {}))
+    assert [trial.setting.method for trial in of_methods].index("delora") == full, "a model per subject takes longest"
+    assert steps[full:] == sorted(steps[full:], reverse=True), "then the longest come first"
     tasks = tasks_of_all([trial.plan for trial in trials], together=2)
     drift = [task for task in tasks if task.folder.name == ".base"]
     assert [task.folder.parents[1] for task in drift] == [base.plan.folder] * 2, "once for each seed"

@@ -20,7 +20,18 @@ from delora_diffusers.names import BEST_FOLDER, WEIGHTS_NAME
 from delora_diffusers.training.held_out import DIRECTIONS, BestAdapter, HeldOutLoss, split
 from tests.helpers import run_in_child, train, training_flags, write_photos
 
-VALIDATED = ("--validation_steps", 1, "--logging_steps", 1, "--train_batch_size", 2, "--max_train_steps", 5)
+VALIDATED = (
+    "--recipe",
+    "paper",
+    "--validation_steps",
+    1,
+    "--logging_steps",
+    1,
+    "--train_batch_size",
+    2,
+    "--max_train_steps",
+    5,
+)
 HELD_OUT = (*VALIDATED, "--bucket_step", 8, "--validation_split", 0.4, "--keep_best", "loss", "--learning_rate", 0.1)
 
 
