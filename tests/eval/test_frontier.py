@@ -86,7 +86,7 @@ def test_the_script_accepts_every_training_and_strengths_share_it(tmp_path):
             assert args.max_train_steps in (300, 900) and args.lr_scheduler in ("constant", "cosine")
             checked += 1
     # Both seeds are trained together, except by full fine-tuning.
-    assert checked == 20 * (len(VARIANTS) - 1) + 40
+    assert checked == 20 * (len(VARIANTS) - 1) + 2 * full
     assert {len(result.strengths) for task in tasks for result in task.results if result.strengths} == {2}
 
 
