@@ -25,7 +25,7 @@ MAX_BYTES = 2 * 2**30
 """All files of one upload, unpacked."""
 ARCHIVES = (".zip",)
 OTHER_ARCHIVES = (".rar", ".7z", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst")
-IGNORED = re.compile(r"(?:.*/)?(?:\..*|__MACOSX(?:/.*)?|Thumbs\.db|desktop\.ini)", re.IGNORECASE | re.DOTALL)
+IGNORED = re.compile(r"(?:.*[/\\])?(?:\.[^/\\]*|__MACOSX[/\\].*|Thumbs\.db|desktop\.ini)", re.IGNORECASE | re.DOTALL)
 """What systems add to folders and archives without being asked."""
 LONGEST_STEM = 80
 """Bytes; leaves room for a number, the ending of a mask and the name of a temporary file."""
