@@ -5,6 +5,7 @@ file is copied first, what follows looks at the copy, and no name in an archive 
 """
 
 import dataclasses
+import errno
 import re
 import stat
 import struct
@@ -151,7 +152,9 @@ def _unpacked(file: Path, folder: Path, limits: Limits, refused: list[str]) -> l
             return list(_entries(archive, file.name, folder, limits, refused))
     except InputError:
         raise
-    except ZIP_ERRORS as error:
+    except (*ZIP_ERRORS, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # of a disk, and not of an impossible offset
+            raise
         raise InputError(f"{file.name} is not a readable zip ({reason(error)}); zip the photos again.") from error
 
 

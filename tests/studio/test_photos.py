@@ -210,6 +210,10 @@ def test_a_photo_that_changes_after_it_was_measured_is_measured_again(workspace,
     (folder / "00.png").unlink()
     (folder / "00.png").mkdir()
     assert [photo.file for photo in inspect(workspace).photos] == ["01.png", "02.png"]
+    toys[1].save(folder / "01.png", "BMP")  # of the same size whatever it shows
+    assert inspect(workspace, resolution=128).photos[0].warnings == []
+    toys[1].filter(ImageFilter.GaussianBlur(4)).save(folder / "01.png", "BMP")
+    assert "looks blurred" in inspect(workspace, resolution=128).photos[0].warnings[0]
 
 
 def test_masks_of_another_size_or_shape(workspace, toys):

@@ -288,6 +288,12 @@ def test_too_many_entries_are_refused_before_their_directory_is_read(workspace, 
     is_refused(workspace, file, "more than 1,000 entries")
 
 
+def test_files_that_are_too_large(workspace, tmp_path, monkeypatch):
+    monkeypatch.setattr(uploads, "MAX_FILE_BYTES", 2**18)
+    (tmp_path / "large.png").write_bytes(png() + bytes(2**18))
+    is_refused(workspace, tmp_path / "large.png", r"large\.png is larger than 0\.25 MiB")
+
+
 def test_too_many_files_in_several_archives(workspace, tmp_path):
     files = [write_zip(tmp_path / f"{n}.zip", {f"{i}.png": b"" for i in range(600)}) for n in "ab"]
     with pytest.raises(InputError, match="more than 1,000 files"):
@@ -300,8 +306,17 @@ def test_archives_in_archives_are_not_opened(workspace, tmp_path):
     is_refused(workspace, write_zip(tmp_path / "named.zip", {"inner.png": inner}), "not a readable image")
 
 
-@pytest.mark.parametrize("kind", ["text", "cut", "encrypted", "lzma", "empty"])
-def test_damaged_and_unusual_archives(workspace, tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "match"),
+    [
+        ("text", "is not a zip archive"),
+        ("cut", "is not a readable zip"),
+        ("encrypted", "is encrypted"),
+        ("lzma", "in an unusual way"),
+        ("empty", "no photos were uploaded"),
+    ],
+)
+def test_damaged_and_unusual_archives(workspace, tmp_path, kind, match):
     file = write_zip(tmp_path / "dogs.zip", {"01.png": png(size=(500, 500))})
     content = bytearray(file.read_bytes())
     if kind == "text":
@@ -315,7 +330,7 @@ def test_damaged_and_unusual_archives(workspace, tmp_path, kind):
     elif kind == "empty":
         content = bytearray(write_zip(file, {}).read_bytes())
     file.write_bytes(content)
-    is_refused(workspace, file, "zip")
+    is_refused(workspace, file, match)
 
 
 @given(st.binary(max_size=300), st.integers(0, 400))
