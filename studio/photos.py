@@ -42,6 +42,8 @@ from studio.workspace import Workspace
 FEW_PHOTOS = 3
 LEAST_SHOWN = 0.5
 """A view that shows less of its photo's area is worth a warning."""
+LARGEST_SIDE = 8192
+"""Nobody trains at more pixels, and the list of buckets grows with them."""
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom in pixels."""
 
@@ -91,8 +93,11 @@ def inspect_set(workspace: Workspace, name: str, resolution: int, square: bool, 
             ``bucket_step`` and the base model's ``patch_pixels`` is what counts, if that is another.
 
     Raises:
-        InputError: there is no such set, or its ``metadata.jsonl`` cannot be read.
+        InputError: there is no such set, its ``metadata.jsonl`` cannot be read, or training refuses the flags.
     """
+    for flag, side in (("resolution", resolution), ("bucket_step", bucket_step)):
+        if side % 8 or not 8 <= side <= LARGEST_SIDE:
+            raise InputError(f"--{flag} {side} is not a multiple of 8 from 8 to {LARGEST_SIDE:,}; choose another.")
     folder = _existing_set(workspace, name)
     views = [(resolution, resolution)] if square else buckets(resolution, bucket_step)
     captions = {record["file_name"]: text_of(record) for record in _records(workspace, folder)}
@@ -209,7 +214,11 @@ def preview(workspace: Workspace, name: str, file: str, side: int = 384, crop: B
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     if crop is not None:
         scale = (small.width / photo.width, small.height / photo.height) * 2
-        left, top, right, bottom = (round(edge * factor) for edge, factor in zip(crop, scale))
+        limits = (small.width, small.height) * 2
+        edges = (min(max(0, round(edge * factor)), limit) for edge, factor, limit in zip(crop, scale, limits))
+        left, top, right, bottom = edges
+        if left >= right or top >= bottom:
+            raise InputError(f"the crop {crop} of {file} is empty; load the set again.")
         shown = Image.new("L", small.size, 90)
         shown.paste(255, (left, top, right, bottom))
         small = Image.composite(small, Image.new("RGB", small.size), shown)
