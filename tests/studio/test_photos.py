@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import struct
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -221,6 +222,22 @@ def test_a_photo_that_changes_after_it_was_measured_is_measured_again(workspace,
     assert inspect(workspace, resolution=128).photos[0].warnings == []
     toys[1].filter(ImageFilter.GaussianBlur(4)).save(folder / "01.png", "BMP")
     assert "looks blurred" in inspect(workspace, resolution=128).photos[0].warnings[0]
+
+
+def test_strange_names_of_files_that_were_copied_by_hand(workspace, toys):
+    folder = write(workspace, toys[:1])
+    names = ("<img src=x>.png", "a\x1b[31m\n.png", "b\u202egnp.png", os.fsdecode(b"\xff.png"))
+    for name in names:
+        toys[0].resize((32, 32)).save(folder / name)
+    info = inspect(workspace)
+    assert {photo.file for photo in info.photos} == {"00.png", *names[:3]}
+    texts = [text for photo in info.photos for text in photo.warnings] + info.warnings
+    assert len(texts) >= 5 and all(text.isprintable() for text in texts)
+    assert r"the name of \udcff.png is not UTF-8; rename the file." in info.warnings
+    for name in names[:3]:
+        save_caption(workspace, "dog", name, "a toy")
+        remove_photo(workspace, "dog", name)
+    assert {path.name for path in folder.iterdir()} == {"00.png", names[3]}
 
 
 def test_masks_of_another_size_or_shape(workspace, toys):
