@@ -40,6 +40,8 @@ from studio.workspace import Workspace
 
 STUDIO_FOLDER = ".studio"
 RECORD_NAME, LOG_NAME = "run.json", "log.txt"
+LAUNCHER = [sys.executable, "-m", "accelerate.commands.launch"]
+"""What ``accelerate launch`` runs, of the environment that this process is in."""
 TOKEN = "DELORA_STUDIO_RUN"
 """The environment variable of a run's processes."""
 PHOTOS = "photos"
@@ -286,7 +288,7 @@ def _launch(run: Path, values: dict[str, Any], words: Mapping[str, Any]) -> None
         output.flush()
         try:
             subprocess.Popen(
-                [sys.executable, "-m", "accelerate.commands.launch", *command[2:]],
+                [*LAUNCHER, *command[2:]],
                 cwd=flags.ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
