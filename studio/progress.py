@@ -160,7 +160,9 @@ def _dino(name: str) -> "DinoEncoder":
     from eval.metrics.encoders import DinoEncoder
     from eval.metrics.protocols import DELORA
 
-    return DinoEncoder(name, DELORA.dino_transform, "cpu", norm_eps=DELORA.dino_norm_eps if name == DELORA.dino else None)
+    return DinoEncoder(
+        name, DELORA.dino_transform, "cpu", norm_eps=DELORA.dino_norm_eps if name == DELORA.dino else None
+    )
 
 
 @functools.lru_cache(maxsize=1)
@@ -214,20 +216,19 @@ def _images(run: Path, grid: Path, step: int) -> list[tuple[Path, str, int]]:
     """The images of a grid, which are taken out of it the first time."""
     folder, arguments = studio_folder(run) / SAMPLES_FOLDER / _version(grid), _arguments(run)
     listing = folder / LISTING_NAME
-    if not listing.is_file():
-        prompts, seed, count = (arguments.get(key) for key in ("validation_prompt", "seed", "num_validation_images"))
-        side = arguments.get("resolution")
-        size = (arguments.get("validation_width") or side, arguments.get("validation_height") or side)
-        if not prompts or not isinstance(seed, int) or not isinstance(count, int) or None in size:
-            return []
-        with suppress(InputError):  # the grid cannot be read, or another server has written the folder
-            rows = images_of_grid(load_rgb(grid), prompts, count, size, title=f"step {step}")
+    with suppress(
+        InputError, LookupError, TypeError, ValueError
+    ):  # another server wrote it first, or files are damaged
+        if not listing.is_file():
+            prompts, seed, side = arguments["validation_prompt"], arguments["seed"], arguments["resolution"]
+            size = arguments["validation_width"] or side, arguments["validation_height"] or side
+            columns = arguments["num_validation_images"]
+            rows = images_of_grid(load_rgb(grid), prompts, columns, size, title=f"step {step}")
             if rows is not None:
                 _write_images(folder, rows, prompts, seed)
-    try:
+    with suppress(InputError, TypeError, ValueError):
         return [(folder / name, prompt, seed) for name, prompt, seed in read_json(listing)]
-    except (InputError, TypeError, ValueError):
-        return []
+    return []
 
 
 def _write_images(folder: Path, rows: Sequence[Sequence["Image"]], prompts: Sequence[str], seed: int) -> None:

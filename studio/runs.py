@@ -120,8 +120,10 @@ def planned(workspace: Workspace, name: str, values: Mapping[str, Any]) -> dict[
     """
     if not values.get(PHOTOS):
         raise InputError("no photos were chosen; choose a set of photos to train on.")
-    flags_of_run = {"output_dir": workspace.run(name), "instance_data_dir": workspace.photo_set(values[PHOTOS])}
-    return _inside(workspace, values) | flags_of_run
+    photos = workspace.photo_set(values[PHOTOS])
+    for file in photos.iterdir() if photos.is_dir() else ():
+        workspace.within(file)  # it may be a link
+    return _inside(workspace, values) | {"output_dir": workspace.run(name), "instance_data_dir": photos}
 
 
 def _inside(workspace: Workspace, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -258,10 +260,12 @@ def _held(run: Path) -> Iterator[None]:
     Raises:
         InputError: another page holds it.
     """
-    if studio_folder(run).is_symlink() or studio_folder(run).parent.is_symlink():
-        raise InputError(f"{studio_folder(run)} is a link; remove it.")
+    folder = studio_folder(run)
+    for path in (folder.parent, folder, folder / LOG_NAME):
+        if path.is_symlink():
+            raise InputError(f"{path} is a link, through which nothing is written; remove it.")
     try:
-        with locked_folder(studio_folder(run)):
+        with locked_folder(folder):
             yield
     except InputError as error:
         if isinstance(error.__cause__, BlockingIOError):

@@ -1,5 +1,6 @@
 """Training runs that outlive the server: start, stop, resume and what is said of a run that ended."""
 
+import json
 import os
 import signal
 import subprocess
@@ -73,10 +74,8 @@ def at_step(step: int):
 def test_the_life_of_a_run(workspace, tiny_sd, tmp_path, monkeypatch):
     """Two servers start it at once and are killed; it is found again, stopped, continued, killed, continued."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    given = values(pretrained_model_name_or_path=str(tiny_sd), resolution="32", rank=4, max_train_steps=600)
+    given = values(pretrained_model_name_or_path=str(tiny_sd), resolution="32", rank=4, max_train_steps=300)
     given |= {"logging_steps": 100, "checkpointing_steps": 1000}
-    import json
-
     begin = str(time.time() + 1.5)
     servers = [
         subprocess.Popen(
@@ -101,11 +100,11 @@ def test_the_life_of_a_run(workspace, tiny_sd, tmp_path, monkeypatch):
         runs.start(workspace, "dog", given)
 
     state = wait(workspace, "dog", at_step(5))
-    assert state.status == "training" and state.steps == 600 and state.seconds_left and not has_ended(state)
+    assert state.status == "training" and state.steps == 300 and state.seconds_left and not has_ended(state)
     assert runs.stop(workspace, "dog").status in ("stopping", "stopped")
     state = wait(workspace, "dog", has_ended)
     (checkpoint,) = list_checkpoints(workspace.run("dog"))
-    assert state.status == "stopped" and checkpoint.name == f"checkpoint-{state.step}" and 5 <= state.step < 600
+    assert state.status == "stopped" and checkpoint.name == f"checkpoint-{state.step}" and 5 <= state.step < 300
     assert state.message == f"Stopped after step {state.step}, which is saved: resume to continue."
     with pytest.raises(InputError, match="the run dog is not running; there is nothing to stop"):
         runs.stop(workspace, "dog")
@@ -123,12 +122,13 @@ def test_the_life_of_a_run(workspace, tiny_sd, tmp_path, monkeypatch):
         f"{state.step}: resume to continue."
     )
 
+    monkeypatch.setattr(runs, "LAUNCHER", [sys.executable])  # which starts faster
     runs.resume(workspace, "dog")
     alone = tmp_path / "alone"
     words = flags.command(runs.planned(workspace, "dog", given) | {"output_dir": alone})
     run_in_child(train, words[len(flags.LAUNCH) :])
     finished = wait(workspace, "dog", has_ended)
-    assert finished.status == "finished" and finished.step == 600
+    assert finished.status == "finished" and finished.step == 300
     assert (workspace.run("dog") / WEIGHTS_NAME).read_bytes() == (alone / WEIGHTS_NAME).read_bytes()
     assert [state.name for state in runs.states(workspace)] == ["dog"]
 
@@ -203,8 +203,7 @@ def test_stopping_twice_ends_a_run_that_does_not_react(workspace, script):
 @pytest.mark.integration
 def test_a_training_process_is_found_when_its_launcher_is_killed(workspace, script):
     script.write_text(
-        "import subprocess, sys\n"
-        "subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
     )
     launcher = runs.start(workspace, "dog", values()).pid
     wait(workspace, "dog", lambda _: psutil.Process(launcher).children())
@@ -258,6 +257,20 @@ def test_a_run_that_cannot_work_is_refused_before_anything_is_written(workspace,
     assert not workspace.run("dog").exists() and not list(workspace.runs.glob(".studio/*"))
 
 
+def test_links_that_leave_the_workspace_are_refused(workspace, tmp_path):
+    (tmp_path / "secret.png").write_bytes(b"x")
+    link = workspace.photo_set("toy") / "link.png"
+    link.symlink_to(tmp_path / "secret.png")
+    with pytest.raises(InputError, match=r"link\.png is outside the workspace"):
+        runs.start(workspace, "dog", values())
+    link.unlink()
+    (workspace.runs / ".studio" / "dog").mkdir(parents=True)
+    (workspace.runs / ".studio" / "dog" / "log.txt").symlink_to(tmp_path / "log.txt")
+    with pytest.raises(InputError, match=r"log\.txt is a link"):
+        runs.start(workspace, "dog", values())
+    assert not (tmp_path / "log.txt").exists()
+
+
 def test_a_broken_photo_is_named(workspace):
     (workspace.photo_set("toy") / "02.png").write_bytes(b"not an image")
     with pytest.raises(InputError, match=r"02\.png"):
@@ -298,7 +311,9 @@ def test_the_time_left_follows_from_the_speed_so_far(line, first, expected):
 
 def test_the_log_shows_the_last_state_of_each_bar_and_nothing_that_changes_a_terminal(tmp_path):
     log = tmp_path / "log.txt"
-    log.write_bytes(b"old\nencoding:   0%|  | 0/5\rencoding:  100%|##| 5/5\ntraining:  1%| | 1/9\rtraining: 20%|# | 2/9\n")
+    log.write_bytes(
+        b"old\nencoding:   0%|  | 0/5\rencoding:  100%|##| 5/5\ntraining:  1%| | 1/9\rtraining: 20%|# | 2/9\n"
+    )
     with log.open("ab") as file:
         file.write(b"\x1b[31mred <b>\xff\n")
     lines = runs._lines(runs._read_log(log, 4)).splitlines()
@@ -306,9 +321,21 @@ def test_the_log_shows_the_last_state_of_each_bar_and_nothing_that_changes_a_ter
 
 
 @pytest.mark.integration
-def test_memory_is_estimated_for_the_flags(workspace, tiny_sd):
-    assert runs.estimate(workspace, {}) == "The miniature fits any GPU, and it trains on a CPU."
-    text = runs.estimate(workspace, {"pretrained_model_name_or_path": str(tiny_sd), "resolution": 64, "rank": 2})
+def test_memory_is_estimated_for_the_flags(workspace, tiny_sd, monkeypatch):
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, len(commands) - 1, "It fits.\n", "warning\nerror: no such model.\n")
+
+    monkeypatch.setattr(runs.subprocess, "run", run)
+    given = {"pretrained_model_name_or_path": str(tiny_sd), "resolution": 64, "rank": 2}
+    assert runs.estimate(workspace, {}) == "The miniature fits any GPU, and it trains on a CPU." and not commands
+    assert runs.estimate(workspace, given) == "It fits."
+    with pytest.raises(InputError, match=r"the memory could not be estimated: no such model\."):
+        runs.estimate(workspace, given)
+    assert commands[0][1:3] == ["-m", "studio.estimate"]
+    from studio.estimate import estimate
+
+    text = estimate(commands[0][3:])
     assert text.startswith("A training step needs about 0.0 GiB (weights ") and "\n\n| 64 pixels" in text
-    with pytest.raises(InputError, match=r"the memory could not be estimated: .* does not exist"):
-        runs.estimate(workspace, {"pretrained_model_name_or_path": "/nowhere"})
