@@ -14,7 +14,8 @@ from delora_diffusers.errors import InputError
 
 IDLE_SECONDS = 600.0
 """After so long without a command the process ends and its memory is free."""
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
+"""The repository, in which commands run."""
 
 
 class Player:
@@ -74,6 +75,7 @@ class Player:
                 stdout=subprocess.PIPE,
                 text=True,
                 encoding="utf-8",
+                cwd=ROOT,  # as any command of the page
                 env=os.environ | {"PYTHONPATH": path},
                 start_new_session=True,  # an interrupt in the terminal is for the server, with which this ends
             )
