@@ -43,13 +43,19 @@ if TYPE_CHECKING:
     from delora_diffusers.training.init_adapter import InitialAdapter
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser(parser_class: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser = parser_class(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_model_arguments(parser)
     add_subject_arguments(parser)
     arguments.add_adapter_arguments(parser)
     arguments.add_training_arguments(parser)
-    args = with_subject_defaults(arguments.parse_with_config(parser, argv))
+    return parser
+
+
+def parse_arguments(
+    argv: list[str] | None = None, parser_class: type[argparse.ArgumentParser] = argparse.ArgumentParser
+) -> argparse.Namespace:
+    args = with_subject_defaults(arguments.parse_with_config(build_parser(parser_class), argv))
     return with_defaults(args)
 
 

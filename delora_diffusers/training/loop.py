@@ -23,6 +23,7 @@ from delora_diffusers.training.ema import WeightAverage
 from delora_diffusers.training.loss_monitor import LossMonitor
 from delora_diffusers.training.optimizers import build_lr_scheduler, build_optimizer
 from delora_diffusers.training.setup import RAGGED
+from delora_diffusers.training.stopping import end_stopped, stop_on_signals
 from delora_diffusers.training.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,9 @@ def train(
     examples: Sequence[int] = (),
 ) -> dict[int, int]:
     """Train until ``args.max_train_steps``, from the start or from a checkpoint.
+
+    SIGTERM or SIGINT ends training after the current step, with a checkpoint; several processes end at the next step
+    that is logged. A second signal, at least two seconds later, ends the process at once.
 
     Args:
         accelerator: created with ``args.gradient_accumulation_steps``.
@@ -61,6 +65,7 @@ def train(
 
     Raises:
         InputError: no subject's loss is finite (the last checkpoint is kept), or the disk is full.
+        SystemExit: a signal ended training; see ``stopping.end_stopped``.
     """
     trained = [*adapters.values(), *([] if control is None else [control])]
     subjects = max(adapter.subjects for adapter in adapters.values())
@@ -97,7 +102,9 @@ def train(
         memory_savings(accelerator, args),
         lambda: (list_checkpoints(args.output_dir) or [None])[-1],
     )
-    with out_of_memory, tqdm(total=args.max_train_steps, initial=start, desc="training", disable=quiet) as progress:
+    progress_bar = tqdm(total=args.max_train_steps, initial=start, desc="training", disable=quiet)
+    finished, stopped_by = start, 0
+    with stop_on_signals() as stop, out_of_memory, progress_bar as progress:
         if capture and examples:
             accumulate_gradients.record_each([batch_of(microbatch) for microbatch in examples])
         for step in range(start, args.max_train_steps):
@@ -120,21 +127,27 @@ def train(
             finished = step + 1
             progress.update()
             last = finished == args.max_train_steps
-            if finished % args.logging_steps == 0 or last:
+            logged = finished % args.logging_steps == 0 or last
+            if logged:
                 values = {"loss": monitor.mean_loss(accelerator, args.output_dir)}
                 with average.applied():
                     values |= _readings(adapters, optimizer)
                 accelerator.log(values, step=finished)
                 progress.set_postfix(loss=f"{values['loss']:.4f}", distance=f"{values['distance/mean']:.3g}")
-            if finished % args.checkpointing_steps == 0 or last:
+            stopped_by = 0 if last else stop.agreed(accelerator, logged)
+            if finished % args.checkpointing_steps == 0 or last or stopped_by:
                 monitor.check(accelerator, args.output_dir)
                 limits = (args.checkpoints_total_limit, args.keep_checkpoint_adapters)
                 checkpoints.save_checkpoint(
                     accelerator, args.output_dir, finished, files, *limits, saved_weights=average.applied
                 )
+            if stopped_by:
+                break
             if validate is not None and _is_validated(finished, args):
                 with average.applied():
                     validate(finished)
+    if stopped_by:
+        end_stopped(accelerator, finished, stopped_by)
     average.apply()
     return monitor.check(accelerator, args.output_dir)
 

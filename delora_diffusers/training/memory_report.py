@@ -238,11 +238,11 @@ def memory_table(model: OpenModel, resolution: int) -> str:
         memory = step_memory(model, plan)
         parts = (memory.weights, memory.adapter, memory.activations, memory.total)
         cells = " | ".join(f"{part / GIB:.2f}" for part in parts)
-        lines.append(f"| {title} | {cells} | {_card(memory.total)} |")
+        lines.append(f"| {title} | {cells} | {smallest_gpu(memory.total)} |")
     return "\n".join(lines)
 
 
-def _card(total: int) -> str:
+def smallest_gpu(total: int) -> str:
     """The smallest GPU for a step: a tenth more than its peak is reserved, and the CUDA context needs 0.5 GiB."""
     needed = (1.1 * total + LIBRARIES) / GIB + 0.5
     size = next((card for card in CARDS if needed <= card), None)
