@@ -438,7 +438,7 @@ def _read_log(file: Path, start: int) -> str:
 def _lines(text: str) -> str:
     """The last lines, of each progress bar only the last one, as text that does nothing to a terminal."""
     lines = [line.rstrip() for line in text.split("\n") if line.strip()]
-    bar = re.compile(r"(.*?: +)\d+%\|")
+    bar = re.compile(r"(.*?:) +\d+%\|")
     kept: list[str] = []
     for line in lines:
         this, last = bar.match(line), bar.match(kept[-1]) if kept else None
