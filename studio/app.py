@@ -13,6 +13,7 @@ import gradio as gr
 
 from studio import flags, server
 from studio.player import Player
+from studio.scorer import Scorer
 from studio.tabs import compare, export, photos, play, train
 from studio.workspace import Workspace
 
@@ -46,7 +47,7 @@ def theme() -> gr.themes.Base:
     )
 
 
-def build(workspace: Workspace, player: Player) -> gr.Blocks:
+def build(workspace: Workspace, player: Player, scorer: Scorer) -> gr.Blocks:
     """The page with its events."""
     defaults = flags.effective({})
     resolution = defaults["resolution"]
@@ -61,7 +62,7 @@ def build(workspace: Workspace, player: Player) -> gr.Blocks:
             with gr.Tab("Photos"):
                 photos.build(workspace, resolution, defaults["bucket_step"])
             with gr.Tab("Train") as training:
-                run, photo_set, refresh_train = train.build(workspace, player)
+                run, photo_set, refresh_train = train.build(workspace, player, scorer)
             with gr.Tab("Play") as playing:
                 played, refresh_played = play.build(workspace, player)
             with gr.Tab("Compare") as comparing:
@@ -80,9 +81,10 @@ def create_app(workspace: Workspace, host: str = "127.0.0.1", password: str | No
     """The whole server; see ``server.create_app``."""
     # Uploads and what gradio copies stay in the workspace.
     os.environ["GRADIO_TEMP_DIR"] = str(workspace.root / ".uploads")
-    player = Player()
+    player, scorer = Player(), Scorer(workspace)
     atexit.register(player.close)
-    page = build(workspace, player)
+    atexit.register(scorer.close)
+    page = build(workspace, player, scorer)
     page.queue(default_concurrency_limit=8)
     app = server.create_app(workspace, host, password)
     return gr.mount_gradio_app(

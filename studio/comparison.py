@@ -44,7 +44,9 @@ def requests(workspace: Workspace, labels: Sequence[str], prompts: Sequence[str]
         {"adapter": str(source), "prompts": list(prompts), "output_dir": str(jobs.short(images_of(folder, label)))}
         for label, source in sources.items()
     ]
-    records.insert(0, {"adapter": None, "prompts": list(prompts), "output_dir": str(jobs.short(images_of(folder, BASE)))})
+    records.insert(
+        0, {"adapter": None, "prompts": list(prompts), "output_dir": str(jobs.short(images_of(folder, BASE)))}
+    )
     write_json_lines(folder / "requests.jsonl", records)
     return folder
 
@@ -95,7 +97,10 @@ def differences(scores: dict[str, dict[str, Any]]) -> list[tuple[str, str, dict[
         for label, result in scores.items()
         if label != BASE
     }
-    return [(first, second, paired_differences(rows[first], rows[second])) for first, second in itertools.combinations(rows, 2)]
+    return [
+        (first, second, paired_differences(rows[first], rows[second]))
+        for first, second in itertools.combinations(rows, 2)
+    ]
 
 
 def write_differences(folder: Path, scores: dict[str, dict[str, Any]]) -> list[tuple[str, str, dict]]:

@@ -63,6 +63,21 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], caption: str) ->
     )
 
 
+def command(text: str, label: str = "Command") -> str:
+    """A command with a button that copies it; nothing without a command."""
+    if not text:
+        return ""
+    return (
+        f'<div class="command"><div class="bar"><span>{escape(label)}</span><button type="button" class="copy">Copy'
+        f'</button></div><pre tabindex="0" aria-label="{escape(label)}"><code>{escape(text)}</code></pre></div>'
+    )
+
+
+def text_block(text: str, label: str, kind: str = "") -> str:
+    """Text as it is, which scrolls with the keyboard too."""
+    return f'<pre tabindex="0" role="region" aria-label="{escape(label)}" class="{escape(kind)}">{escape(text)}</pre>'
+
+
 def progress(label: str, step: int, steps: int) -> str:
     return f'<progress value="{int(step)}" max="{max(int(steps), 1)}" aria-label="{escape(label)}"></progress>'
 

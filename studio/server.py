@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from delora_diffusers.errors import InputError
 from studio import photos
+from studio.runs import STUDIO_FOLDER
 from studio.workspace import Workspace
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -31,7 +32,9 @@ POLICY = (
     "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
 )
 """For the page: nothing comes from, or goes to, another machine. Gradio's scripts are inline."""
-REPORT_POLICY = "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
+REPORT_POLICY = (
+    "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
+)
 """For the pages that `eval` writes, which contain their images: they cannot reach this server."""
 SHOWN = {".png", ".jpg", ".jpeg", ".webp", ".html", ".md", ".json", ".txt", ".safetensors"}
 """Files that the page links to."""
@@ -120,7 +123,8 @@ def create_app(workspace: Workspace, host: str, password: str | None) -> FastAPI
             found = workspace.within(path)
         except InputError as error:
             raise HTTPException(403, str(error)) from error
-        hidden = any(part.startswith(".") for part in found.relative_to(workspace.root).parts)
+        # Of what is hidden only the samples, which belong to the runs.
+        hidden = any(part.startswith(".") and part != STUDIO_FOLDER for part in found.relative_to(workspace.root).parts)
         if hidden or found.suffix.lower() not in SHOWN or not found.is_file():
             raise HTTPException(404, "there is no such file")
         headers = {"Cache-Control": "no-cache"}

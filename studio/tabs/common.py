@@ -39,9 +39,27 @@ def reported(function: Callable) -> Callable:
     return handler
 
 
-def command_box(label: str = "Command") -> gr.Textbox:
-    """The command of the last action, to copy."""
-    return gr.Textbox(label=label, interactive=False, lines=1, max_lines=6, buttons=["copy"], elem_classes="command")
+COPY = """
+element.addEventListener("click", (event) => {
+  if (!event.target.matches(".copy")) return;
+  const code = element.querySelector("code");
+  getSelection().selectAllChildren(code);
+  // The clipboard is only there on this machine or with TLS; elsewhere the text is selected.
+  navigator.clipboard?.writeText(code.innerText).then(() => {
+    event.target.textContent = "Copied";
+    setTimeout(() => { event.target.textContent = "Copy"; }, 2000);
+  }, () => {});
+});
+"""
+
+
+def command_box(elem_id: str) -> gr.HTML:
+    """Where the command of an action is shown, to copy; see ``markup.command``.
+
+    Gradio's text fields would do, but their label belongs to the copy button, and what is in them cannot be reached
+    with the keyboard.
+    """
+    return gr.HTML(elem_id=elem_id, js_on_load=COPY)
 
 
 def choices(names: list[str], chosen: Any = None) -> Any:

@@ -28,7 +28,10 @@ def build(workspace: Workspace, player: Player):
             info="toybox has the miniature's encoders; the others download theirs.",
         )  # fmt: skip
     prompts = gr.Textbox(
-        comparison.default_prompts(workspace, names[0] if names else None), label="Prompts", lines=4, info="One per line."
+        comparison.default_prompts(workspace, names[0] if names else None),
+        label="Prompts",
+        lines=4,
+        info="One per line.",
     )
     with gr.Row():
         images = gr.Number(2, label="Images per prompt", precision=0, minimum=1)
@@ -39,7 +42,7 @@ def build(workspace: Workspace, player: Player):
         go = gr.Button("Compare", variant="primary", elem_id="compare")
         pages = gr.Button("Write a page for each")
         stop = gr.Button("Stop", variant="stop")
-    command = command_box("Commands")
+    command = command_box("compare-command")
     result = gr.HTML(elem_id="compare-result")
 
     inputs = [labels, photo_set, protocol, prompts, images, seed, steps, precision]
@@ -53,19 +56,26 @@ def build(workspace: Workspace, player: Player):
         for flag, value in values.items():
             words += adapters.flag(flag, value)
         folder = comparison.requests(workspace, chosen, adapters.lines(text), words)
-        return folder, workspace.photo_set(name), ["--requests_file", str(jobs.short(folder / "requests.jsonl")), *words]
+        return (
+            folder,
+            workspace.photo_set(name),
+            ["--requests_file", str(jobs.short(folder / "requests.jsonl")), *words],
+        )
 
     @reported
     def compare(chosen: list[str], name: str | None, kind: str, text: str, *settings: Any):
         folder, photos, words = prepared(chosen, name, text, *settings)
         compared = [comparison.BASE, *chosen]
         scoring = {label: comparison.score_words(folder, label, photos, kind) for label in compared}
-        shown = jobs.shown([*jobs.words_of("delora_diffusers", "generate"), *words], *scoring.values())
+        generating = [*jobs.words_of("delora_diffusers", "generate"), *words]
+        shown = markup.command(jobs.shown(generating, *scoring.values()), "Commands")
         total = len(compared) * len(adapters.lines(text)) * int(settings[0] or 1)
 
         def report() -> str:
             made = sum(adapters.count_images(comparison.images_of(folder, label)) for label in compared)
-            return markup.paragraph(f"Generating: {made} of {total} images.") + markup.progress("generating", made, total)
+            return markup.paragraph(f"Generating: {made} of {total} images.") + markup.progress(
+                "generating", made, total
+            )
 
         for html in jobs.while_running(lambda: player.generate(words), report):
             yield shown, html
@@ -83,9 +93,10 @@ def build(workspace: Workspace, player: Player):
         if not (comparison.images_of(folder, chosen[-1]) / "metadata.jsonl").is_file():
             raise InputError("there are no images of this comparison yet; press Compare first.")
         requests = [
-            comparison.page_words(folder, label, photos, kind, workspace.run(label.partition("/")[0])) for label in chosen
+            comparison.page_words(folder, label, photos, kind, workspace.run(label.partition("/")[0]))
+            for label in chosen
         ]
-        shown = jobs.shown(*(words for words, _ in requests))
+        shown = markup.command(jobs.shown(*(words for words, _ in requests)), "Commands")
         links = ""
         for (words, page), label in zip(requests, chosen):
             if not page.exists():
@@ -95,7 +106,9 @@ def build(workspace: Workspace, player: Player):
             links += f'<p><a href="{url}" target="_blank" rel="noopener">Page of {markup.escape(label)}</a></p>'
         yield shown, links
 
-    running = [button.click(handler, inputs, [command, result]) for button, handler in ((go, compare), (pages, write_pages))]
+    running = [
+        button.click(handler, inputs, [command, result]) for button, handler in ((go, compare), (pages, write_pages))
+    ]
     stop.click(player.close, None, None, cancels=running, queue=False)
 
     def refresh(chosen: list[str], name: str | None):
@@ -129,7 +142,9 @@ def results_of(scores: dict[str, dict[str, Any]], differences: list[tuple[str, s
     ]  # fmt: skip
     if rows:
         header = ["adapters", "score", "difference", "95% interval", "prompts where the first is higher"]
-        parts.append(markup.table(header, rows, "Paired differences over prompts; an interval with 0 is not significant"))
+        parts.append(
+            markup.table(header, rows, "Paired differences over prompts; an interval with 0 is not significant")
+        )
     return "".join(parts)
 
 

@@ -38,35 +38,35 @@ def build(workspace: Workspace):
         dtype = gr.Dropdown(list(DTYPES), value=DTYPES[0], label="Precision")
         rank = gr.Textbox("", label="Rank", placeholder="full rank, without loss", info="Truncates to this rank.")
     go = gr.Button("Export", variant="primary", elem_id="export")
-    command = command_box()
+    command = command_box("export-command")
     message = gr.HTML(elem_id="export-message")
     gr.HTML("<h2>Model card</h2>")
-    card = gr.Textbox(
-        label="README.md of the run", interactive=False, lines=8, max_lines=20, buttons=["copy"], elem_id="card"
-    )
+    card = gr.HTML(elem_id="card")
     gr.HTML("<h2>Push to the hub</h2>")
     with gr.Row():
         repository = gr.Textbox("", label="Repository", placeholder="me/my-adapter", info="Needs `hf auth login`.")
         sure = gr.Checkbox(False, label="Upload this run; others may be able to download it")
     push = gr.Button("Push to the hub")
-    push_command = command_box("Command of the upload")
+    push_command = command_box("push-command")
     push_message = gr.HTML(elem_id="push-message")
 
     @reported
     def export(label: str | None, kind: str, dtype: str, rank: str, name: str):
         words, output = export_words(workspace, label, kind, dtype, rank, name)
-        shown = jobs.shown(words)
+        shown = markup.command(jobs.shown(words))
         for text in jobs.run(words):
-            yield shown, f"<pre>{markup.escape(text)}</pre>"
+            yield shown, markup.text_block(text, "output of the export")
         yield shown, exported(workspace, output)
 
     @reported
-    def show_card(label: str | None):
+    def show_card(label: str | None, repository: str):
         if not label:
             return "", ""
         file = workspace.run(label.partition("/")[0]) / CARD_NAME
         text = file.read_text(encoding="utf-8") if file.is_file() else "The card is written when the run finishes."
-        return text, jobs.shown(push_words(workspace, label, "me/my-adapter"))
+        return markup.text_block(text, "model card"), markup.command(
+            jobs.shown(push_words(workspace, label, repository.strip() or "me/my-adapter"))
+        )
 
     @reported
     def upload(label: str | None, repository: str, sure: bool):
@@ -80,10 +80,12 @@ def build(workspace: Workspace):
         if program is None:
             raise InputError("the command hf is missing; run `pip install huggingface_hub`.")
         for text in jobs.run(words, program):
-            yield jobs.shown(words), f"<pre>{markup.escape(text)}</pre>"
+            yield markup.command(jobs.shown(words)), markup.text_block(text, "output of the upload")
 
     go.click(export, [label, kind, dtype, rank, name], [command, message])
-    label.change(show_card, label, [card, push_command], show_progress="hidden")
+    gr.on(
+        [label.change, repository.change], show_card, [label, repository], [card, push_command], show_progress="hidden"
+    )
     push.click(upload, [label, repository, sure], [push_command, push_message])
 
     def refresh(chosen: str | None):

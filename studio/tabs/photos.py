@@ -36,9 +36,9 @@ def build(workspace: Workspace, resolution: int, bucket_step: int) -> gr.Dropdow
         square = gr.Checkbox(False, label="Crop to squares", info="Instead of keeping each photo's shape.", scale=1)
     with gr.Row():
         files = gr.File(
-            label="Add photos: drop images or a .zip file here, or click to choose",
+            label="Add photos (images or a .zip)",
             file_count="multiple",
-            height=130,
+            height=170,
             scale=2,
         )
         folder = gr.UploadButton("Choose a folder of photos", file_count="directory", scale=1)
@@ -53,9 +53,7 @@ def build(workspace: Workspace, resolution: int, bucket_step: int) -> gr.Dropdow
             )
             save = gr.Button("Save caption", variant="primary")
         with gr.Column():
-            mask = gr.File(
-                label="Mask: an image, white on the subject", file_count="single", file_types=["image"], height=130
-            )
+            mask = gr.File(label="Mask (white on the subject)", file_count="single", file_types=["image"], height=170)
             remove = gr.Button("Remove this photo", variant="stop")
             message = gr.HTML(elem_classes="message")
 

@@ -64,7 +64,7 @@ def build(workspace: Workspace, player: Player) -> tuple[list[gr.Dropdown], Any]
                 sheet = gr.Button("Sheet of strengths", min_width=120)
                 beside = gr.Button("Checkpoints side by side", min_width=120)
                 stop = gr.Button("Stop", variant="stop", min_width=80)
-            command = command_box()
+            command = command_box("play-command")
             result = gr.HTML(elem_id="play-result")
 
     inputs = [*used, *weights, prompts, dial, seed, steps, images, width, height, guidance, negative, base, scheduler]
@@ -93,7 +93,8 @@ def build(workspace: Workspace, player: Player) -> tuple[list[gr.Dropdown], Any]
 
     def played(requests: list[tuple]):
         """Run the commands one after the other, and show what there is."""
-        shown = jobs.shown(*[[*jobs.words_of("delora_diffusers", "generate"), *words] for _, words, _ in requests])
+        commands = [[*jobs.words_of("delora_diffusers", "generate"), *words] for _, words, _ in requests]
+        shown = markup.command(jobs.shown(*commands))
         yield shown, markup.paragraph("Loading ...")
         finished: list[tuple] = []
         for title, words, folder in requests:

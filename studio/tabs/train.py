@@ -8,6 +8,7 @@ import gradio as gr
 from delora_diffusers.errors import InputError
 from studio import charts, flags, markup, progress, runs
 from studio.player import Player
+from studio.scorer import Scorer
 from studio.tabs.common import choices, command_box, reported, set_choices
 from studio.workspace import Workspace
 
@@ -15,9 +16,11 @@ SECONDS = 2.0
 """Between two looks at the run."""
 ACTIVE = ("starting", "training", "stopping")
 NEW_RUN = "my-subject"
+FIRST = {"instance_prompt": "a photo of sks mug", "validation_prompt": "a photo of sks mug on the beach"}
+"""What a form says at first, for the toy that is there at the first start."""
 
 
-def build(workspace: Workspace, player: Player):
+def build(workspace: Workspace, player: Player, scorer: Scorer):
     """Build the tab; returns the lists of runs and of photo sets, and the handler that fills them again.
 
     Args:
@@ -25,41 +28,45 @@ def build(workspace: Workspace, player: Player):
     """
     offered = flags.fields()
     defaults = flags.effective({})
-    with gr.Row():
-        name = gr.Textbox(NEW_RUN, label="Name of the new run", info="A folder of this name is created.")
-        photo_set = gr.Dropdown(
-            workspace.photo_sets(), label="Photo set", info="See the tab Photos.", elem_id="train-photos"
-        )
     components: dict[str, Any] = {}
-    with gr.Group(), gr.Row(elem_classes="fields"):
-        for field in offered:
-            if field.basic:
-                components[field.name] = component_of(field, defaults[field.name])
-    with gr.Accordion("All other flags of the training script", open=False):
-        groups = dict.fromkeys(field.group for field in offered if not field.basic)
-        for group in groups:
-            with gr.Accordion(group.capitalize(), open=False), gr.Row(elem_classes="fields"):
+    with gr.Row(elem_classes="columns"):
+        with gr.Column(scale=4, min_width=320):
+            gr.HTML("<h2>New run</h2>")
+            name = gr.Textbox(NEW_RUN, label="Name of the run", info="A folder of this name is created.")
+            photo_set = gr.Dropdown(
+                workspace.photo_sets(), label="Photo set", info="See the tab Photos.", elem_id="train-photos"
+            )
+            with gr.Group():
                 for field in offered:
-                    if field.group == group and not field.basic:
+                    if field.basic:
                         components[field.name] = component_of(field, defaults[field.name])
-    with gr.Row():
-        start = gr.Button("Start training", variant="primary", elem_id="start")
-        estimate = gr.Button("Estimate memory")
-    command = command_box("Command of the run")
-    memory = gr.HTML(elem_id="memory")
-
-    gr.HTML("<h2>Did it work?</h2>")
-    with gr.Row():
-        run = gr.Dropdown(workspace.run_names(), label="Run", elem_id="run", scale=3)
-        stop = gr.Button("Stop (keeps a checkpoint)", variant="stop", scale=1)
-        resume = gr.Button("Resume", scale=1)
-    status = gr.HTML(elem_id="status")
-    curves = gr.HTML(elem_id="curves")
-    samples = gr.HTML(elem_id="samples")
-    with gr.Accordion("Log", open=False):
-        log = gr.Textbox(
-            label="Last lines of the log", interactive=False, lines=10, max_lines=20, buttons=["copy"], elem_id="log"
-        )
+            with gr.Accordion("All other flags of the training script", open=False):
+                for group in dict.fromkeys(field.group for field in offered if not field.basic):
+                    with gr.Accordion(group.capitalize(), open=False):
+                        for field in offered:
+                            if field.group == group and not field.basic:
+                                components[field.name] = component_of(field, defaults[field.name])
+            command = command_box("train-command")
+            with gr.Row():
+                start = gr.Button("Start training", variant="primary", elem_id="start", min_width=140)
+                estimate = gr.Button("Estimate memory", min_width=140)
+            memory = gr.HTML(elem_id="memory")
+        with gr.Column(scale=7, min_width=320):
+            gr.HTML("<h2>Did it work?</h2>")
+            run = gr.Dropdown([], label="Run", elem_id="run")
+            with gr.Row():
+                stop = gr.Button("Stop, keeping a checkpoint", variant="stop", min_width=140)
+                resume = gr.Button("Resume", min_width=140)
+            status = gr.HTML(elem_id="status")
+            curves = gr.HTML(elem_id="curves")
+            samples = gr.HTML(elem_id="samples")
+            with gr.Accordion("Log", open=False):
+                log = gr.HTML(elem_id="log")
+            download = gr.Checkbox(
+                False,
+                label="Download DINO and CLIP to score the samples of other models",
+                info="1.8 GB, on the CPU. The miniature's samples are scored by the included encoders.",
+            )
     seen = gr.State()
     timer = gr.Timer(SECONDS)
 
@@ -73,18 +80,19 @@ def build(workspace: Workspace, player: Player):
     def begin(run_name: str, chosen_set: str | None, *given: Any):
         player.close()  # the memory of the GPU is for training
         state = runs.start(workspace, run_name, filled(chosen_set, *given))
-        return choices(workspace.run_names(), run_name), state.command, None
+        return run_choices(workspace, run_name), markup.command(state.command), None
 
     def show_command(run_name: str, chosen_set: str | None, *given: Any):
         try:
-            return flags.shown(flags.command(runs.planned(workspace, run_name, filled(chosen_set, *given))))
+            values = runs.planned(workspace, run_name, filled(chosen_set, *given))
+            return markup.command(flags.shown(flags.command(values)))
         except InputError as error:  # something is still being typed
-            return str(error)
+            return markup.paragraph(str(error), "failed")
 
     @reported
     def estimated(run_name: str, chosen_set: str | None, *given: Any):
         text = runs.estimate(workspace, filled(chosen_set, *given))
-        return f'<pre tabindex="0" aria-label="memory estimate">{markup.escape(text)}</pre>'
+        return markup.text_block(text, "memory estimate")
 
     @reported
     def end(run_name: str | None):
@@ -95,10 +103,10 @@ def build(workspace: Workspace, player: Player):
         player.close()
         runs.resume(workspace, _chosen(run_name))
 
-    def look(run_name: str | None, before: Any):
-        return looked(workspace, run_name, before)
+    def look(run_name: str | None, download: bool, before: Any):
+        return looked(workspace, scorer, run_name, download, before)
 
-    looking = {"fn": look, "inputs": [run, seen], "outputs": [status, curves, samples, log, seen]}
+    looking = {"fn": look, "inputs": [run, download, seen], "outputs": [status, curves, samples, log, seen]}
     hidden = {"show_progress": "hidden"}
     start.click(begin, inputs, [run, command, seen]).success(**looking, **hidden)
     gr.on([box.change for box in inputs], show_command, inputs, command, trigger_mode="always_last", **hidden)
@@ -110,11 +118,11 @@ def build(workspace: Workspace, player: Player):
     blocks = gr.context.Context.root_block
     assert blocks is not None
     # Whoever opens the page finds the run that trains, or the latest.
-    loaded = blocks.load(lambda: (choices(workspace.run_names(), newest(workspace)),), None, run, **hidden)
+    loaded = blocks.load(lambda: run_choices(workspace, None), None, run, **hidden)
     loaded.then(show_command, inputs, command, **hidden)
 
     def refresh(run_name: str | None, chosen_set: str | None):
-        return choices(workspace.run_names(), run_name or newest(workspace)), set_choices(workspace, chosen_set)
+        return run_choices(workspace, run_name), set_choices(workspace, chosen_set)
 
     return run, photo_set, refresh
 
@@ -137,7 +145,7 @@ def component_of(field: flags.Field, default: Any) -> Any:
     lines = 2 if field.name == "validation_prompt" else 1
     hint = "one per line; " if field.kind == "list" and lines > 1 else ""
     placeholder = f"{hint}default: {shown}" if shown else f"{hint}default"
-    return gr.Textbox("", placeholder=placeholder, lines=lines, **settings)
+    return gr.Textbox(FIRST.get(field.name, ""), placeholder=placeholder, lines=lines, **settings)
 
 
 def text_of(value: Any) -> str:
@@ -150,14 +158,16 @@ def text_of(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def newest(workspace: Workspace) -> str | None:
-    """The run that trains, or else the latest."""
-    states = runs.states(workspace)
-    states.sort(key=lambda state: (state.status in ACTIVE, state.started), reverse=True)
-    return states[0].name if states else None
+def run_choices(workspace: Workspace, chosen: str | None) -> Any:
+    """All runs, those that train first, then the newest. The first is chosen unless there is another choice.
+
+    A run is there from the moment it is started, before training creates its folder.
+    """
+    states = sorted(runs.states(workspace), key=lambda state: (state.status not in ACTIVE, -state.started))
+    return choices([state.name for state in states], chosen)
 
 
-def looked(workspace: Workspace, name: str | None, before: Any) -> list[Any]:
+def looked(workspace: Workspace, scorer: Scorer, name: str | None, download: bool, before: Any) -> list[Any]:
     """What the page shows of a run; what has not changed since the last look is not sent again."""
     if not name:
         nothing = markup.paragraph("No run yet: fill in the form and press Start training.")
@@ -165,44 +175,41 @@ def looked(workspace: Workspace, name: str | None, before: Any) -> list[Any]:
     try:
         state = runs.state(workspace, name)
         folder = workspace.run(name)
+        samples = progress.samples(folder)
         parts = [
             status_of(state),
-            curves_of(progress.curves(folder), progress.samples(folder)),
-            samples_of(workspace, progress.samples(folder)),
-            state.log_tail,
+            curves_of(progress.curves(folder), scorer.look(folder, samples, download)),
+            samples_of(workspace, samples),
+            markup.text_block(state.log_tail, "last lines of the log", "tail") if state.log_tail else "",
         ]
     except InputError as error:
         parts = [markup.paragraph(str(error), "failed"), "", "", ""]
     seen = [name, *map(hash, parts)]
-    shown = [gr.skip() if before and old == new else part for part, old, new in zip(parts, (before or [])[1:], seen[1:])]
+    shown = [
+        gr.skip() if before and old == new else part for part, old, new in zip(parts, (before or [])[1:], seen[1:])
+    ]
     return [*(shown if before and before[0] == name else parts), seen]
 
 
 def status_of(state: runs.RunState) -> str:
-    """Progress, time left and what happened, for people who look once in a while."""
+    """What happens, how far it is and the time left, for people who look once in a while."""
     left = ""
     if state.seconds_left is not None and state.status in ACTIVE:
-        left = f", about {markup.duration(state.seconds_left)} left"
-    line = f"{state.status.capitalize()}: step {state.step} of {state.steps}{left}"
+        left = f" About {markup.duration(state.seconds_left)} left."
     kind = {"failed": "failed", "lost": "failed", "finished": "done"}.get(state.status, "")
     return (
-        f'<p class="status {kind}" role="status">{markup.escape(line)}</p>'
-        + markup.progress(f"training of {state.name}", state.step, state.steps)
-        + markup.paragraph(state.message, kind)
+        f'<p class="status {kind}" role="status">{markup.escape(state.message + left)}</p>'
+        + markup.progress(f"training of {state.name}: step {state.step} of {state.steps}", state.step, state.steps)
+        + markup.paragraph(f"Step {state.step} of {state.steps}", "small")
     )
 
 
-def curves_of(curves: list[progress.Curve], samples: list[progress.Samples]) -> str:
-    """The curves of the log, and the scores of each validation's samples."""
-    parts = [charts.line_chart(curve.title, {curve.title: (curve.steps, curve.values)}) for curve in curves]
-    for title, key in (("DINO of the samples (subject)", "dino"), ("CLIP-T of the samples (prompt)", "clip_t")):
-        scored = [(sample.step, getattr(sample, key)) for sample in samples if getattr(sample, key) is not None]
-        if scored:
-            steps, values = zip(*scored)
-            parts.append(charts.line_chart(title, {title: (steps, values)}))
-    if not parts:
+def curves_of(curves: list[progress.Curve], note: str) -> str:
+    """The curves of the log and of the samples' scores, and a note about scoring."""
+    if not curves:
         return markup.paragraph("The curves begin with the first logged step.")
-    return f'<div class="charts">{"".join(parts)}</div>'
+    parts = [charts.line_chart(curve.title, {curve.title: (curve.steps, curve.values)}) for curve in curves]
+    return f'<div class="charts">{"".join(parts)}</div>' + markup.paragraph(note)
 
 
 def samples_of(workspace: Workspace, samples: list[progress.Samples]) -> str:

@@ -13,7 +13,9 @@ from studio import flags
 from studio.flags import LAUNCH, Field, check, command, defaults_for, effective, fields, shown
 
 FIELDS = {field.name: field for field in fields()}
-WORD = st.text(st.characters(codec="utf-8", exclude_characters="\0\r\n\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"), max_size=30)
+WORD = st.text(
+    st.characters(codec="utf-8", exclude_characters="\0\r\n\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"), max_size=30
+)
 TEXT = WORD.map(str.strip).filter(lambda text: text and not text.startswith("-"))
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
 
@@ -42,7 +44,11 @@ def values_of(field: Field) -> st.SearchStrategy:
 def test_a_command_parses_to_the_values_that_it_was_made_from(values, as_text):
     if as_text:  # what text fields of a form have
         values = {
-            name: value if isinstance(value, bool) else "\n".join(map(str, value)) if isinstance(value, list) else str(value)
+            name: value
+            if isinstance(value, bool)
+            else "\n".join(map(str, value))
+            if isinstance(value, list)
+            else str(value)
             for name, value in values.items()
         } | {name: values[name] for name in values if isinstance(values[name], float)}
     words = command(values)
@@ -57,7 +63,9 @@ def test_a_command_parses_to_the_values_that_it_was_made_from(values, as_text):
             assert result == expected and type(result) is type(expected)
             assert result != defaults[name] or name in ("pretrained_model_name_or_path", "recipe")
         elif value is not None:  # left out, since it is the default
-            default = script.build_parser().get_default(name) if name == "pretrained_model_name_or_path" else defaults[name]
+            default = (
+                script.build_parser().get_default(name) if name == "pretrained_model_name_or_path" else defaults[name]
+            )
             assert flags._normalized(value, _action(name)) == default
 
 
