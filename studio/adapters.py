@@ -1,4 +1,4 @@
-"""What can be played, compared and exported: finished runs of the workspace, and checkpoints of all. Imports no torch."""
+"""What can be played, compared and exported: finished runs of the workspace, and all checkpoints. Imports no torch."""
 
 import hashlib
 import json

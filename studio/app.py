@@ -54,8 +54,8 @@ def build(workspace: Workspace, player: Player, scorer: Scorer) -> gr.Blocks:
     resolution = resolution[0] if isinstance(resolution, list | tuple) else resolution
     with gr.Blocks(title="delora-diffusers studio", analytics_enabled=False) as page:
         gr.HTML(
-            "<h1>delora-diffusers studio</h1><p>Teach a text-to-image model a subject from a few photos. Without a base "
-            "model it trains the included miniature.</p>",
+            "<h1>delora-diffusers studio</h1><p>Teach a text-to-image model a subject from a few photos. Without a "
+            "base model it trains the included miniature.</p>",
             elem_id="title",
         )
         with gr.Tabs():
@@ -68,12 +68,12 @@ def build(workspace: Workspace, player: Player, scorer: Scorer) -> gr.Blocks:
             with gr.Tab("Compare") as comparing:
                 compared, refresh_compared = compare.build(workspace, player)
             with gr.Tab("Export") as exporting:
-                exported, refresh_exported = export.build(workspace)
+                refresh_exported = export.build(workspace)
         # What was added in one tab, or on another page, is in the lists of a tab when it is opened.
         training.select(refresh_train, [run, photo_set], [run, photo_set], show_progress="hidden")
         playing.select(refresh_played, played, played, show_progress="hidden")
         comparing.select(refresh_compared, compared, compared, show_progress="hidden")
-        exporting.select(refresh_exported, exported, exported, show_progress="hidden")
+        exporting.select(**refresh_exported, show_progress="hidden")
     return page
 
 

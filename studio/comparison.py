@@ -1,4 +1,4 @@
-"""Compare runs: the same prompts and seeds, scores with real images, paired differences. Imports torch when it scores."""
+"""Compare runs: the same prompts and seeds, scores with real images, paired differences. Scores with torch."""
 
 import hashlib
 import itertools

@@ -21,7 +21,7 @@ CARD_NAME = "README.md"
 
 
 def build(workspace: Workspace):
-    """Build the tab; returns the list of adapters, and the handler that fills it again."""
+    """Build the tab; returns the event that fills its list of adapters again."""
     readers = {**FORMATS, **MERGES}
     names = adapters.adapters(workspace)
     with gr.Row():
@@ -88,10 +88,11 @@ def build(workspace: Workspace):
     )
     push.click(upload, [label, repository, sure], [push_command, push_message])
 
-    def refresh(chosen: str | None):
-        return choices(adapters.adapters(workspace), chosen)
+    def refresh(chosen: str | None, repository: str):
+        update = choices(adapters.adapters(workspace), chosen)
+        return update, *show_card(update["value"], repository)
 
-    return label, refresh
+    return {"fn": refresh, "inputs": [label, repository], "outputs": [label, card, push_command]}
 
 
 def export_words(

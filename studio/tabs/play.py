@@ -21,28 +21,23 @@ def build(workspace: Workspace, player: Player) -> tuple[list[gr.Dropdown], Any]
     with gr.Row():
         with gr.Column(scale=1, min_width=320):
             used, weights = [], []
-            for number in range(MOST_ADAPTERS):
-                first = number == 0
-                with gr.Row(visible=True):
-                    used.append(
-                        gr.Dropdown(
-                            choices=["", *names],
-                            value=names[0] if first and names else "",
-                            label="Adapter" if first else f"Adapter {number + 1}",
-                            info="Empty: the base model." if first else None,
-                            scale=3,
-                            min_width=180,
-                        )
-                    )
-                    weights.append(
-                        gr.Number(1.0, label="Weight" if first else f"Weight {number + 1}", scale=1, min_width=80)
-                    )
+            used.append(
+                gr.Dropdown(
+                    ["", *names], value=names[0] if names else "", label="Adapter", info="Empty: the base model."
+                )
+            )
+            with gr.Accordion("More adapters and weights", open=False):
+                weights.append(gr.Number(1.0, label="Weight of the adapter", min_width=90))
+                for number in range(2, MOST_ADAPTERS + 1):
+                    with gr.Row():
+                        used.append(gr.Dropdown(["", *names], value="", label=f"Adapter {number}", min_width=170))
+                        weights.append(gr.Number(1.0, label=f"Weight {number}", min_width=90))
             prompts = gr.Textbox(
                 FIRST_PROMPT, label="Prompts", lines=3, info="One per line. The dial uses the first.", elem_id="prompts"
             )
             dial = gr.Slider(
                 0, 1.5, 1.0, step=0.05, label="Strength", elem_id="strength",
-                info="0 is the base model, 1 as trained. Generates one image when you let go.",
+                info="0 is the base model, 1 as trained. Turning it generates one image.",
             )  # fmt: skip
             with gr.Row():
                 seed = gr.Number(0, label="Seed", precision=0, min_width=90)
@@ -135,8 +130,8 @@ def build(workspace: Workspace, player: Player) -> tuple[list[gr.Dropdown], Any]
     result_of = {"outputs": [command, result], "concurrency_id": "play", "concurrency_limit": 4}
     running = [
         go.click(generate, inputs, **result_of),
-        # The last position counts while an image is being generated.
-        dial.release(turn, inputs, trigger_mode="always_last", show_progress="hidden", **result_of),
+        # While an image is being generated, the last position counts. The event `release` is not for the keyboard.
+        dial.input(turn, inputs, trigger_mode="always_last", show_progress="hidden", **result_of),
         sheet.click(strengths, inputs, **result_of),
         beside.click(side_by_side, inputs, **result_of),
     ]
@@ -151,18 +146,19 @@ def build(workspace: Workspace, player: Player) -> tuple[list[gr.Dropdown], Any]
 
 
 def results_of(workspace: Workspace, finished: list[tuple]) -> str:
-    """The images of finished output folders; several become one row of columns with titles."""
-    parts = []
+    """The images of finished output folders: a group for each prompt and seed, unless each has a single image."""
+    groups: dict[str, list[str]] = {}
     for title, folder in finished:
         records = adapters.generated(folder)
-        strengths = {record["strength"] for record in records}
-        figures = []
+        several = title or len({record["strength"] for record in records}) > 1
         for record in records:
-            caption = f"{record['prompt']}, seed {record['seed']}"
-            if len(strengths) > 1 or strengths != {1.0}:
-                caption = f"strength {record['strength']:g}: {caption}"
-            caption = f"{title}: {caption}" if title else caption
+            image = f"{record['prompt']}, seed {record['seed']}"
+            strength = f"strength {record['strength']:g}" if several or record["strength"] != 1 else ""
+            shown = ", ".join(filter(None, [title, strength, "" if several else image]))
             url = markup.file_url(workspace, folder / record["file_name"])
-            figures.append(markup.figure(url, f"generated image of {record['prompt']}", caption, link=url))
-        parts += figures
-    return markup.grid(parts, "generated images", 200) if parts else ""
+            figure = markup.figure(url, f"generated image of {record['prompt']}", shown, link=url)
+            groups.setdefault(image if several else "", []).append(figure)
+    return "".join(
+        (markup.heading(image) if image else "") + markup.grid(figures, "generated images", 120 if image else 200)
+        for image, figures in groups.items()
+    )

@@ -36,7 +36,7 @@ def build(workspace: Workspace, player: Player, scorer: Scorer):
             photo_set = gr.Dropdown(
                 workspace.photo_sets(), label="Photo set", info="See the tab Photos.", elem_id="train-photos"
             )
-            with gr.Group():
+            with gr.Group(), gr.Row(elem_classes="fields"):
                 for field in offered:
                     if field.basic:
                         components[field.name] = component_of(field, defaults[field.name])
@@ -47,7 +47,7 @@ def build(workspace: Workspace, player: Player, scorer: Scorer):
                             if field.group == group and not field.basic:
                                 components[field.name] = component_of(field, defaults[field.name])
             command = command_box("train-command")
-            with gr.Row():
+            with gr.Row(elem_classes="sticky"):
                 start = gr.Button("Start training", variant="primary", elem_id="start", min_width=140)
                 estimate = gr.Button("Estimate memory", min_width=140)
             memory = gr.HTML(elem_id="memory")
@@ -136,7 +136,7 @@ def _chosen(name: str | None) -> str:
 def component_of(field: flags.Field, default: Any) -> Any:
     """The form's part for one flag: empty stands for the default, which is shown in grey."""
     label, shown = field.name.replace("_", " ").capitalize(), text_of(default)
-    settings = {"label": label, "info": field.help, "min_width": 260, "elem_id": f"flag-{field.name}"}
+    settings = {"label": label, "info": field.help, "min_width": 150, "elem_id": f"flag-{field.name}"}
     if field.kind == "bool":
         return gr.Checkbox(bool(field.default), **settings)
     if field.kind == "choice":
