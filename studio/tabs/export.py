@@ -8,6 +8,8 @@ import gradio as gr
 
 from delora_diffusers.commands.export import DTYPES, FORMATS
 from delora_diffusers.errors import InputError
+from delora_diffusers.names import WEIGHTS_NAME
+from delora_diffusers.text_files import read_text
 from studio import adapters, jobs, markup
 from studio.tabs.common import choices, command_box, reported
 from studio.workspace import Workspace
@@ -62,8 +64,10 @@ def build(workspace: Workspace):
     def show_card(label: str | None, repository: str):
         if not label:
             return "", ""
-        file = workspace.run(label.partition("/")[0]) / CARD_NAME
-        text = file.read_text(encoding="utf-8") if file.is_file() else "The card is written when the run finishes."
+        run = workspace.run(label.partition("/")[0])
+        if not (run / WEIGHTS_NAME).is_file():
+            return markup.paragraph("The card is written when the run finishes; only finished runs are uploaded."), ""
+        text = read_text(run / CARD_NAME) if (run / CARD_NAME).is_file() else "This run has no card."
         return markup.text_block(text, "model card"), markup.command(
             jobs.shown(push_words(workspace, label, repository.strip() or "me/my-adapter"))
         )

@@ -143,7 +143,7 @@ def overview_of(workspace: Workspace, info: photos.SetInfo) -> str:
         figures.append(markup.figure(url, f"photo {photo.file}", caption, photo.warnings))
     count = f"{len(info.photos)} photos" if len(info.photos) != 1 else "1 photo"
     return (
-        markup.heading(f"{info.name}: {count}")
+        markup.heading(f"{info.name}: {count}", 2)
         + markup.notes(info.warnings)
         + markup.grid(figures, f"photos of {info.name}", 190)
     )

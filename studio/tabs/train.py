@@ -108,7 +108,7 @@ def build(workspace: Workspace, player: Player, scorer: Scorer):
 
     looking = {"fn": look, "inputs": [run, download, seen], "outputs": [status, curves, samples, log, seen]}
     hidden = {"show_progress": "hidden"}
-    start.click(begin, inputs, [run, command, seen]).success(**looking, **hidden)
+    start.click(begin, inputs, [run, command, seen], scroll_to_output=True).success(**looking, **hidden)
     gr.on([box.change for box in inputs], show_command, inputs, command, trigger_mode="always_last", **hidden)
     estimate.click(estimated, inputs, memory)
     stop.click(end, run).success(**looking, **hidden)
