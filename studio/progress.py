@@ -13,17 +13,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
 from delora_diffusers.atomic import atomic_folder, write_text
 from delora_diffusers.errors import InputError
-from delora_diffusers.image_files import list_images
+from delora_diffusers.image_files import list_images, load_rgb
 from delora_diffusers.image_grid import images_of_grid
 from delora_diffusers.names import CONFIG_NAME, is_miniature
 from delora_diffusers.text_files import read_json
 from studio.runs import studio_folder
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     from eval.metrics.encoders import ClipEncoder, DinoEncoder
@@ -36,13 +35,14 @@ TITLES = {
 }
 """The curves that training logs, by tag."""
 SCORE_TITLES = {"dino": "DINO: similarity to the photos", "clip_t": "CLIP-T: similarity to the prompt"}
-SAMPLES_FOLDER, SCORES_NAME = "samples", "scores.json"
+SAMPLES_FOLDER, LISTING_NAME, SCORES_NAME = "samples", "samples.json", "scores.json"
 UNNAMED = {
     "dino": "DINO is not computed: name a DINO model to compare the images with the photos.",
     "clip": "CLIP-T is not computed: name a CLIP model to compare the images with their prompts.",
 }
 
-_scoring = threading.Lock()
+_scoring, _reading = threading.Lock(), threading.Lock()
+"""Two pages of one server may show the same run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,9 @@ def samples(run: Path) -> list[Samples]:
     scores = _read_scores(run)
     found = []
     for grid in sorted((run / "validation").glob("step-*.png")):
-        with suppress(FileNotFoundError, ValueError):
+        if grid.is_symlink():
+            continue
+        with suppress(FileNotFoundError, ValueError), _reading:
             step, known = int(grid.stem.removeprefix("step-")), scores.get(_version(grid), {})
             found.append(Samples(step, _images(run, grid, step), known.get("dino"), known.get("clip_t"), grid))
     return found
@@ -115,7 +117,7 @@ def score_samples(run: Path, photos: Path, dino: str | None, clip: str | None) -
         dino, clip = dino or PROTOCOLS["toybox"].dino, clip or PROTOCOLS["toybox"].clip
     unnamed = [UNNAMED[kind] for kind, name in (("dino", dino), ("clip", clip)) if not name]
     if dino or clip:
-        with _scoring:  # two pages may show the same run
+        with _scoring:
             _score(run, photos, dino or None, clip or None)
     return " ".join(unnamed) or None
 
@@ -213,29 +215,31 @@ def _sorted(points: Mapping[int, float]) -> tuple[list[int], list[float]]:
 def _images(run: Path, grid: Path, step: int) -> list[tuple[Path, str, int]]:
     """The images of a grid, which are taken out of it the first time."""
     folder, arguments = studio_folder(run) / SAMPLES_FOLDER / _version(grid), _arguments(run)
-    listing = folder / "samples.json"
-    if not listing.is_file():
-        prompts, seed, count = (arguments.get(key) for key in ("validation_prompt", "seed", "num_validation_images"))
-        side = arguments.get("resolution")
-        size = (arguments.get("validation_width") or side, arguments.get("validation_height") or side)
-        if not prompts or not isinstance(seed, int) or not isinstance(count, int) or None in size:
-            return []
-        with Image.open(grid) as opened:
-            rows = images_of_grid(opened.convert("RGB"), prompts, count, size, title=f"step {step}")
-        if rows is None:
-            return []
-        with suppress(InputError), atomic_folder(folder) as temporary:  # another page may have been faster
-            lines = []
-            for row, (prompt, images) in enumerate(zip(prompts, rows)):
-                for number, image in enumerate(images):
-                    name = f"{row:02}-{seed + number}.png"
-                    image.save(temporary / name)
-                    lines.append((name, prompt, seed + number))
-            (temporary / listing.name).write_text(json.dumps(lines) + "\n", encoding="utf-8")
-    try:
+    listing = folder / LISTING_NAME
+    with suppress(
+        InputError, LookupError, TypeError, ValueError
+    ):  # another server wrote it first, or files are damaged
+        if not listing.is_file():
+            prompts, seed, side = arguments["validation_prompt"], arguments["seed"], arguments["resolution"]
+            size = arguments["validation_width"] or side, arguments["validation_height"] or side
+            columns = arguments["num_validation_images"]
+            rows = images_of_grid(load_rgb(grid), prompts, columns, size, title=f"step {step}")
+            if rows is not None:
+                _write_images(folder, rows, prompts, seed)
+    with suppress(InputError, TypeError, ValueError):
         return [(folder / name, prompt, seed) for name, prompt, seed in read_json(listing)]
-    except (InputError, TypeError, ValueError):
-        return []
+    return []
+
+
+def _write_images(folder: Path, rows: Sequence[Sequence["Image"]], prompts: Sequence[str], seed: int) -> None:
+    with atomic_folder(folder) as temporary:
+        lines = []
+        for row, (prompt, images) in enumerate(zip(prompts, rows)):
+            for number, image in enumerate(images, start=seed):
+                name = f"{row:02}-{number}.png"
+                image.save(temporary / name)
+                lines.append((name, prompt, number))
+        (temporary / LISTING_NAME).write_text(json.dumps(lines) + "\n", encoding="utf-8")
 
 
 def _arguments(run: Path) -> dict[str, Any]:

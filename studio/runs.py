@@ -40,6 +40,8 @@ from studio.workspace import Workspace
 
 STUDIO_FOLDER = ".studio"
 RECORD_NAME, LOG_NAME = "run.json", "log.txt"
+LAUNCHER = [sys.executable, "-m", "accelerate.commands.launch"]
+"""What ``accelerate launch`` runs, of the environment that this process is in."""
 TOKEN = "DELORA_STUDIO_RUN"
 """The environment variable of a run's processes."""
 PHOTOS = "photos"
@@ -118,8 +120,10 @@ def planned(workspace: Workspace, name: str, values: Mapping[str, Any]) -> dict[
     """
     if not values.get(PHOTOS):
         raise InputError("no photos were chosen; choose a set of photos to train on.")
-    flags_of_run = {"output_dir": workspace.run(name), "instance_data_dir": workspace.photo_set(values[PHOTOS])}
-    return _inside(workspace, values) | flags_of_run
+    photos = workspace.photo_set(values[PHOTOS])
+    for file in photos.iterdir() if photos.is_dir() else ():
+        workspace.within(file)  # it may be a link
+    return _inside(workspace, values) | {"output_dir": workspace.run(name), "instance_data_dir": photos}
 
 
 def _inside(workspace: Workspace, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -256,10 +260,12 @@ def _held(run: Path) -> Iterator[None]:
     Raises:
         InputError: another page holds it.
     """
-    if studio_folder(run).is_symlink() or studio_folder(run).parent.is_symlink():
-        raise InputError(f"{studio_folder(run)} is a link; remove it.")
+    folder = studio_folder(run)
+    for path in (folder.parent, folder, folder / LOG_NAME):
+        if path.is_symlink():
+            raise InputError(f"{path} is a link, through which nothing is written; remove it.")
     try:
-        with locked_folder(studio_folder(run)):
+        with locked_folder(folder):
             yield
     except InputError as error:
         if isinstance(error.__cause__, BlockingIOError):
@@ -286,7 +292,7 @@ def _launch(run: Path, values: dict[str, Any], words: Mapping[str, Any]) -> None
         output.flush()
         try:
             subprocess.Popen(
-                [sys.executable, "-m", "accelerate.commands.launch", *command[2:]],
+                [*LAUNCHER, *command[2:]],
                 cwd=flags.ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=output,

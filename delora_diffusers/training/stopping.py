@@ -18,19 +18,22 @@ from delora_diffusers.training.run_folder import command_line
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SAME_REQUEST_SECONDS = 2.0
 """Launchers pass on a signal that a terminal or a scheduler sends to the training process as well."""
+LAUNCHED = ("ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID")
+"""Environment variables that ``accelerate launch`` and ``torchrun`` set, whatever they are configured for."""
 RESUME = "--resume_from_checkpoint"
 
 
 class StopRequest:
-    """Whether this process was asked to stop.
+    """Whether this process was asked to stop, by a signal or by the end of its launcher.
 
     Attributes:
-        signal: the first signal that it received, or 0.
+        signal: the first signal that it, or else its launcher, received, or 0.
     """
 
     def __init__(self) -> None:
         self.signal = 0
         self._received = 0.0
+        self._launcher = os.getppid() if any(name in os.environ for name in LAUNCHED) else None
 
     def receive(self, number: int, _: FrameType | None = None) -> None:
         """The handler of signals. The second one has the effect that it has in other programs."""
@@ -47,6 +50,9 @@ class StopRequest:
             can_ask: whether all processes are at a step where they exchange values anyway. Several processes, which
                 signals reach at different steps, agree only there, so that no other step waits for the device.
         """
+        if not self.signal and self._launcher not in (None, os.getppid()):
+            # Accelerate's launcher does not pass signals on to a single process.
+            self.signal = signal.SIGTERM
         if accelerator.num_processes == 1:
             return self.signal
         if not can_ask:

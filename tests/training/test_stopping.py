@@ -3,6 +3,8 @@
 import os
 import signal
 import threading
+import time
+from pathlib import Path
 
 import pytest
 
@@ -72,6 +74,43 @@ def test_the_images_of_the_step_of_the_signal_are_generated_when_the_run_continu
     run_in_child(train, [*flags, "--resume_from_checkpoint", "latest"])
     images = sorted(path.name for path in (tmp_path / "out" / "validation").iterdir())
     assert images == ["step-000003.png", "step-000006.png"]
+
+
+def be_launched(flags: list[str], folder: str) -> None:
+    """Train in a child of this process, which is killed when the first step is done."""
+    from delora_diffusers.training.loss_monitor import LossMonitor
+
+    launcher = os.getpid()
+    os.environ[stopping.LAUNCHED[0]] = "NO"
+    if os.fork():
+        signal.pause()
+    os.dup2(os.open(f"{folder}/text", os.O_WRONLY | os.O_CREAT), 1)
+    add = LossMonitor.add
+
+    def add_and_kill(self, losses, current):
+        add(self, losses, current)
+        if current == 1:
+            os.kill(launcher, signal.SIGTERM)
+            while os.getppid() == launcher:
+                time.sleep(0.01)
+
+    LossMonitor.add = add_and_kill
+    try:
+        train(flags)
+    except SystemExit as stop:
+        Path(folder, "code").write_text(str(stop.code))
+    os._exit(0)
+
+
+@pytest.mark.integration
+def test_training_ends_with_a_checkpoint_when_its_launcher_ends(tiny_sd, photographs, tmp_path):
+    child = start_in_child(be_launched, training_flags(tiny_sd, photographs, tmp_path / "out"), str(tmp_path))
+    child.process.join()
+    assert child.process.exitcode == -signal.SIGTERM
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "code").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert (tmp_path / "code").read_text() == "143" and steps_saved(tmp_path / "out") == ["checkpoint-2"]
 
 
 @pytest.mark.integration
