@@ -59,9 +59,15 @@ def import_photos(workspace: Workspace, name: str, files: Sequence[Path]) -> Imp
         photos, masks = _without_masks(images, refused)
         if not photos:
             raise InputError(" ".join(refused[:5]) or "no photos were uploaded; choose images, or a zip of images.")
+        written: list[Path] = []
         with locked_folder(folder, wait=True):
-            added = [_add(folder, photo, captions.get(photo), masks.get(photo)) for photo in photos]
-    return Imported([path.name for path in added], refused)
+            try:
+                names = [_add(folder, photo, captions.get(photo), masks.get(photo), written) for photo in photos]
+            except InputError:  # the disk is full
+                for path in written:
+                    path.unlink(missing_ok=True)
+                raise
+    return Imported(names, refused)
 
 
 def _is_image(upload: Upload) -> bool:
@@ -88,8 +94,8 @@ def _without_masks(images: Sequence[Upload], refused: list[str]) -> tuple[list[U
     """The photos among uploaded images, and the mask of each that has one."""
     photos, masks = [], {}
     for image in images:
-        others = [other for other in images if other.folder == image.folder and other is not image]
-        owner = next((other for other in others if belongs(image.name, Path(other.name))), None)
+        beside = (other for other in images if other.folder == image.folder and image.stem.endswith(MASK_ENDINGS))
+        owner = next((other for other in beside if belongs(image.name, Path(other.name))), None)
         if owner is not None:
             masks.setdefault(owner, image)
         elif image.stem.endswith(MASK_ENDINGS[0]):
@@ -126,8 +132,12 @@ def _uploaded_captions(texts: Sequence[Upload], images: Sequence[Upload], refuse
     return captions
 
 
-def _add(folder: Path, photo: Upload, caption: str | None, mask: Upload | None) -> Path:
-    """Copy a photo and what belongs to it to a set whose lock is held. The photo comes last."""
+def _add(folder: Path, photo: Upload, caption: str | None, mask: Upload | None, written: list[Path]) -> str:
+    """Copy a photo and what belongs to it to a set whose lock is held; returns its name there.
+
+    Args:
+        written: receives the files before they are written. The photo is the last.
+    """
     taken = {owner_of(path.name).casefold() for path in folder.iterdir()} | {Path(CONTACT_SHEET_NAME).stem}
     number, stem = 1, photo.stem
     while stem.casefold() in taken or stem.endswith(MASK_ENDINGS):
@@ -135,10 +145,11 @@ def _add(folder: Path, photo: Upload, caption: str | None, mask: Upload | None) 
         stem = f"{photo.stem}-{number}"
     target = folder / f"{stem}{photo.suffix}"
     if caption is not None:
-        write_text(target.with_suffix(CAPTION_EXTENSIONS[0]), caption + "\n")
-    if mask is not None:
-        with atomic_write(folder / f"{stem}{MASK_ENDINGS[0]}{mask.suffix}") as part:
-            shutil.copyfile(mask.path, part)
-    with atomic_write(target) as part:
-        shutil.copyfile(photo.path, part)
-    return target
+        written.append(target.with_suffix(CAPTION_EXTENSIONS[0]))
+        write_text(written[-1], caption + "\n")
+    for source, path in ((mask, folder / f"{stem}{MASK_ENDINGS[0]}{mask.suffix if mask else ''}"), (photo, target)):
+        if source is not None:
+            written.append(path)
+            with atomic_write(path) as part:
+                shutil.copyfile(source.path, part)
+    return target.name

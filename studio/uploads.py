@@ -5,6 +5,7 @@ file is copied first, what follows looks at the copy, and no name in an archive 
 """
 
 import dataclasses
+import errno
 import re
 import stat
 import struct
@@ -25,7 +26,7 @@ MAX_BYTES = 2 * 2**30
 """All files of one upload, unpacked."""
 ARCHIVES = (".zip",)
 OTHER_ARCHIVES = (".rar", ".7z", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst")
-IGNORED = re.compile(r"(?:.*/)?(?:\..*|__MACOSX(?:/.*)?|Thumbs\.db|desktop\.ini)", re.IGNORECASE | re.DOTALL)
+IGNORED = re.compile(r"(?:.*[/\\])?(?:\.[^/\\]*|__MACOSX[/\\].*|Thumbs\.db|desktop\.ini)", re.IGNORECASE | re.DOTALL)
 """What systems add to folders and archives without being asked."""
 LONGEST_STEM = 80
 """Bytes; leaves room for a number, the ending of a mask and the name of a temporary file."""
@@ -151,7 +152,9 @@ def _unpacked(file: Path, folder: Path, limits: Limits, refused: list[str]) -> l
             return list(_entries(archive, file.name, folder, limits, refused))
     except InputError:
         raise
-    except ZIP_ERRORS as error:
+    except (*ZIP_ERRORS, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # of a disk, and not of an impossible offset
+            raise
         raise InputError(f"{file.name} is not a readable zip ({reason(error)}); zip the photos again.") from error
 
 
