@@ -52,7 +52,7 @@ def build(workspace: Workspace, player: Player, scorer: Scorer) -> gr.Blocks:
     defaults = flags.effective({})
     resolution = defaults["resolution"]
     resolution = resolution[0] if isinstance(resolution, list | tuple) else resolution
-    with gr.Blocks(title="delora-diffusers studio", analytics_enabled=False) as page:
+    with gr.Blocks(title="delora-diffusers studio", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.HTML(
             "<h1>delora-diffusers studio</h1><p>Teach a text-to-image model a subject from a few photos. Without a "
             "base model it trains the included miniature.</p>",

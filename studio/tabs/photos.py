@@ -55,7 +55,7 @@ def build(workspace: Workspace, resolution: int, bucket_step: int) -> gr.Dropdow
         with gr.Column():
             mask = gr.File(label="Mask (white on the subject)", file_count="single", file_types=["image"], height=170)
             remove = gr.Button("Remove this photo", variant="stop")
-            message = gr.HTML(elem_classes="message")
+            message = gr.HTML(elem_id="photos-message")
 
     @reported
     def show(name: str, side: int, step: int, square: bool, chosen: str | None):

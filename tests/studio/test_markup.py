@@ -8,7 +8,13 @@ from hypothesis import strategies as st
 
 from studio import charts, markup
 
-HOSTILE = ["<script>alert(1)</script>", "\"><img src=x onerror=alert(1)>", "' onmouseover='alert(1)", "&lt;b&gt;", "\x00"]
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "' onmouseover='alert(1)",
+    "&lt;b&gt;",
+    "\x00",
+]
 TEXTS = st.one_of(st.sampled_from(HOSTILE), st.text(max_size=30))
 
 
