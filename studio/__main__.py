@@ -4,6 +4,7 @@ import argparse
 import getpass
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from delora_diffusers.dispatch import exit_on_bad_input
@@ -71,13 +72,13 @@ def listening(host: str, port: int):
 
 def main(arguments: list[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
-    try:
-        import gradio  # noqa: F401
-        import uvicorn
-    except ImportError as error:
-        raise InputError(f"{error.name} is missing; install it with `pip install -e '.[studio]'`.") from error
+    missing = next((name for name in ("gradio", "psutil") if find_spec(name) is None), None)
+    if missing is not None:
+        raise InputError(f"the package {missing} is missing; run `make studio`, or `pip install -e '.[studio]'`.")
     password = read_password(options)
     connection = listening(options.host, options.port)
+    import uvicorn  # comes with gradio
+
     from studio.app import create_app
     from studio.workspace import open_workspace
 

@@ -127,7 +127,7 @@ def run_command(words: list[str], kept: KeptModel) -> str | None:
     except Exception as error:
         kept._forget()  # in an unknown state
         if is_out_of_memory(error):
-            return out_of_memory_sentence(ANYWHERE)
+            return out_of_memory_sentence("generating", ANYWHERE)
         import traceback
 
         traceback.print_exc()

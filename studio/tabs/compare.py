@@ -106,14 +106,15 @@ def build(workspace: Workspace, player: Player):
             links += f'<p><a href="{url}" target="_blank" rel="noopener">Page of {markup.escape(label)}</a></p>'
         yield shown, links
 
-    running = [
+    running: list[Any] = [
         button.click(handler, inputs, [command, result]) for button, handler in ((go, compare), (pages, write_pages))
     ]
     stop.click(player.close, None, None, cancels=running, queue=False)
 
     def refresh(chosen: list[str], name: str | None):
         now = adapters.adapters(workspace)
-        kept = [label for label in chosen or [] if label in now] or now[:2]
+        of_runs = {label.partition("/")[0]: label for label in reversed(now)}
+        kept = [label for label in chosen or [] if label in now] or list(of_runs.values())[::-1][:2]
         return gr.update(choices=now, value=kept), set_choices(workspace, name)
 
     return [labels, photo_set], refresh

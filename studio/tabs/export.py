@@ -25,9 +25,8 @@ CARD_NAME = "README.md"
 def build(workspace: Workspace):
     """Build the tab; returns the event that fills its list of adapters again."""
     readers = {**FORMATS, **MERGES}
-    names = adapters.adapters(workspace)
     with gr.Row():
-        label = gr.Dropdown(names, value=names[0] if names else None, label="Adapter", elem_id="export-adapter")
+        label = gr.Dropdown([], label="Adapter", elem_id="export-adapter")
         name = gr.Textbox("", label="Name of the export", placeholder="the adapter's name with the format's")
     kind = gr.Radio(
         [(f"{name}: for {reader}", name) for name, reader in readers.items()],

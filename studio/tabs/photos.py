@@ -1,6 +1,7 @@
 """Photos: the sets of the workspace, each photo as training will read it, captions, masks and warnings."""
 
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
@@ -83,24 +84,26 @@ def build(workspace: Workspace, resolution: int, bucket_step: int) -> gr.Dropdow
 
     @reported
     def store(name: str, file: str | None, text: str):
-        _check_chosen(file)
-        photos.save_caption(workspace, name, file, text)
+        photos.save_caption(workspace, name, _chosen(file), text)
         return markup.paragraph(f"Saved the caption of {file}.", "done")
 
     @reported
     def store_mask(name: str, file: str | None, path: str | None):
-        _check_chosen(file)
-        photos.save_mask(workspace, name, file, Path(path or ""))
+        photos.save_mask(workspace, name, _chosen(file), Path(path or ""))
         return None, markup.paragraph(f"Saved the mask of {file}; train with --use_masks.", "done")
 
     @reported
     def discard(name: str, file: str | None):
-        _check_chosen(file)
-        photos.remove_photo(workspace, name, file)
+        photos.remove_photo(workspace, name, _chosen(file))
         return markup.paragraph(f"Removed {file}.", "done")
 
     shape = [name, side, step, square]
-    shown = {"fn": show, "inputs": [*shape, file], "outputs": [overview, file, caption], "show_progress": "hidden"}
+    shown: dict[str, Any] = {
+        "fn": show,
+        "inputs": [*shape, file],
+        "outputs": [overview, file, caption],
+        "show_progress": "hidden",
+    }
     gr.on([name.change, side.change, step.change, square.change], **shown)
     file.input(choose, [*shape, file], caption, show_progress="hidden")
     files.upload(add, [name, files], [name, files, message]).then(**shown)
@@ -114,9 +117,10 @@ def build(workspace: Workspace, resolution: int, bucket_step: int) -> gr.Dropdow
     return name
 
 
-def _check_chosen(file: str | None) -> None:
+def _chosen(file: str | None) -> str:
     if not file:
         raise InputError("no photo is chosen; choose one in the list.")
+    return file
 
 
 def caption_of(info: photos.SetInfo, file: str | None) -> str:

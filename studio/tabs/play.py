@@ -17,20 +17,15 @@ FIRST_PROMPT = "a photo of sks mug on the beach"
 
 def build(workspace: Workspace, player: Player) -> tuple[list[gr.Dropdown], Any]:
     """Build the tab; returns the lists of adapters, and the handler that fills them again."""
-    names = adapters.adapters(workspace)
     with gr.Row():
         with gr.Column(scale=1, min_width=320):
             used, weights = [], []
-            used.append(
-                gr.Dropdown(
-                    ["", *names], value=names[0] if names else "", label="Adapter", info="Empty: the base model."
-                )
-            )
+            used.append(gr.Dropdown([""], value=None, label="Adapter", info="Empty: the base model."))
             with gr.Accordion("More adapters and weights", open=False):
                 weights.append(gr.Number(1.0, label="Weight of the adapter", min_width=90))
                 for number in range(2, MOST_ADAPTERS + 1):
                     with gr.Row():
-                        used.append(gr.Dropdown(["", *names], value="", label=f"Adapter {number}", min_width=170))
+                        used.append(gr.Dropdown([""], value="", label=f"Adapter {number}", min_width=170))
                         weights.append(gr.Number(1.0, label=f"Weight {number}", min_width=90))
             prompts = gr.Textbox(
                 FIRST_PROMPT, label="Prompts", lines=3, info="One per line. The dial uses the first.", elem_id="prompts"
@@ -127,11 +122,16 @@ def build(workspace: Workspace, player: Player) -> tuple[list[gr.Dropdown], Any]
             )
         yield from played([(label, *request(given, one=True, only=label)) for label in labels])
 
-    result_of = {"outputs": [command, result], "concurrency_id": "play", "concurrency_limit": 4}
-    running = [
+    result_of: dict[str, Any] = {
+        "outputs": [command, result],
+        "concurrency_id": "play",
+        "concurrency_limit": 4,
+        "show_progress": "hidden",
+    }
+    running: list[Any] = [
         go.click(generate, inputs, **result_of),
         # While an image is being generated, the last position counts. The event `release` is not for the keyboard.
-        dial.input(turn, inputs, trigger_mode="always_last", show_progress="hidden", **result_of),
+        dial.input(turn, inputs, trigger_mode="always_last", **result_of),
         sheet.click(strengths, inputs, **result_of),
         beside.click(side_by_side, inputs, **result_of),
     ]
@@ -139,7 +139,8 @@ def build(workspace: Workspace, player: Player) -> tuple[list[gr.Dropdown], Any]
 
     def refresh(*chosen: str | None):
         now = adapters.adapters(workspace)
-        first = choices(["", *now], chosen[0] or (now[0] if now else ""))
+        # Nothing has been chosen before the tab is opened; an empty choice is the base model.
+        first = choices(["", *now], chosen[0] if chosen[0] is not None else (now[0] if now else None))
         return [first, *(choices(["", *now], name or "") for name in chosen[1:])]
 
     return used, refresh

@@ -106,8 +106,12 @@ def build(workspace: Workspace, player: Player, scorer: Scorer):
     def look(run_name: str | None, download: bool, before: Any):
         return looked(workspace, scorer, run_name, download, before)
 
-    looking = {"fn": look, "inputs": [run, download, seen], "outputs": [status, curves, samples, log, seen]}
-    hidden = {"show_progress": "hidden"}
+    looking: dict[str, Any] = {
+        "fn": look,
+        "inputs": [run, download, seen],
+        "outputs": [status, curves, samples, log, seen],
+    }
+    hidden: dict[str, Any] = {"show_progress": "hidden"}
     start.click(begin, inputs, [run, command, seen], scroll_to_output=True).success(**looking, **hidden)
     gr.on([box.change for box in inputs], show_command, inputs, command, trigger_mode="always_last", **hidden)
     estimate.click(estimated, inputs, memory)
