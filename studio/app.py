@@ -58,9 +58,10 @@ def build(workspace: Workspace, player: Player, scorer: Scorer) -> gr.Blocks:
             "base model it trains the included miniature.</p>",
             elem_id="title",
         )
+        followed = gr.State()
         with gr.Tabs():
             with gr.Tab("Photos"):
-                photos.build(workspace, resolution, defaults["bucket_step"])
+                shown_set = photos.build(workspace, resolution, defaults["bucket_step"])
             with gr.Tab("Train") as training:
                 run, photo_set, refresh_train = train.build(workspace, player, scorer)
             with gr.Tab("Play") as playing:
@@ -70,7 +71,9 @@ def build(workspace: Workspace, player: Player, scorer: Scorer) -> gr.Blocks:
             with gr.Tab("Export") as exporting:
                 refresh_exported = export.build(workspace)
         # What was added in one tab, or on another page, is in the lists of a tab when it is opened.
-        training.select(refresh_train, [run, photo_set], [run, photo_set], show_progress="hidden")
+        training.select(
+            refresh_train, [run, photo_set, shown_set, followed], [run, photo_set, followed], show_progress="hidden"
+        )
         playing.select(refresh_played, played, played, show_progress="hidden")
         comparing.select(refresh_compared, compared, compared, show_progress="hidden")
         exporting.select(**refresh_exported, show_progress="hidden")

@@ -8,7 +8,7 @@ import gradio as gr
 
 from delora_diffusers.commands.export import DTYPES, FORMATS
 from delora_diffusers.errors import InputError
-from delora_diffusers.names import WEIGHTS_NAME
+from delora_diffusers.names import NOT_UPLOADED, WEIGHTS_NAME
 from delora_diffusers.text_files import read_text
 from studio import adapters, jobs, markup
 from studio.tabs.common import choices, command_box, reported
@@ -18,7 +18,6 @@ MERGES = {
     "merged folder": "a complete pipeline for diffusers, without this project",
     "merged file": "one .safetensors of Stable Diffusion 1.x, 2.x or XL for AUTOMATIC1111 and ComfyUI",
 }
-NOT_UPLOADED = ("checkpoint-*", ".*", "logs/*", "class_images/*", "cache/*")
 CARD_NAME = "README.md"
 
 

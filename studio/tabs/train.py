@@ -78,8 +78,8 @@ def build(workspace: Workspace, player: Player, scorer: Scorer):
 
     @reported
     def begin(run_name: str, chosen_set: str | None, *given: Any):
-        player.close()  # the memory of the GPU is for training
         state = runs.start(workspace, run_name, filled(chosen_set, *given))
+        player.close()  # the memory of the GPU is for training, which takes seconds until it needs it
         return run_choices(workspace, run_name), markup.command(state.command), None
 
     def show_command(run_name: str, chosen_set: str | None, *given: Any):
@@ -100,8 +100,8 @@ def build(workspace: Workspace, player: Player, scorer: Scorer):
 
     @reported
     def go_on(run_name: str | None):
-        player.close()
         runs.resume(workspace, _chosen(run_name))
+        player.close()
 
     def look(run_name: str | None, download: bool, before: Any):
         return looked(workspace, scorer, run_name, download, before)
@@ -125,8 +125,10 @@ def build(workspace: Workspace, player: Player, scorer: Scorer):
     loaded = blocks.load(lambda: run_choices(workspace, None), None, run, **hidden)
     loaded.then(show_command, inputs, command, **hidden)
 
-    def refresh(run_name: str | None, chosen_set: str | None):
-        return run_choices(workspace, run_name), set_choices(workspace, chosen_set)
+    def refresh(run_name: str | None, chosen_set: str | None, shown_set: str | None, followed: str | None):
+        # The set that was opened last in the tab Photos is the one to train on, until another is chosen here.
+        wanted = shown_set if shown_set != followed else chosen_set
+        return run_choices(workspace, run_name), set_choices(workspace, wanted), shown_set
 
     return run, photo_set, refresh
 

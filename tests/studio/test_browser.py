@@ -53,7 +53,8 @@ class Server:
             "no_proxy": "127.0.0.1"
         }
         words = [sys.executable, "-m", "studio", "--workspace", str(self.workspace), "--port", str(self.port)]
-        environment = os.environ | nowhere | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        environment = os.environ | nowhere | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         assert self.url.rstrip("/") in self.process.stdout.readline()
@@ -90,8 +91,9 @@ def server(tmp_path_factory) -> Iterator[Server]:
 class Watched:
     """A page of which nothing may be wrong: errors, dialogs, and requests that leave the machine are collected."""
 
-    def __init__(self, browser, server: Server, width: int = 1280):
-        self.context = browser.new_context(viewport={"width": width, "height": 900}, bypass_csp=True)
+    def __init__(self, browser, server: Server, width: int = 1280, scheme: str = "light", bypass_csp: bool = False):
+        size = {"width": width, "height": 900}
+        self.context = browser.new_context(viewport=size, color_scheme=scheme, bypass_csp=bypass_csp)
         self.page = self.context.new_page()
         self.wrong: list[str] = []
         self.expected = ""
@@ -175,6 +177,7 @@ def test_uploads_become_a_set_and_two_pages_do_not_disturb_each_other(browser, s
     other = Watched(browser, server)
     other.open("Train")
     other.field("Rank").fill("7")
+    other_set = other.field("Photo set").input_value()
     photos = [tmp_path / f"{number}.png" for number in range(3)]
     for number, file in enumerate(photos):
         Image.effect_mandelbrot((160, 128), (-3 + number / 9, -2.5, 2, 2.5), 100).convert("RGB").save(file)
@@ -186,10 +189,12 @@ def test_uploads_become_a_set_and_two_pages_do_not_disturb_each_other(browser, s
     shown = watched.wait("#photos-overview", "two words: 3 photos")
     assert "0.png: 160 x 128, trained as 144 x 112" in shown
     assert "no.png" in watched.wait("#photos-message", "no.png")
+    watched.open("Train")
+    playwright.expect(watched.field("Photo set")).to_have_value("two words")
     assert len(list((server.workspace / "photos" / "two words").glob("*.png"))) == 3
     other.page.wait_for_timeout(500)
     assert other.field("Rank").input_value() == "7"
-    assert other.field("Photo set").input_value() == "toy"
+    assert other.field("Photo set").input_value() == other_set != "two words"
     other.close()
 
 
@@ -233,17 +238,16 @@ def axe(tmp_path_factory) -> str:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_labels_contrast_and_structure(watched, axe, scheme):
+def test_labels_contrast_and_structure(browser, server, axe, scheme):
+    watched = Watched(browser, server, scheme=scheme, bypass_csp=True)
     page = watched.page
-    page.emulate_media(color_scheme=scheme)
-    page.reload()
-    page.wait_for_selector("#photos-overview figure")
     page.evaluate(axe)
     for tab in TABS:
         watched.open(tab)
         page.wait_for_timeout(800)
         found = page.evaluate("axe.run(document, {runOnly: ['wcag2a', 'wcag2aa', 'best-practice']})")["violations"]
         assert not found, (tab, [(rule["id"], [node["html"] for node in rule["nodes"]]) for rule in found])
+    watched.close()
 
 
 @pytest.mark.parametrize("width", [390, 800])
@@ -340,6 +344,9 @@ def test_the_main_path(browser, tmp_path):
     assert next(folder.glob("0*.png")).read_bytes() == answer.body()
     watched.button("Sheet of strengths").click()
     page.wait_for_function("document.querySelectorAll('#play-result img').length == 7", timeout=60_000)
+    watched.button("Checkpoints side by side").click()
+    shown = watched.wait("#play-result", "mug/checkpoint-40")
+    assert f"mug/checkpoint-{reached}" in shown
 
     shutil.copytree(tmp_path / "ws" / "runs" / "mug", tmp_path / "ws" / "runs" / "copy")
     watched.open("Compare")
