@@ -48,6 +48,8 @@ PHOTOS = "photos"
 """The key of the photo set's name among a form's values."""
 TAIL_BYTES = 64 * 2**10
 TAIL_LINES = 200
+FORK_SECONDS = 1
+"""A process appears later than its record, by at most this."""
 SETTLED_SECONDS = 5
 """From then on, the time left follows from the mean time of the steps."""
 
@@ -347,7 +349,7 @@ def _state(run: Path, record: Record | None, processes: Mapping[str, list[psutil
     step = record.first_step if progress is None else int(progress[1])
     running = processes[record.token]
     seconds_left = None
-    if running:
+    if running or (0 <= time.time() - record.started < FORK_SECONDS and text.count("\n") < 2):
         status: Status = "starting" if progress is None else "training"
         message = f"Training: {step} of {record.steps} steps are done."
         if progress is None:

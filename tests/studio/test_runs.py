@@ -59,12 +59,12 @@ def wait(workspace, name, condition, seconds=60) -> runs.RunState:
 
 
 def has_ended(state: runs.RunState) -> bool:
-    return state.pid is None
+    return state.status in ("stopped", "finished", "failed", "lost")
 
 
 def at_step(step: int):
     def reached(state: runs.RunState) -> bool:
-        assert state.pid is not None, state
+        assert not has_ended(state), state
         return state.step >= step
 
     return reached
@@ -111,10 +111,10 @@ def test_the_life_of_a_run(workspace, tiny_sd, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="there is a run dog already"):
         runs.start(workspace, "dog", given)
 
+    monkeypatch.setattr(runs, "LAUNCHER", [sys.executable])  # which starts faster
     assert runs.resume(workspace, "dog").step == state.step
     killed = wait(workspace, "dog", at_step(state.step + 5))
-    for process in psutil.Process(killed.pid).children():  # the launcher's, which is the trainer
-        process.kill()
+    os.kill(killed.pid, signal.SIGKILL)
     lost = wait(workspace, "dog", has_ended)
     assert lost.status == "lost" and lost.step >= killed.step
     assert lost.message == (
@@ -122,7 +122,6 @@ def test_the_life_of_a_run(workspace, tiny_sd, tmp_path, monkeypatch):
         f"{state.step}: resume to continue."
     )
 
-    monkeypatch.setattr(runs, "LAUNCHER", [sys.executable])  # which starts faster
     runs.resume(workspace, "dog")
     alone = tmp_path / "alone"
     words = flags.command(runs.planned(workspace, "dog", given) | {"output_dir": alone})
@@ -167,6 +166,12 @@ BAR = "training:  {0}%|████      | {0}/300 [00:{1}<00:40,  4.85it/s, los
             "train from the beginning.",
         ),
         (
+            "subprocess.run([sys.executable, '-c', 'import os; os.kill(os.getpid(), 9)'], check=True)",  # as a launcher
+            "lost",
+            "The training process ended without a message before its first step; it has no checkpoint yet: resume to "
+            "train from the beginning.",
+        ),
+        (
             f"print({BAR.format(40, 21)!r}, end=chr(13), flush=True); os.kill(os.getpid(), 9)",
             "lost",
             "The training process ended without a message at step 40; it has no checkpoint yet: resume to train from "
@@ -175,7 +180,7 @@ BAR = "training:  {0}%|████      | {0}/300 [00:{1}<00:40,  4.85it/s, los
     ],
 )
 def test_what_is_said_of_a_run_that_failed(workspace, script, body, status, message):
-    script.write_text(f"import os, sys\n{body}\n")
+    script.write_text(f"import os, subprocess, sys\n{body}\n")
     runs.start(workspace, "dog", values())
     state = wait(workspace, "dog", has_ended)
     assert (state.status, state.message) == (status, message)
@@ -222,11 +227,18 @@ def test_a_process_with_a_reused_number_is_not_the_run(workspace, script):
     runs.start(workspace, "dog", values())
     wait(workspace, "dog", has_ended)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        assert runs.state(workspace, "dog").status == "lost"
+        assert has_ended(runs.state(workspace, "dog"))
         with pytest.raises(InputError, match="not running"):
             runs.stop(workspace, "dog")
         assert other.poll() is None
         other.kill()
+
+
+def test_a_run_whose_process_is_about_to_appear_is_not_lost(workspace):
+    run = workspace.run("dog")
+    for seconds, status in ((0, "starting"), (5, "lost"), (-3600, "lost")):
+        runs._write(run, runs.Record(values(), ["a"], "no process has this", time.time() - seconds, 0, 9, 0))
+        assert runs.state(workspace, "dog").status == status
 
 
 @pytest.mark.parametrize("name", ["<img src=x onerror=alert(1)>", "../other", "a/b", ".studio", "", "a" * 300, "a\0b"])
