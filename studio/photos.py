@@ -14,7 +14,7 @@ from PIL import Image, ImageChops, ImageFilter
 from data.photographs import MAX_ASPECT_RATIO, Masks
 from delora_diffusers.atomic import atomic_write, write_text
 from delora_diffusers.crops import LONGEST_BUCKET, Size, buckets, crop_boxes, nearest_bucket, scaled_size
-from delora_diffusers.errors import InputError
+from delora_diffusers.errors import InputError, printable
 from delora_diffusers.image_files import (
     CAPTION_EXTENSIONS,
     HEIF_EXTENSIONS,
@@ -32,6 +32,7 @@ from delora_diffusers.image_files import (
 from delora_diffusers.json_lines import PHOTOS, read_json_lines, write_json_lines
 from delora_diffusers.locking import locked_folder
 from delora_diffusers.names import METADATA_NAME
+from delora_diffusers.text_files import is_text
 from studio.photo_files import belongs, caption_files, check_pixels, checked_caption, text_of
 from studio.photo_import import Imported as Imported
 from studio.photo_import import import_photos as import_photos
@@ -42,6 +43,8 @@ from studio.workspace import Workspace
 FEW_PHOTOS = 3
 LEAST_SHOWN = 0.5
 """A view that shows less of its photo's area is worth a warning."""
+LARGEST_SIDE = 8192
+"""Nobody trains at more pixels, and the list of buckets grows with them."""
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom in pixels."""
 
@@ -91,8 +94,11 @@ def inspect_set(workspace: Workspace, name: str, resolution: int, square: bool, 
             ``bucket_step`` and the base model's ``patch_pixels`` is what counts, if that is another.
 
     Raises:
-        InputError: there is no such set, or its ``metadata.jsonl`` cannot be read.
+        InputError: there is no such set, its ``metadata.jsonl`` cannot be read, or training refuses the flags.
     """
+    for flag, side in (("resolution", resolution), ("bucket_step", bucket_step)):
+        if side % 8 or not 8 <= side <= LARGEST_SIDE:
+            raise InputError(f"--{flag} {side} is not a multiple of 8 from 8 to {LARGEST_SIDE:,}; choose another.")
     folder = _existing_set(workspace, name)
     views = [(resolution, resolution)] if square else buckets(resolution, bucket_step)
     captions = {record["file_name"]: text_of(record) for record in _records(workspace, folder)}
@@ -100,6 +106,8 @@ def inspect_set(workspace: Workspace, name: str, resolution: int, square: bool, 
     photos = []
     fingerprints: list[tuple[str, np.ndarray]] = []
     for path in list_images(folder):
+        if not is_text(path.name):  # it could not even be sent to a browser
+            continue
         try:
             for link in outside:
                 if link == path.name or belongs(link, path):
@@ -112,11 +120,11 @@ def inspect_set(workspace: Workspace, name: str, resolution: int, square: bool, 
                     "scene along with the subject."
                 )
             fingerprints.append((path.name, own))
-            photos.append(photo)
+            photos.append(dataclasses.replace(photo, warnings=[printable(text) for text in photo.warnings]))
         except InputError as error:
             problem = str(error).replace(f"{folder}/", "")
             photos.append(PhotoInfo(path.name, caption=captions.get(path.name), problem=problem))
-    return SetInfo(name, photos, _set_warnings(folder, name, photos, captions))
+    return SetInfo(name, photos, [printable(text) for text in _set_warnings(folder, name, photos, captions)])
 
 
 def save_caption(workspace: Workspace, name: str, file: str, text: str) -> None:
@@ -209,7 +217,11 @@ def preview(workspace: Workspace, name: str, file: str, side: int = 384, crop: B
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     if crop is not None:
         scale = (small.width / photo.width, small.height / photo.height) * 2
-        left, top, right, bottom = (round(edge * factor) for edge, factor in zip(crop, scale))
+        limits = (small.width, small.height) * 2
+        edges = (min(max(0, round(edge * factor)), limit) for edge, factor, limit in zip(crop, scale, limits))
+        left, top, right, bottom = edges
+        if left >= right or top >= bottom:
+            raise InputError(f"the crop {crop} of {file} is empty; load the set again.")
         shown = Image.new("L", small.size, 90)
         shown.paste(255, (left, top, right, bottom))
         small = Image.composite(small, Image.new("RGB", small.size), shown)
@@ -372,6 +384,11 @@ def _set_warnings(folder: Path, name: str, photos: Sequence[PhotoInfo], captions
     if len(usable) < len(photos):
         broken = ", ".join(photo.file for photo in photos if photo.problem is not None)
         warnings.append(f"training refuses {name} because of {broken}; replace or remove what it names.")
+    warnings += [
+        f"the name of {path.name} is not UTF-8; rename the file."
+        for path in list_images(folder)
+        if not is_text(path.name)
+    ]
     read = readable_extensions()
     unread = [
         path.name

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import struct
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -139,6 +140,13 @@ def test_long_and_narrow_photos(workspace):
     assert any("training shows 47% at a time; crop it, or do not train square" in text for text in half.warnings)
 
 
+@pytest.mark.parametrize(("resolution", "step"), [(0, 16), (64, 0), (-64, 16), (100, 16), (64, 12), (10**9, 64)])
+def test_sizes_that_training_refuses(workspace, toys, resolution, step):
+    write(workspace, toys[:1])
+    with pytest.raises(InputError, match="is not a multiple of 8"):
+        inspect_set(workspace, "dog", resolution, False, step)
+
+
 def test_near_duplicates_are_named_once(workspace, toys):
     copy = toys[0].crop((2, 2, 126, 126)).resize((100, 100))
     write(workspace, [toys[0], toys[1], copy])
@@ -216,6 +224,22 @@ def test_a_photo_that_changes_after_it_was_measured_is_measured_again(workspace,
     assert "looks blurred" in inspect(workspace, resolution=128).photos[0].warnings[0]
 
 
+def test_strange_names_of_files_that_were_copied_by_hand(workspace, toys):
+    folder = write(workspace, toys[:1])
+    names = ("<img src=x>.png", "a\x1b[31m\n.png", "b\u202egnp.png", os.fsdecode(b"\xff.png"))
+    for name in names:
+        toys[0].resize((32, 32)).save(folder / name)
+    info = inspect(workspace)
+    assert {photo.file for photo in info.photos} == {"00.png", *names[:3]}
+    texts = [text for photo in info.photos for text in photo.warnings] + info.warnings
+    assert len(texts) >= 5 and all(text.isprintable() for text in texts)
+    assert r"the name of \udcff.png is not UTF-8; rename the file." in info.warnings
+    for name in names[:3]:
+        save_caption(workspace, "dog", name, "a toy")
+        remove_photo(workspace, "dog", name)
+    assert {path.name for path in folder.iterdir()} == {"00.png", names[3]}
+
+
 def test_masks_of_another_size_or_shape(workspace, toys):
     folder = write(workspace, toys[:4])
     for number, size in enumerate([(64, 64), (64, 32), (128, 128)]):
@@ -289,6 +313,11 @@ def test_the_preview_darkens_what_is_not_trained_on_and_outlines_the_mask(worksp
     (info,) = inspect(workspace, square=True).photos
     image = np.asarray(preview(workspace, "dog", "00.png", side=100, crop=info.crop))
     assert (image[:, 25:75] == 200).all() and (image[:, :24] < 100).all() and (image[:, 76:] < 100).all()
+    clipped = np.asarray(preview(workspace, "dog", "00.png", side=100, crop=(200, 0, 10**9, 10**9)))
+    assert (clipped[:, 50:] == 200).all() and (clipped[:, :49] < 100).all()
+    for empty in ((10, 10, 10, 20), (300, 0, 100, 200), (10**9, 0, 2 * 10**9, 200)):
+        with pytest.raises(InputError, match="is empty"):
+            preview(workspace, "dog", "00.png", crop=empty)
     mask = Image.new("L", (400, 200))
     ImageDraw.Draw(mask).rectangle((160, 60, 239, 139), fill=255)
     mask.save(folder / "00.mask.png")
