@@ -92,7 +92,7 @@ class Guard:
             )
         _, is_file, path = unquote(scope["path"]).partition("file=")
         if is_file:
-            # Gradio also fetches addresses and follows links; of its files the page uses only uploads.
+            # Gradio fetches addresses that it is asked for. It checks paths itself, with rules of its own.
             try:
                 self.workspace.within(path)
             except InputError:

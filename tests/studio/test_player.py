@@ -21,7 +21,7 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture(scope="module")
 def adapters(tiny_sd, tmp_path_factory) -> list[Path]:
-    """Two adapters, the second also of the text encoder."""
+    """Two adapters of different modules, the second also of the text encoder."""
     from diffusers import StableDiffusionPipeline
 
     folders = []
@@ -30,7 +30,13 @@ def adapters(tiny_sd, tmp_path_factory) -> list[Path]:
         models = {"unet": pipeline.unet} | ({"text_encoder": pipeline.text_encoder} if number else {})
         parts = {}
         for name, model in models.items():
-            targets = {} if name == "unet" else {"targets": ("q_proj", "v_proj")}
+            targets = {
+                "targets": ("q_proj", "v_proj")
+                if name != "unet"
+                else ("to_q", "ff.net.0.proj")
+                if number
+                else ("to_v",)
+            }
             parts[name] = attach(model, AdapterConfig(rank=2 + number, **targets))
             randomize(parts[name], 0.5)
         folder = tmp_path_factory.mktemp("adapter")

@@ -11,6 +11,7 @@ from delora_diffusers.errors import InputError
 from studio.workspace import Workspace
 
 pytest.importorskip("gradio", reason="the extra studio is not installed")
+from fastapi.responses import PlainTextResponse
 from fastapi.testclient import TestClient
 
 from studio import __main__ as command
@@ -69,6 +70,24 @@ def test_no_path_leaves_the_workspace(client, workspace, prefix, path):
 
 def test_gradio_serves_no_file_of_the_workspace_but_uploads(client, workspace):
     assert client.get(f"/gradio_api/file={workspace.outputs / 'note.txt'}").status_code == 403
+
+
+def test_gradio_fetches_no_address_for_anybody(client, monkeypatch):
+    async def fetch(*_):
+        return PlainTextResponse("fetched")
+
+    monkeypatch.setattr("gradio.routes.secure_url_stream_response", fetch)
+    for path in ("file=http://evil.example/", "file=https:%2F%2Fevil.example"):
+        assert client.get(f"/gradio_api/{path}").status_code == 403, path
+
+
+def test_a_link_among_the_uploads_leads_nowhere(client, workspace):
+    uploads = workspace.root / ".uploads"
+    uploads.mkdir(exist_ok=True)
+    (uploads / "own.txt").write_text("own")
+    (uploads / "link.txt").symlink_to(workspace.root.parent / "secret.txt")
+    assert client.get(f"/gradio_api/file={uploads / 'own.txt'}").text == "own"
+    assert client.get(f"/gradio_api/file={uploads / 'link.txt'}").status_code == 403
 
 
 def test_files_are_served_as_what_they_are(client):
