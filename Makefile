@@ -1,4 +1,4 @@
-# Two commands: `make demo` and `make test`. Each sets up everything it needs. `make lowest` tests the bounds on versions.
+# `make demo`, `make studio` and `make test`; each sets up everything it needs. `make lowest` tests the bounds on versions.
 UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 RUN := $(UV) run --frozen --quiet
 QUICK := -q -n 2 -m "not integration and not gpu and not slow"
@@ -12,7 +12,7 @@ PROMPTS := "$(SUBJECT) on the beach" "$(SUBJECT) in the snow" "$(SUBJECT) in the
 # Demo and tests start many processes; without compiled modules each compiles torch and diffusers again, for seconds.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test unit setup check lowest oldest newest
+.PHONY: demo studio test unit setup check lowest oldest newest
 
 setup: $(UV)
 	$(UV) sync --frozen --quiet
@@ -32,6 +32,11 @@ demo: setup
 	  --adapter $(DEMO)/adapter --prompt $(PROMPTS) --output_dir $(DEMO)/after
 	$(RUN) python -m eval page --reference_dir $(DEMO)/adapter-photographs --base_dir $(DEMO)/before \
 	  --generated_dir $(DEMO)/after --training_dir $(DEMO)/adapter --protocol toybox --output $(DEMO)/index.html
+
+# The page in the browser; STUDIO="--port 8000 --workspace DIR" passes flags.
+studio: $(UV)
+	$(UV) sync --frozen --quiet --extra studio
+	$(UV) run --frozen --quiet --extra studio python -m studio $(STUDIO)
 
 # uv.lock must fit the bounds in requirements.txt and pyproject.toml on every Python that requires-python allows.
 check: setup

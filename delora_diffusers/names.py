@@ -20,6 +20,8 @@ BEST_FOLDER = "best"
 """The folder in an output folder that has the best adapter of a run."""
 BEST_WEIGHTS_NAME = "best.safetensors"
 """In a checkpoint, a copy of the best adapter of the steps before it."""
+NOT_UPLOADED = ("checkpoint-*", ".*", "*/.*", "logs/*", "class_images/*", "cache/*")
+"""Patterns of what stays here when a run is uploaded to the hub."""
 
 MINIATURE = "mini-sd"
 """The base model that ships with the repository; the default."""

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +24,8 @@ from delora_diffusers.outputs import check_writable, held_outputs
 from delora_diffusers.text_files import is_text, read_lines
 
 if TYPE_CHECKING:
-    from delora_diffusers.pipelines.adapted_pipeline import BaseModel
+    from delora_diffusers.families.loading import OpenModel
+    from delora_diffusers.pipelines.adapted_pipeline import AdaptedModel, BaseModel
     from delora_diffusers.pipelines.encoded_prompts import EncodedPrompts
 
 SCHEDULERS = {
@@ -55,6 +57,18 @@ class Batch(NamedTuple):
     request: Any
     records: Records
     missing: Records
+
+
+class Loaded(NamedTuple):
+    """A base model that is ready to sample from: its denoiser and autoencoder are on the device.
+
+    Attributes:
+        adapted: the denoiser with the adapters of all batches. prompts: those of all batches.
+    """
+
+    model: "OpenModel"
+    adapted: "AdaptedModel"
+    prompts: "EncodedPrompts"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -169,7 +183,12 @@ def check_maps(options: argparse.Namespace, requests: list[Any]) -> bool:
     return bool(following)
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace, load: "Callable[..., Loaded] | None" = None) -> None:
+    """Generate the images that the flags describe.
+
+    Args:
+        load: instead of ``load_model``, for a process that keeps the model from one command to the next.
+    """
     _check_numbers(options)
     check_base_precision(options)
     if options.prompts_file is not None:
@@ -214,7 +233,8 @@ def run(options: argparse.Namespace) -> None:
         accelerator.wait_for_everyone()  # all processes list the missing images before any process writes one
         if batches:
             share = batches[accelerator.process_index :: accelerator.num_processes]
-            _generate(options, base_model, adapters, share, accelerator)
+            loaded = (load or load_model)(options, base_model, adapters, share, accelerator)
+            _generate(options, loaded, share, accelerator)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             _write_results(planned, sum(len(batch.missing) for batch in batches))
@@ -301,14 +321,80 @@ def _write_results(planned: list[Planned], new: int) -> None:
     print(f"{total} images in {folders} ({new} new); see {sheet}")
 
 
-def _generate(
+def load_model(
     options: argparse.Namespace, base_model: "BaseModel", adapters: list[Path], batches: list[Batch], accelerator: Any
-) -> None:
-    """Generate the images of these batches and write them with their records.
+) -> Loaded:
+    """Load the base model for these batches.
 
-    One part of the base model at a time is on the device: the text encoders until all prompts are encoded, then the
-    denoiser, and beside it the autoencoder, which is small.
+    One part of it at a time is on the device: the text encoders until all prompts are encoded, then the denoiser, and
+    beside it the autoencoder, which is small.
     """
+    _check_placement(options, batches, accelerator.device)
+    model = base_model.open()
+    check_model(model, options, base_model, batches, accelerator)
+    prompts = encode_prompts(model, options, adapters, batches, accelerator)
+    return Loaded(model, load_denoiser(model, options, adapters, accelerator), prompts)
+
+
+def check_model(
+    model: "OpenModel", options: argparse.Namespace, base_model: "BaseModel", batches: list[Batch], accelerator: Any
+) -> None:
+    """Check an opened model against the flags, and give it the scheduler that was asked for.
+
+    Raises:
+        InputError: a size or the scheduler does not fit the model.
+    """
+    from delora_diffusers.pipelines.conditions import warn_of_truncation
+
+    for flag in SIDES:
+        check_patches(model.patch_pixels, getattr(options, flag) or 0, flag)
+    _set_scheduler(model.pipeline, options, base_model)
+    if accelerator.is_main_process:
+        texts = [*(record["prompt"] for b in batches for record in b.records), options.negative_prompt]
+        warn_of_truncation(model.pipeline, list(dict.fromkeys(texts)), options.max_prompt_chunks)
+
+
+def encode_prompts(
+    model: "OpenModel", options: argparse.Namespace, adapters: list[Path], batches: list[Batch], accelerator: Any
+) -> "EncodedPrompts":
+    """The prompts of all batches, encoded."""
+    from delora_diffusers.memory import explain_out_of_memory
+    from delora_diffusers.pipelines.encoded_prompts import EncodedPrompts
+    from delora_diffusers.precision import dtype_of
+
+    with explain_out_of_memory("loading the base model", _smaller(accelerator)):
+        used = [(record["prompt"], _scaled(batch)) for batch in batches for record in batch.records]
+        device, dtype = accelerator.device, dtype_of(accelerator.mixed_precision)
+        return EncodedPrompts(model, adapters, used, options.negative_prompt, device, dtype, options.max_prompt_chunks)
+
+
+def load_denoiser(
+    model: "OpenModel", options: argparse.Namespace, adapters: list[Path], accelerator: Any
+) -> "AdaptedModel":
+    """Load the denoiser and the autoencoder."""
+    from delora_diffusers.memory import explain_out_of_memory
+    from delora_diffusers.pipelines.adapted_pipeline import AdaptedModel
+    from delora_diffusers.precision import denoiser_dtype, dtype_of
+
+    device = accelerator.device
+    with explain_out_of_memory("loading the base model", _smaller(accelerator)):
+        name = model.family.DENOISER
+        weights_dtype = denoiser_dtype(options.base_precision, accelerator.mixed_precision)
+        quantization = quantization_config(options.base_precision, weights_dtype, model.family.UNQUANTIZED)
+        denoiser = model.load(name, weights_dtype, "cpu" if options.offload else device, quantization)
+        adapted = AdaptedModel(denoiser, name, adapters)
+        model.load("vae", dtype_of(accelerator.mixed_precision), device)
+    return adapted
+
+
+def _smaller(accelerator: Any) -> list[str]:
+    """What makes the base model need less memory."""
+    smaller = ["--base_precision nf4", "--offload"]
+    return ["--mixed_precision bf16 or fp16", *smaller] if accelerator.mixed_precision == "no" else smaller
+
+
+def _generate(options: argparse.Namespace, loaded: Loaded, batches: list[Batch], accelerator: Any) -> None:
+    """Generate the images of these batches and write them with their records."""
     from PIL import Image
     from tqdm.auto import tqdm
 
@@ -316,36 +402,14 @@ def _generate(
     from delora_diffusers.files.records import save_with_record
     from delora_diffusers.maps import crop_map, read_map
     from delora_diffusers.memory import explain_out_of_memory
-    from delora_diffusers.pipelines.adapted_pipeline import AdaptedModel, use_control
-    from delora_diffusers.pipelines.conditions import warn_of_truncation
-    from delora_diffusers.pipelines.encoded_prompts import EncodedPrompts
+    from delora_diffusers.pipelines.adapted_pipeline import use_control
     from delora_diffusers.pipelines.offload import offload_blocks
     from delora_diffusers.pipelines.sampling import default_resolution, sample_images
-    from delora_diffusers.precision import denoiser_dtype, dtype_of
 
-    _check_placement(options, batches, accelerator.device)
-    model = base_model.open()
-    for flag in SIDES:
-        check_patches(model.patch_pixels, getattr(options, flag) or 0, flag)
-    pipeline, device, dtype = model.pipeline, accelerator.device, dtype_of(accelerator.mixed_precision)
-    _set_scheduler(pipeline, options, base_model)
-    smaller = ["--base_precision nf4", "--offload"]
-    if accelerator.mixed_precision == "no":
-        smaller.insert(0, "--mixed_precision bf16 or fp16")
+    model, adapted, prompts = loaded
+    pipeline, device, denoiser = model.pipeline, accelerator.device, adapted.model
+    smaller = _smaller(accelerator)
     savings = ["--batch_size 1", *smaller, "a smaller --resolution"]
-    if accelerator.is_main_process:
-        texts = [*(record["prompt"] for b in batches for record in b.records), options.negative_prompt]
-        warn_of_truncation(pipeline, list(dict.fromkeys(texts)), options.max_prompt_chunks)
-    with explain_out_of_memory("loading the base model", smaller):
-        used = [(record["prompt"], _scaled(batch)) for batch in batches for record in batch.records]
-        chunks = options.max_prompt_chunks
-        prompts = EncodedPrompts(model, adapters, used, options.negative_prompt, device, dtype, chunks)
-        name = model.family.DENOISER
-        weights_dtype = denoiser_dtype(options.base_precision, accelerator.mixed_precision)
-        quantization = quantization_config(options.base_precision, weights_dtype, model.family.UNQUANTIZED)
-        denoiser = model.load(name, weights_dtype, "cpu" if options.offload else device, quantization)
-        adapted = AdaptedModel(denoiser, name, adapters)
-        model.load("vae", dtype, device)
     side = options.resolution or default_resolution(pipeline, denoiser)
     width, height = options.width or side, options.height or side
     batches = [part for batch in batches for part in _of_equal_length(batch, prompts)]

@@ -16,7 +16,15 @@ import yaml
 from delora_diffusers.atomic import write_text
 from delora_diffusers.errors import InputError, reason
 from delora_diffusers.methods.table import METHODS
-from delora_diffusers.names import CONFIG_NAME, SD_PIPELINE, SDXL_PIPELINE, WEIGHTS_NAME, hub_file, is_miniature
+from delora_diffusers.names import (
+    CONFIG_NAME,
+    NOT_UPLOADED,
+    SD_PIPELINE,
+    SDXL_PIPELINE,
+    WEIGHTS_NAME,
+    hub_file,
+    is_miniature,
+)
 
 SECRETS = ("hub_token",)
 
@@ -178,7 +186,7 @@ def push_to_hub(output_dir: Path, args: argparse.Namespace) -> str:
             repo_id=repo_id,
             folder_path=output_dir,
             commit_message="Train",
-            ignore_patterns=["checkpoint-*", ".*", "*/.*", "logs/*", "class_images/*", "cache/*"],
+            ignore_patterns=list(NOT_UPLOADED),
             token=args.hub_token,
         )
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:

@@ -1,0 +1,1 @@
+"""The tabs of the page: layout and events; what they do is in the other modules."""

@@ -1,0 +1,168 @@
+"""Compare: several adapters at the same prompts and seeds, their scores beside real images, and paired differences."""
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from delora_diffusers.errors import InputError
+from eval.metrics.protocols import PROTOCOLS
+from studio import adapters, charts, comparison, jobs, markup
+from studio.player import Player
+from studio.tabs.common import command_box, reported, set_choices
+from studio.workspace import Workspace
+
+SCORES = {"dino": "DINO", "clip_i": "CLIP-I", "clip_t": "CLIP-T"}
+
+
+def build(workspace: Workspace, player: Player):
+    """Build the tab; returns the lists of adapters and of photo sets, and the handler that fills them again."""
+    names = adapters.adapters(workspace)
+    with gr.Row():
+        labels = gr.Dropdown(
+            names, value=[], multiselect=True, label="Adapters", info="Two or more.", elem_id="compared", scale=2
+        )
+        photo_set = gr.Dropdown(workspace.photo_sets(), label="Photos of the subject", scale=1)
+        protocol = gr.Dropdown(
+            ["toybox", "dreambooth", "delora"], value="toybox", label="Protocol", scale=1,
+            info="toybox has the miniature's encoders; the others download theirs.",
+        )  # fmt: skip
+    prompts = gr.Textbox(
+        comparison.default_prompts(workspace, names[0] if names else None),
+        label="Prompts",
+        lines=4,
+        info="One per line.",
+    )
+    with gr.Row():
+        images = gr.Number(2, label="Images per prompt", precision=0, minimum=1)
+        seed = gr.Number(0, label="Seed", precision=0)
+        steps = gr.Number(25, label="Steps", precision=0, minimum=1)
+        precision = gr.Dropdown(["", "no", "fp16", "bf16"], value="", label="Precision")
+    with gr.Row():
+        go = gr.Button("Compare", variant="primary", elem_id="compare")
+        pages = gr.Button("Write a page for each")
+        stop = gr.Button("Stop", variant="stop")
+    command = command_box("compare-command")
+    result = gr.HTML(elem_id="compare-result")
+
+    inputs = [labels, photo_set, protocol, prompts, images, seed, steps, precision]
+
+    def prepared(chosen: list[str], name: str | None, text: str, *settings: Any) -> tuple[Path, Path, list[str]]:
+        if not name:
+            raise InputError("no photos are chosen; choose the set of the subject.")
+        count, number, step_count, digits = settings
+        words: list[str] = []
+        values = {"num_images": count, "seed": number, "num_inference_steps": step_count, "mixed_precision": digits}
+        for flag, value in values.items():
+            words += adapters.flag(flag, value)
+        folder = comparison.requests(workspace, chosen, adapters.lines(text), words)
+        return (
+            folder,
+            workspace.photo_set(name),
+            ["--requests_file", str(jobs.short(folder / "requests.jsonl")), *words],
+        )
+
+    @reported
+    def compare(chosen: list[str], name: str | None, kind: str, text: str, *settings: Any):
+        folder, photos, words = prepared(chosen, name, text, *settings)
+        compared = [comparison.BASE, *chosen]
+        scoring = {label: comparison.score_words(folder, label, photos, kind) for label in compared}
+        generating = [*jobs.words_of("delora_diffusers", "generate"), *words]
+        shown = markup.command(jobs.shown(generating, *scoring.values()), "Commands")
+        total = len(compared) * len(adapters.lines(text)) * int(settings[0] or 1)
+
+        def report() -> str:
+            made = sum(adapters.count_images(comparison.images_of(folder, label)) for label in compared)
+            return markup.paragraph(f"Generating: {made} of {total} images.") + markup.progress(
+                "generating", made, total
+            )
+
+        for html in jobs.while_running(lambda: player.generate(words), report):
+            yield shown, html
+        grid = images_of(workspace, folder, compared)
+        for label, command in scoring.items():
+            if not comparison.scores_file(folder, label, photos, kind).exists():
+                for _ in jobs.run(command):
+                    yield shown, markup.paragraph(f"Scoring {label} ...") + grid
+        scores = comparison.read_scores(folder, chosen, photos, kind)
+        yield shown, results_of(scores, comparison.write_differences(folder, scores)) + grid
+
+    @reported
+    def write_pages(chosen: list[str], name: str | None, kind: str, text: str, *settings: Any):
+        folder, photos, words = prepared(chosen, name, text, *settings)
+        if not (comparison.images_of(folder, chosen[-1]) / "metadata.jsonl").is_file():
+            raise InputError("there are no images of this comparison yet; press Compare first.")
+        requests = [
+            comparison.page_words(folder, label, photos, kind, workspace.run(label.partition("/")[0]))
+            for label in chosen
+        ]
+        shown = markup.command(jobs.shown(*(words for words, _ in requests)), "Commands")
+        links = ""
+        for (words, page), label in zip(requests, chosen):
+            if not page.exists():
+                for _ in jobs.run(words):
+                    yield shown, markup.paragraph(f"Writing the page of {label} ...") + links
+            url = markup.escape(markup.file_url(workspace, page))
+            links += f'<p><a href="{url}" target="_blank" rel="noopener">Page of {markup.escape(label)}</a></p>'
+        yield shown, links
+
+    running: list[Any] = [
+        button.click(handler, inputs, [command, result]) for button, handler in ((go, compare), (pages, write_pages))
+    ]
+    stop.click(player.close, None, None, cancels=running, queue=False)
+
+    def refresh(chosen: list[str], name: str | None):
+        now = adapters.adapters(workspace)
+        of_runs = {label.partition("/")[0]: label for label in reversed(now)}
+        kept = [label for label in chosen or [] if label in now] or list(of_runs.values())[::-1][:2]
+        return gr.update(choices=now, value=kept), set_choices(workspace, name)
+
+    return [labels, photo_set], refresh
+
+
+def results_of(scores: dict[str, dict[str, Any]], differences: list[tuple[str, str, dict]]) -> str:
+    """The scores beside real images, the frontier of both, and the differences."""
+
+    def cells(row: dict[str, float | None]) -> list[str]:
+        return ["-" if row.get(key) is None else f"{row[key]:.3f}" for key in SCORES]
+
+    rows = [[label, *cells(result["scores"])] for label, result in scores.items()]
+    first = next(iter(scores.values()))
+    rows.append(["real images", *cells(first["real"])])
+    counts, kind = first["counts"], PROTOCOLS[first["protocol"]].name
+    caption = f"Scores by protocol {kind}: {counts['generated']} images each, {counts['reference']} photos"
+    parts = [markup.table(["", *SCORES.values()], rows, caption)]
+    points = {label: (result["scores"]["dino"], result["scores"]["clip_t"]) for label, result in scores.items()}
+    title = "Subject fidelity (DINO) against prompt fidelity (CLIP-T); up and right is better"
+    chart = charts.scatter_chart(title, points, "DINO", "CLIP-T")
+    parts.append(f'<div class="charts wide">{chart}</div>')
+    rows = [
+        [f"{first} - {second}", SCORES[key], f"{value['mean']:+.3f}", f"{value['low']:+.3f} to {value['high']:+.3f}",
+         f"{value['higher']} of {value['subjects']}"]
+        for first, second, found in differences for key, value in found.items() if key in SCORES
+    ]  # fmt: skip
+    if rows:
+        header = ["adapters", "score", "difference", "95% interval", "prompts where the first is higher"]
+        parts.append(
+            markup.table(header, rows, "Paired differences over prompts; an interval with 0 is not significant")
+        )
+    return "".join(parts)
+
+
+def images_of(workspace: Workspace, folder: Path, labels: list[str]) -> str:
+    """A row per prompt and seed, a column per adapter."""
+    records = {label: adapters.generated(comparison.images_of(folder, label)) for label in labels}
+    rows = []
+    for index, record in enumerate(records[labels[0]]):
+        cells = []
+        for label in labels:
+            path = comparison.images_of(folder, label) / records[label][index]["file_name"]
+            url = markup.file_url(workspace, path)
+            cells.append(f'<td><img src="{markup.escape(url)}" alt="{markup.escape(label)}" loading="lazy"></td>')
+        prompt = markup.escape(f"{record['prompt']}, seed {record['seed']}")
+        rows.append(f'<tr><th scope="row">{prompt}</th>{"".join(cells)}</tr>')
+    head = "".join(f'<th scope="col">{markup.escape(label)}</th>' for label in labels)
+    return (
+        '<div class="scroll" tabindex="0" role="region" aria-label="images"><table class="images">'
+        f'<thead><tr><th scope="col">prompt</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    )

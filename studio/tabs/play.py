@@ -1,0 +1,165 @@
+"""Play: generate with adapters at any strength, in a process that keeps the model."""
+
+from typing import Any
+
+import gradio as gr
+
+from delora_diffusers.commands.generate import SCHEDULERS
+from delora_diffusers.errors import InputError
+from studio import adapters, jobs, markup
+from studio.player import Player
+from studio.tabs.common import choices, command_box, reported
+from studio.workspace import Workspace
+
+MOST_ADAPTERS = 3
+FIRST_PROMPT = "a photo of sks mug on the beach"
+
+
+def build(workspace: Workspace, player: Player) -> tuple[list[gr.Dropdown], Any]:
+    """Build the tab; returns the lists of adapters, and the handler that fills them again."""
+    with gr.Row():
+        with gr.Column(scale=1, min_width=320):
+            used, weights = [], []
+            used.append(gr.Dropdown([""], value=None, label="Adapter", info="Empty: the base model."))
+            with gr.Accordion("More adapters and weights", open=False):
+                weights.append(gr.Number(1.0, label="Weight of the adapter", min_width=90))
+                for number in range(2, MOST_ADAPTERS + 1):
+                    with gr.Row():
+                        used.append(gr.Dropdown([""], value="", label=f"Adapter {number}", min_width=170))
+                        weights.append(gr.Number(1.0, label=f"Weight {number}", min_width=90))
+            prompts = gr.Textbox(
+                FIRST_PROMPT, label="Prompts", lines=3, info="One per line. The dial uses the first.", elem_id="prompts"
+            )
+            dial = gr.Slider(
+                0, 1.5, 1.0, step=0.05, label="Strength", elem_id="strength",
+                info="0 is the base model, 1 as trained. Turning it generates one image.",
+            )  # fmt: skip
+            with gr.Row():
+                seed = gr.Number(0, label="Seed", precision=0, min_width=90)
+                steps = gr.Number(25, label="Steps", precision=0, minimum=1, min_width=90)
+                images = gr.Number(2, label="Images per prompt", precision=0, minimum=1, min_width=90)
+            with gr.Accordion("Size, guidance, scheduler, precision", open=False):
+                with gr.Row():
+                    width = gr.Textbox("", label="Width", placeholder="the model's", min_width=90)
+                    height = gr.Textbox("", label="Height", placeholder="the model's", min_width=90)
+                    guidance = gr.Textbox("", label="Guidance scale", placeholder="the model's", min_width=90)
+                negative = gr.Textbox("", label="Negative prompt")
+                base = gr.Textbox("", label="Base model", placeholder="the adapter's", info="Hub id or path.")
+                with gr.Row():
+                    scheduler = gr.Dropdown(["", *sorted(SCHEDULERS)], value="", label="Scheduler", min_width=120)
+                    precision = gr.Dropdown(["", "no", "fp16", "bf16"], value="", label="Precision", min_width=120)
+        with gr.Column(scale=2, min_width=320):
+            with gr.Row():
+                go = gr.Button("Generate", variant="primary", elem_id="generate", min_width=120)
+                sheet = gr.Button("Sheet of strengths", min_width=120)
+                beside = gr.Button("Checkpoints side by side", min_width=120)
+                stop = gr.Button("Stop", variant="stop", min_width=80)
+            command = command_box("play-command")
+            result = gr.HTML(elem_id="play-result")
+
+    inputs = [*used, *weights, prompts, dial, seed, steps, images, width, height, guidance, negative, base, scheduler]
+    inputs.append(precision)
+
+    def request(given: tuple, one: bool = False, strengths: list[str] | None = None, only: str | None = None):
+        chosen, factors = given[:MOST_ADAPTERS], given[MOST_ADAPTERS : 2 * MOST_ADAPTERS]
+        text, strength, number, step_count, count, *sizes, without, model, kind, digits = given[2 * MOST_ADAPTERS :]
+        pairs = [(name, factor if factor is not None else 1.0) for name, factor in zip(chosen, factors) if name]
+        if len({name for name, _ in pairs}) < len(pairs):
+            raise InputError("the same adapter is chosen twice; choose it once with a larger weight.")
+        if only is not None:
+            pairs = [(only, 1.0)]
+        written = adapters.lines(text)[: 1 if one else None]
+        settings = {
+            "pretrained_model_name_or_path": model.strip(),
+            "num_images": 1 if one else count,
+            "seed": number,
+            "num_inference_steps": step_count,
+            **dict(zip(("width", "height", "guidance_scale"), sizes)),
+            "negative_prompt": without,
+            "scheduler": kind,
+            "mixed_precision": digits,
+        }
+        return adapters.generate_words(workspace, pairs, written, strengths or [f"{strength:g}"], settings)
+
+    def played(requests: list[tuple]):
+        """Run the commands one after the other, and show what there is."""
+        commands = [[*jobs.words_of("delora_diffusers", "generate"), *words] for _, words, _ in requests]
+        shown = markup.command(jobs.shown(*commands))
+        yield shown, markup.paragraph("Loading ...")
+        finished: list[tuple] = []
+        for title, words, folder in requests:
+
+            def report(title=title, folder=folder) -> str:
+                made = adapters.count_images(folder)
+                note = f"Generating {title}: {made} images done." if made else "Loading the model, then generating ..."
+                return markup.paragraph(note) + results_of(workspace, finished)
+
+            for text in jobs.while_running(lambda words=words: player.generate(words), report):
+                yield shown, text
+            finished.append((title, folder))
+        yield shown, results_of(workspace, finished)
+
+    @reported
+    def generate(*given: Any):
+        yield from played([("", *request(given))])
+
+    @reported
+    def turn(*given: Any):
+        yield from played([("", *request(given, one=True))])
+
+    @reported
+    def strengths(*given: Any):
+        yield from played([("", *request(given, strengths=list(adapters.SHEET)))])
+
+    @reported
+    def side_by_side(*given: Any):
+        run = (given[0] or "").partition("/")[0]
+        labels = adapters.adapters_of(workspace, run)[::-1] if run else []
+        if len(labels) < 2:
+            raise InputError(
+                "the run of the first adapter has no checkpoints to compare; train with checkpointing_steps, and "
+                "checkpoints_total_limit to keep them."
+            )
+        yield from played([(label, *request(given, one=True, only=label)) for label in labels])
+
+    result_of: dict[str, Any] = {
+        "outputs": [command, result],
+        "concurrency_id": "play",
+        "concurrency_limit": 4,
+        "show_progress": "hidden",
+    }
+    running: list[Any] = [
+        go.click(generate, inputs, **result_of),
+        # While an image is being generated, the last position counts. The event `release` is not for the keyboard.
+        dial.input(turn, inputs, trigger_mode="always_last", **result_of),
+        sheet.click(strengths, inputs, **result_of),
+        beside.click(side_by_side, inputs, **result_of),
+    ]
+    stop.click(player.close, None, None, cancels=running, queue=False)
+
+    def refresh(*chosen: str | None):
+        now = adapters.adapters(workspace)
+        # Nothing has been chosen before the tab is opened; an empty choice is the base model.
+        first = choices(["", *now], chosen[0] if chosen[0] is not None else (now[0] if now else None))
+        return [first, *(choices(["", *now], name or "") for name in chosen[1:])]
+
+    return used, refresh
+
+
+def results_of(workspace: Workspace, finished: list[tuple]) -> str:
+    """The images of finished output folders: a group for each prompt and seed, unless each has a single image."""
+    groups: dict[str, list[str]] = {}
+    for title, folder in finished:
+        records = adapters.generated(folder)
+        several = title or len({record["strength"] for record in records}) > 1
+        for record in records:
+            image = f"{record['prompt']}, seed {record['seed']}"
+            strength = f"strength {record['strength']:g}" if several or record["strength"] != 1 else ""
+            shown = ", ".join(filter(None, [title, strength, "" if several else image]))
+            url = markup.file_url(workspace, folder / record["file_name"])
+            figure = markup.figure(url, f"generated image of {record['prompt']}", shown, link=url)
+            groups.setdefault(image if several else "", []).append(figure)
+    return "".join(
+        (markup.heading(image) if image else "") + markup.grid(figures, "generated images", 120 if image else 200)
+        for image, figures in groups.items()
+    )

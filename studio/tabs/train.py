@@ -1,0 +1,233 @@
+"""Train: what to train with, start, stop and resume, and whether it works: curves, samples, progress and the log."""
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from delora_diffusers.errors import InputError
+from studio import charts, flags, markup, progress, runs
+from studio.player import Player
+from studio.scorer import Scorer
+from studio.tabs.common import choices, command_box, reported, set_choices
+from studio.workspace import Workspace
+
+SECONDS = 2.0
+"""Between two looks at the run."""
+ACTIVE = ("starting", "training", "stopping")
+NEW_RUN = "my-subject"
+FIRST = {"instance_prompt": "a photo of sks mug", "validation_prompt": "a photo of sks mug on the beach"}
+"""What a form says at first, for the toy that is there at the first start."""
+
+
+def build(workspace: Workspace, player: Player, scorer: Scorer):
+    """Build the tab; returns the lists of runs and of photo sets, and the handler that fills them again.
+
+    Args:
+        player: its memory is freed before a run starts.
+    """
+    offered = flags.fields()
+    defaults = flags.effective({})
+    components: dict[str, Any] = {}
+    with gr.Row(elem_classes="columns"):
+        with gr.Column(scale=4, min_width=320):
+            gr.HTML("<h2>New run</h2>")
+            name = gr.Textbox(NEW_RUN, label="Name of the run", info="A folder of this name is created.")
+            photo_set = gr.Dropdown(
+                workspace.photo_sets(), label="Photo set", info="See the tab Photos.", elem_id="train-photos"
+            )
+            with gr.Group(), gr.Row(elem_classes="fields"):
+                for field in offered:
+                    if field.basic:
+                        components[field.name] = component_of(field, defaults[field.name])
+            with gr.Accordion("All other flags of the training script", open=False):
+                for group in dict.fromkeys(field.group for field in offered if not field.basic):
+                    with gr.Accordion(group.capitalize(), open=False):
+                        for field in offered:
+                            if field.group == group and not field.basic:
+                                components[field.name] = component_of(field, defaults[field.name])
+            command = command_box("train-command")
+            with gr.Row(elem_classes="sticky"):
+                start = gr.Button("Start training", variant="primary", elem_id="start", min_width=140)
+                estimate = gr.Button("Estimate memory", min_width=140)
+            memory = gr.HTML(elem_id="memory")
+        with gr.Column(scale=7, min_width=320):
+            gr.HTML("<h2>Did it work?</h2>")
+            run = gr.Dropdown([], label="Run", elem_id="run")
+            with gr.Row():
+                stop = gr.Button("Stop, keeping a checkpoint", variant="stop", min_width=140)
+                resume = gr.Button("Resume", min_width=140)
+            status = gr.HTML(elem_id="status")
+            curves = gr.HTML(elem_id="curves")
+            samples = gr.HTML(elem_id="samples")
+            with gr.Accordion("Log", open=False):
+                log = gr.HTML(elem_id="log")
+            download = gr.Checkbox(
+                False,
+                label="Download DINO and CLIP to score the samples of other models",
+                info="1.8 GB, on the CPU. The miniature's samples are scored by the included encoders.",
+            )
+    seen = gr.State()
+    timer = gr.Timer(SECONDS)
+
+    names = list(components)
+    inputs = [name, photo_set, *components.values()]
+
+    def filled(chosen_set: str | None, *given: Any) -> dict[str, Any]:
+        return {**dict(zip(names, given)), runs.PHOTOS: chosen_set}
+
+    @reported
+    def begin(run_name: str, chosen_set: str | None, *given: Any):
+        state = runs.start(workspace, run_name, filled(chosen_set, *given))
+        player.close()  # the memory of the GPU is for training, which takes seconds until it needs it
+        return run_choices(workspace, run_name), markup.command(state.command), None
+
+    def show_command(run_name: str, chosen_set: str | None, *given: Any):
+        try:
+            values = runs.planned(workspace, run_name, filled(chosen_set, *given))
+            return markup.command(flags.shown(flags.command(values)))
+        except InputError as error:  # something is still being typed
+            return markup.paragraph(str(error), "failed")
+
+    @reported
+    def estimated(run_name: str, chosen_set: str | None, *given: Any):
+        text = runs.estimate(workspace, filled(chosen_set, *given))
+        return markup.text_block(text, "memory estimate")
+
+    @reported
+    def end(run_name: str | None):
+        runs.stop(workspace, _chosen(run_name))
+
+    @reported
+    def go_on(run_name: str | None):
+        runs.resume(workspace, _chosen(run_name))
+        player.close()
+
+    def look(run_name: str | None, download: bool, before: Any):
+        return looked(workspace, scorer, run_name, download, before)
+
+    looking: dict[str, Any] = {
+        "fn": look,
+        "inputs": [run, download, seen],
+        "outputs": [status, curves, samples, log, seen],
+    }
+    hidden: dict[str, Any] = {"show_progress": "hidden"}
+    start.click(begin, inputs, [run, command, seen], scroll_to_output=True).success(**looking, **hidden)
+    gr.on([box.change for box in inputs], show_command, inputs, command, trigger_mode="always_last", **hidden)
+    estimate.click(estimated, inputs, memory)
+    stop.click(end, run).success(**looking, **hidden)
+    resume.click(go_on, run).success(**looking, **hidden)
+    run.change(**looking, **hidden)
+    timer.tick(**looking, **hidden)
+    blocks = gr.context.Context.root_block
+    assert blocks is not None
+    # Whoever opens the page finds the run that trains, or the latest.
+    loaded = blocks.load(lambda: run_choices(workspace, None), None, run, **hidden)
+    loaded.then(show_command, inputs, command, **hidden)
+
+    def refresh(run_name: str | None, chosen_set: str | None, shown_set: str | None, followed: str | None):
+        # The set that was opened last in the tab Photos is the one to train on, until another is chosen here.
+        wanted = shown_set if shown_set != followed else chosen_set
+        return run_choices(workspace, run_name), set_choices(workspace, wanted), shown_set
+
+    return run, photo_set, refresh
+
+
+def _chosen(name: str | None) -> str:
+    if not name:
+        raise InputError("no run is chosen; choose one in the list, or start one.")
+    return name
+
+
+def component_of(field: flags.Field, default: Any) -> Any:
+    """The form's part for one flag: empty stands for the default, which is shown in grey."""
+    label, shown = field.name.replace("_", " ").capitalize(), text_of(default)
+    settings = {"label": label, "info": field.help, "min_width": 150, "elem_id": f"flag-{field.name}"}
+    if field.kind == "bool":
+        return gr.Checkbox(bool(field.default), **settings)
+    if field.kind == "choice":
+        empty = (f"default ({shown})" if shown else "default", "")
+        return gr.Dropdown([empty, *[(choice, choice) for choice in field.choices or ()]], value="", **settings)
+    lines = 2 if field.name == "validation_prompt" else 1
+    hint = "one per line; " if field.kind == "list" and lines > 1 else ""
+    placeholder = f"{hint}default: {shown}" if shown else f"{hint}default"
+    return gr.Textbox(FIRST.get(field.name, ""), placeholder=placeholder, lines=lines, **settings)
+
+
+def text_of(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(text_of, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def run_choices(workspace: Workspace, chosen: str | None) -> Any:
+    """All runs, those that train first, then the newest. The first is chosen unless there is another choice.
+
+    A run is there from the moment it is started, before training creates its folder.
+    """
+    states = sorted(runs.states(workspace), key=lambda state: (state.status not in ACTIVE, -state.started))
+    return choices([state.name for state in states], chosen)
+
+
+def looked(workspace: Workspace, scorer: Scorer, name: str | None, download: bool, before: Any) -> list[Any]:
+    """What the page shows of a run; what has not changed since the last look is not sent again."""
+    if not name:
+        nothing = markup.paragraph("No run yet: fill in the form and press Start training.")
+        return [nothing, "", "", "", None]
+    try:
+        state = runs.state(workspace, name)
+        folder = workspace.run(name)
+        samples = progress.samples(folder)
+        parts = [
+            status_of(state),
+            curves_of(progress.curves(folder), scorer.look(folder, samples, download)),
+            samples_of(workspace, samples),
+            markup.text_block(state.log_tail, "last lines of the log", "tail") if state.log_tail else "",
+        ]
+    except InputError as error:
+        parts = [markup.paragraph(str(error), "failed"), "", "", ""]
+    seen = [name, *map(hash, parts)]
+    shown = [
+        gr.skip() if before and old == new else part for part, old, new in zip(parts, (before or [])[1:], seen[1:])
+    ]
+    return [*(shown if before and before[0] == name else parts), seen]
+
+
+def status_of(state: runs.RunState) -> str:
+    """What happens, how far it is and the time left, for people who look once in a while."""
+    left = ""
+    if state.seconds_left is not None and state.status in ACTIVE:
+        left = f" About {markup.duration(state.seconds_left)} left."
+    kind = {"failed": "failed", "lost": "failed", "finished": "done"}.get(state.status, "")
+    return (
+        f'<p class="status {kind}" role="status">{markup.escape(state.message + left)}</p>'
+        + markup.progress(f"training of {state.name}: step {state.step} of {state.steps}", state.step, state.steps)
+        + markup.paragraph(f"Step {state.step} of {state.steps}", "small")
+    )
+
+
+def curves_of(curves: list[progress.Curve], note: str) -> str:
+    """The curves of the log and of the samples' scores, and a note about scoring."""
+    if not curves:
+        return markup.paragraph("The curves begin with the first logged step.")
+    parts = [charts.line_chart(curve.title, {curve.title: (curve.steps, curve.values)}) for curve in curves]
+    return f'<div class="charts">{"".join(parts)}</div>' + markup.paragraph(note)
+
+
+def samples_of(workspace: Workspace, samples: list[progress.Samples]) -> str:
+    """The images of each validation, newest first."""
+    parts = []
+    for sample in reversed(samples):
+        scores = [f"DINO {sample.dino:.3f}"] if sample.dino is not None else []
+        scores += [f"CLIP-T {sample.clip_t:.3f}"] if sample.clip_t is not None else []
+        title = f"Samples at step {sample.step}" + (f" ({', '.join(scores)})" if scores else "")
+        figures = [
+            markup.figure(markup.file_url(workspace, Path(path)), f"sample of {prompt}", f"{prompt}, seed {seed}")
+            for path, prompt, seed in sample.images
+        ]
+        parts.append(markup.heading(title) + markup.grid(figures, title, 150))
+    return "".join(parts)

@@ -1,0 +1,79 @@
+"""The adapters of a workspace, and the commands that use them."""
+
+import json
+
+import pytest
+
+from delora_diffusers.errors import InputError
+from delora_diffusers.names import CONFIG_NAME, WEIGHTS_NAME
+from studio import adapters, jobs
+from studio.workspace import Workspace
+
+
+@pytest.fixture
+def workspace(tmp_path) -> Workspace:
+    workspace = Workspace(tmp_path / "ws")
+    for part in ("dog", "dog/best", "dog/checkpoint-20", "dog/checkpoint-100", "dog/checkpoint-7.part", "started"):
+        folder = workspace.runs / part
+        folder.mkdir()
+        (folder / WEIGHTS_NAME).write_bytes(part.encode())
+    (workspace.runs / "started" / WEIGHTS_NAME).unlink()
+    (workspace.runs / "dog" / CONFIG_NAME).write_text(json.dumps({"arguments": {"rank": 8}}))
+    return workspace
+
+
+def test_the_finished_adapter_comes_first_and_late_checkpoints_before_early_ones(workspace):
+    assert adapters.adapters(workspace) == ["dog", "dog/best", "dog/checkpoint-100", "dog/checkpoint-20"]
+    assert adapters.settings_of(workspace.run("dog")) == {"rank": 8}
+    assert adapters.settings_of(workspace.run("started")) == {}
+
+
+@pytest.mark.parametrize("label", ["dog/..", "../dog", "dog/../../..", "cat", "started", "", "dog/checkpoint-7.part"])
+def test_only_adapters_of_the_list_are_used(workspace, label):
+    with pytest.raises(InputError):
+        adapters.adapter(workspace, label)
+
+
+def test_equal_requests_have_one_folder_and_others_another(workspace):
+    def folder(strength="1", weight=1.0, prompts=("a dog",), seed=0):
+        return adapters.generate_words(workspace, [("dog", weight)], prompts, [strength], {"seed": seed})[1]
+
+    first = folder()
+    assert folder() == first and first.parent == workspace.outputs
+    assert len({first, folder("0.5"), folder(weight=0.5), folder(prompts=["a", "dog"]), folder(seed=1)}) == 5
+    (workspace.runs / "dog" / WEIGHTS_NAME).write_bytes(b"trained further")
+    assert folder() != first
+
+
+def test_a_request_is_the_command_that_a_person_would_type(workspace):
+    settings = {"seed": 3, "negative_prompt": "", "scheduler": None, "num_images": 2}
+    words, output = adapters.generate_words(workspace, [("dog", 1.0)], ["a dog", "two dogs"], ["1"], settings)
+    expected = ["--adapter", str(workspace.run("dog")), "--prompt", "a dog", "two dogs", "--seed", "3"]
+    assert words == [*expected, "--num_images", "2", "--output_dir", str(output)]
+    words, _ = adapters.generate_words(workspace, [("dog", 0.4), ("dog/best", 1)], ["a dog"], ["0", "0.5"], {})
+    assert words[words.index("--adapter_weights") + 1 :][:2] == ["0.4", "1"]
+    assert words[words.index("--strength") + 1 :][:2] == ["0", "0.5"]
+    with pytest.raises(InputError, match="no prompt"):
+        adapters.generate_words(workspace, [], [], ["1"], {})
+
+
+def test_a_failed_command_gives_its_own_sentence():
+    output = "warning: x\nusage: generate ...\ngenerate.py: error: --rank is 0; give at least 1.\n"
+    assert jobs.reason_in(output, 1) == "--rank is 0; give at least 1."
+    assert jobs.reason_in("a\r\nlast line\n", 1) == "last line"
+    assert jobs.reason_in("", 3) == "the command ended with code 3."
+
+
+@pytest.mark.integration
+def test_a_command_ends_with_the_page_that_started_it():
+    import os
+
+    running = jobs.run(["python", "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"])
+    output = ""
+    while not output.strip():
+        output = next(running)
+    running.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(output), 0)
+    with pytest.raises(InputError, match="too small"):
+        list(jobs.run(["python", "-c", "import sys; sys.exit('error: it is too small')"]))

@@ -1,0 +1,373 @@
+"""The page in a browser, as a person uses it: with the mouse, with the keyboard, with hostile names, and killed.
+
+Needs the extra ``studio``, playwright and a chromium. The main path trains, so it is in no tier:
+``pytest -m slow tests/studio/test_browser.py``.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from data.toybox.write import write_unseen_subject
+from studio.player import ROOT
+from studio.workspace import Workspace
+
+pytest.importorskip("gradio", reason="the extra studio is not installed")
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+if CHROMIUM is None:
+    pytest.skip("there is no chromium on the PATH", allow_module_level=True)
+
+pytestmark = pytest.mark.integration
+TABS = ("Photos", "Train", "Play", "Compare", "Export")
+HOSTILE = "<img src=x onerror=alert(1)>"
+CAPTION = "<script>alert(2)</script> ${alert(3)} {{alert(4)}}"
+AXE = "4.10.3"
+"""The version of axe-core, which the test fetches from npm."""
+
+
+class Server:
+    """``python -m studio`` on a port of its own, without a network."""
+
+    def __init__(self, workspace: Path):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}/"
+        self.workspace = workspace
+        self.start()
+
+    def start(self) -> None:
+        nowhere = {f"{kind}_proxy": "http://127.0.0.1:9" for kind in ("http", "https", "all")} | {
+            "no_proxy": "127.0.0.1"
+        }
+        words = [sys.executable, "-m", "studio", "--workspace", str(self.workspace), "--port", str(self.port)]
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        environment = os.environ | nowhere | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        assert self.url.rstrip("/") in self.process.stdout.readline()
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[Server]:
+    """A server whose workspace has a set with a hostile name and a hostile caption."""
+    workspace = Workspace(tmp_path_factory.mktemp("studio") / "ws")
+    write_unseen_subject(workspace.photo_set("toy"))
+    folder = workspace.photo_set("hostile")
+    folder.mkdir()
+    Image.new("RGB", (128, 128), "red").save(folder / f"{HOSTILE}.png")
+    (folder / f"{HOSTILE}.txt").write_text(CAPTION)
+    (workspace.photos / HOSTILE).mkdir()
+    (workspace.runs / HOSTILE).mkdir()
+    server = Server(workspace.root)
+    yield server
+    server.kill()
+
+
+class Watched:
+    """A page of which nothing may be wrong: errors, dialogs, and requests that leave the machine are collected."""
+
+    def __init__(self, browser, server: Server, width: int = 1280, scheme: str = "light", bypass_csp: bool = False):
+        size = {"width": width, "height": 900}
+        self.context = browser.new_context(viewport=size, color_scheme=scheme, bypass_csp=bypass_csp)
+        self.page = self.context.new_page()
+        self.wrong: list[str] = []
+        self.expected = ""
+        self.page.on("console", self._on_message)
+        self.page.on("pageerror", lambda error: self.wrong.append(f"page error: {error}"))
+        self.page.on("dialog", lambda dialog: (self.wrong.append("dialog"), dialog.dismiss()))
+        local = (server.url, "data:", "blob:")
+        self.page.on("request", lambda r: None if r.url.startswith(local) else self.wrong.append(f"request: {r.url}"))
+        self.page.goto(server.url)
+        self.page.wait_for_selector("#photos-overview figure")
+
+    def _on_message(self, message) -> None:
+        if message.type == "error" and not (self.expected and re.search(self.expected, message.text)):
+            self.wrong.append(f"console: {message.text}")
+
+    def open(self, tab: str) -> None:
+        if not self.page.get_by_role("tab", name=tab).is_visible():
+            self.page.locator(".overflow-menu button").first.click()
+        self.page.get_by_role("tab", name=tab).or_(
+            self.page.locator(".overflow-dropdown button", has_text=tab)
+        ).first.click()
+
+    def field(self, label: str):
+        """The visible field with this label; what explains the field is part of the label too."""
+        title = self.page.locator("[data-testid=block-info]", has_text=re.compile(rf"^\s*{label}\s*$"))
+        within = self.page.locator("label", has=title).locator("textarea, input")
+        return self.page.get_by_label(label, exact=True).or_(within).locator("visible=true").first
+
+    def button(self, name: str):
+        return self.page.get_by_role("button", name=name, exact=True)
+
+    def choose(self, label: str, value: str) -> None:
+        self.field(label).click()
+        self.page.get_by_role("option", name=value, exact=True).click()
+
+    def wait(self, selector: str, text: str, seconds: float = 60) -> str:
+        """Wait until an element has a text, a regular expression; returns all of its text."""
+        until = time.monotonic() + seconds
+        while True:
+            shown = self.page.locator(selector).inner_text()
+            if re.search(text, shown, re.IGNORECASE):
+                return shown
+            assert time.monotonic() < until, f"{selector} does not show {text!r} but {shown!r}"
+            self.page.wait_for_timeout(200)
+
+    def close(self) -> None:
+        self.context.close()
+        assert not self.wrong, self.wrong
+
+
+@pytest.fixture
+def watched(browser, server) -> Iterator[Watched]:
+    watched = Watched(browser, server)
+    yield watched
+    watched.close()
+
+
+def test_hostile_names_are_shown_and_do_nothing(watched):
+    page = watched.page
+    watched.choose("Photo set", "hostile")
+    shown = watched.wait("#photos-overview", "hostile: 1 photo")
+    assert HOSTILE in shown and CAPTION in shown
+    assert watched.field("Caption").input_value() == CAPTION
+    assert page.locator("#photos-overview script, #photos-overview img[src=x]").count() == 0
+    watched.field("Caption").fill(f"{CAPTION}!")
+    watched.button("Save caption").click()
+    watched.wait("#photos-overview", re.escape(f"{CAPTION}!"))
+    watched.open("Train")
+    watched.field("Name of the run").fill(f"../{HOSTILE}")
+    assert f"../{HOSTILE}" in watched.wait("#train-command", "cannot be used")
+    watched.button("Start training").click()
+    page.get_by_role("alert").or_(page.locator(".toast-body")).first.wait_for()
+    assert HOSTILE in page.locator(".toast-body").first.inner_text()
+    watched.field("Name of the run").fill("mine")
+    watched.field("Instance prompt").fill(f"$(id) `id` {CAPTION}")
+    shown = watched.wait("#train-command", "script")
+    assert f"'$(id) `id` {CAPTION}'" in shown
+
+
+def test_uploads_become_a_set_and_two_pages_do_not_disturb_each_other(browser, server, watched, tmp_path):
+    other = Watched(browser, server)
+    other.open("Train")
+    other.field("Rank").fill("7")
+    other_set = other.field("Photo set").input_value()
+    photos = [tmp_path / f"{number}.png" for number in range(3)]
+    for number, file in enumerate(photos):
+        Image.effect_mandelbrot((160, 128), (-3 + number / 9, -2.5, 2, 2.5), 100).convert("RGB").save(file)
+    (tmp_path / "no.png").write_bytes(b"no image")
+    page = watched.page
+    watched.field("Photo set").fill("two words")
+    page.keyboard.press("Enter")
+    page.locator("input[type=file]").first.set_input_files([*photos, tmp_path / "no.png"])
+    shown = watched.wait("#photos-overview", "two words: 3 photos")
+    assert "0.png: 160 x 128, trained as 144 x 112" in shown
+    assert "no.png" in watched.wait("#photos-message", "no.png")
+    watched.open("Train")
+    playwright.expect(watched.field("Photo set")).to_have_value("two words")
+    assert len(list((server.workspace / "photos" / "two words").glob("*.png"))) == 3
+    other.page.wait_for_timeout(500)
+    assert other.field("Rank").input_value() == "7"
+    assert other.field("Photo set").input_value() == other_set != "two words"
+    other.close()
+
+
+def test_every_control_can_be_reached_with_the_keyboard(watched):
+    page = watched.page
+    wanted = {
+        "Photos": {"Photo set", "Resolution", "Crop to squares", "Caption", "Save caption", "Remove this photo"},
+        "Train": {"Name of the run", "Method", "Rank", "Start training", "Run", "Resume", "Copy"},
+        "Play": {"Adapter", "Prompts", "Seed", "Generate", "Sheet of strengths", "Stop"},
+        "Compare": {"Adapters", "Prompts", "Compare", "Stop"},
+        "Export": {"Adapter", "Export", "Push to the hub", "Repository"},
+    }
+    name_of_focus = """() => {
+      const e = document.activeElement;
+      if (!e || e === document.body) return "";
+      const label = e.labels?.[0]?.querySelector("[data-testid=block-info]") || e.labels?.[0];
+      return (e.getAttribute("aria-label") || label?.innerText || e.innerText || "").trim();
+    }"""
+    for tab in TABS:
+        watched.open(tab)
+        page.wait_for_timeout(300)
+        reached = set()
+        page.get_by_role("tab", name=tab).focus()
+        for _ in range(70):
+            page.keyboard.press("Tab")
+            reached.add(page.evaluate(name_of_focus))
+        assert wanted[tab] <= reached, (tab, wanted[tab] - reached, reached)
+
+
+@pytest.fixture(scope="session")
+def axe(tmp_path_factory) -> str:
+    """The source of axe-core."""
+    folder = tmp_path_factory.mktemp("axe")
+    try:
+        words = ["npm", "pack", f"axe-core@{AXE}", "--silent"]
+        subprocess.run(words, cwd=folder, check=True, capture_output=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        pytest.skip("axe-core cannot be fetched from npm")
+    shutil.unpack_archive(next(folder.glob("*.tgz")), folder, "gztar")
+    return (folder / "package" / "axe.min.js").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_labels_contrast_and_structure(browser, server, axe, scheme):
+    watched = Watched(browser, server, scheme=scheme, bypass_csp=True)
+    page = watched.page
+    page.evaluate(axe)
+    for tab in TABS:
+        watched.open(tab)
+        page.wait_for_timeout(800)
+        found = page.evaluate("axe.run(document, {runOnly: ['wcag2a', 'wcag2aa', 'best-practice']})")["violations"]
+        assert not found, (tab, [(rule["id"], [node["html"] for node in rule["nodes"]]) for rule in found])
+    watched.close()
+
+
+@pytest.mark.parametrize("width", [390, 800])
+def test_nothing_is_wider_than_a_small_screen(browser, server, width):
+    watched = Watched(browser, server, width)
+    for tab in TABS:
+        watched.open(tab)
+        watched.page.wait_for_timeout(300)
+        assert watched.page.evaluate("document.documentElement.scrollWidth") <= width, tab
+    watched.close()
+
+
+def trained_steps(shown: str) -> int:
+    match = re.search(r"step (\d+) of 40", shown, re.IGNORECASE)
+    return int(match[1]) if match else 0
+
+
+@pytest.mark.slow
+def test_the_main_path(browser, tmp_path):
+    """Train, stop, resume, kill the server meanwhile, play, compare and export."""
+    server = Server(tmp_path / "ws")
+    watched = Watched(browser, server)
+    page = watched.page
+    watched.wait("#photos-overview", "toy: 5 photos")
+
+    def fill(flag: str, value: object) -> None:
+        page.locator(f"#flag-{flag} textarea").fill(str(value))
+
+    watched.open("Train")
+    watched.field("Name of the run").fill("mug")
+    for flag, value in {
+        "max_train_steps": 40,
+        "validation_steps": 20,
+        "validation_split": 0.2,
+        "resolution": 64,
+    }.items():
+        fill(flag, value)
+    page.get_by_role("button", name="All other flags of the training script").click()
+    page.get_by_role("button", name="Checkpoints, validation and logs").click()
+    for flag, value in {"num_validation_images": 1, "validation_inference_steps": 2, "logging_steps": 2}.items():
+        fill(flag, value)
+    shown = watched.wait("#train-command", "logging_steps 2")
+    assert "--max_train_steps 40" in shown and "accelerate launch train_dreambooth_delora.py" in shown
+    watched.button("Start training").click()
+    watched.wait("#status", "starting")
+    other = Watched(browser, server)  # finds the run, and cannot start it again
+    other.open("Train")
+    other.field("Name of the run").fill("mug")
+    other.wait("#status", "of 40")
+    other.page.locator("#start").click()
+    other.page.locator(".toast-body", has_text="mug").wait_for()
+    other.close()
+
+    watched.wait("#status", "step [1-9][0-9]* of 40", 90)
+    watched.button("Stop, keeping a checkpoint").click()
+    reached = trained_steps(watched.wait("#status", "Stopped after step"))
+    assert 0 < reached < 40
+    watched.button("Resume").click()
+    watched.wait("#status", "starting")
+    watched.expected = "ERR_CONNECTION|ERR_INCOMPLETE|Failed to fetch|SSE|Connection|network|fetch"
+    server.kill()
+    server.start()
+    with suppress(playwright.Error):  # gradio's page may just be loading itself again
+        page.goto(server.url)
+    page.wait_for_selector("#photos-overview figure")
+    watched.expected = ""
+    watched.open("Train")
+    assert trained_steps(watched.wait("#status", "step [0-9]+ of 40")) >= reached
+    watched.wait("#status", "finished", 120)
+    shown = watched.wait("#curves", "CLIP-T", 60)
+    for title in ("loss:", "loss on held-out photos:", "distance", "boundary", "DINO", "CLIP-T"):
+        assert title in shown
+    line = page.locator("#curves polyline").first.get_attribute("points")
+    assert len(line.split()) >= 10
+    assert page.locator("#samples img").count() >= 2
+
+    watched.open("Play")
+    playwright.expect(watched.field("Adapter")).to_have_value("mug", timeout=10_000)
+    page.get_by_role("spinbutton", name="Steps", exact=True).fill("2")
+    page.get_by_role("spinbutton", name="Images per prompt", exact=True).fill("1")
+    watched.button("Generate").click()
+    page.locator("#play-result img").wait_for(timeout=60_000)
+    page.locator("#strength input[type=range]").focus()
+    page.keyboard.press("ArrowLeft")
+    watched.wait("#play-result", "strength 0.95")
+    command = page.locator("#play-command code").inner_text()
+    played = page.locator("#play-result img").get_attribute("src")
+    answer = page.request.get(server.url.rstrip("/") + played)
+    folder = tmp_path / "by-hand"
+    line = re.sub(r"--output_dir \S+", f"--output_dir {folder}", command).replace("python", sys.executable, 1)
+    subprocess.run(
+        line, shell=True, check=True, cwd=ROOT, capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert next(folder.glob("0*.png")).read_bytes() == answer.body()
+    watched.button("Sheet of strengths").click()
+    page.wait_for_function("document.querySelectorAll('#play-result img').length == 7", timeout=60_000)
+    watched.button("Checkpoints side by side").click()
+    shown = watched.wait("#play-result", "mug/checkpoint-40")
+    assert f"mug/checkpoint-{reached}" in shown
+
+    shutil.copytree(tmp_path / "ws" / "runs" / "mug", tmp_path / "ws" / "runs" / "copy")
+    watched.open("Compare")
+    watched.wait("#compared", "copy")
+    page.get_by_role("spinbutton", name="Steps", exact=True).fill("2")
+    page.get_by_role("spinbutton", name="Images per prompt", exact=True).fill("1")
+    watched.button("Compare").click()
+    page.locator("#compare-result .chart svg").wait_for(timeout=120_000)
+    assert "real images" in page.locator("#compare-result").inner_text()
+    differences = json.loads(next((tmp_path / "ws" / "outputs").glob("compare-*/differences.json")).read_text())
+    assert differences[0]["difference"]["dino"]["subjects"] == 4
+
+    watched.open("Export")
+    watched.choose("Adapter", "mug")
+    page.get_by_label("kohya").check()
+    watched.button("Export").click()
+    watched.wait("#export-message", "mug-kohya.safetensors", 60)
+    assert (tmp_path / "ws" / "outputs" / "mug-kohya.safetensors").is_file()
+    watched.wait("#card", "sks mug")
+    page.get_by_label("Repository").fill("me/mug")
+    watched.button("Push to the hub").click()
+    page.locator(".toast-body", has_text="not confirmed").wait_for()
+    watched.close()
+    server.kill()
