@@ -190,7 +190,7 @@ def test_images_are_those_of_stock_diffusers(run, tmp_path):
         stock.set_adapters("a", strength)
         theirs.append(stock_images(stock, PROMPTS, [5, 5], negative, **scale))
     assert_same(ours, torch.cat(theirs))
-    assert min((theirs[i] - theirs[i - 1]).abs().max() for i in range(3)) > 0.02, "the adapter matters"
+    assert min((theirs[i] - theirs[i - 1]).abs().max() for i in range(3)) > 0.01, "the adapter matters"
 
     validated = stock_images(stock, PROMPTS[1:], [0], **in_training)
     assert_same(run.images[-1], validated)
