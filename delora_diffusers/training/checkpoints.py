@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from delora_diffusers.names import (
 )
 from delora_diffusers.text_files import read_json
 from delora_diffusers.training.adapter_files import AdapterFiles
+
+logger = logging.getLogger(__name__)
 
 MAY_CHANGE = {
     "output_dir",
@@ -266,9 +269,13 @@ def check_same_run(
         raise InputError(f"{file} is damaged, so this run cannot be continued; restore it, or give a new --output_dir.")
     steps, scheduler = settings["max_train_steps"], settings.get("lr_scheduler", "constant")
     if before.get("max_train_steps", steps) != steps and scheduler not in WITHOUT_END:
-        raise InputError(
-            f"--lr_scheduler {scheduler} depends on --max_train_steps, which was {before['max_train_steps']} and is "
-            f"now {steps}; give the same value, or start a new run from this one with --init_adapter {folder}."
+        logger.warning(
+            "--lr_scheduler %s depends on --max_train_steps, which was %s and is now %s: from here on the rate is that of "
+            "%s steps, so the result is not that of a run that began with them",
+            scheduler,
+            before["max_train_steps"],
+            steps,
+            steps,
         )
     for name in sorted({*recorded, *data}):
         if recorded.get(name) != data.get(name):

@@ -21,7 +21,7 @@ from delora_diffusers.training.adapter_files import AdapterFiles
 from delora_diffusers.training.cuda_graph import Batch, MicroBatches, can_capture
 from delora_diffusers.training.ema import WeightAverage
 from delora_diffusers.training.loss_monitor import LossMonitor
-from delora_diffusers.training.optimizers import build_lr_scheduler, build_optimizer
+from delora_diffusers.training.optimizers import build_lr_scheduler, build_optimizer, set_rates
 from delora_diffusers.training.setup import RAGGED
 from delora_diffusers.training.stopping import end_stopped, stop_on_signals
 from delora_diffusers.training.validation import Validation
@@ -82,6 +82,8 @@ def train(
         accelerator.register_for_checkpointing(average.ema)
     checkpoint = _resume(accelerator, args)
     start = 0 if checkpoint is None else checkpoint_step(checkpoint)
+    if checkpoint is not None:
+        set_rates(schedule)
     if average.ema is not None:
         average.ema.to(accelerator.device)
     if validate is not None:

@@ -14,7 +14,13 @@ from delora_diffusers.methods.table import METHODS
 from delora_diffusers.names import WEIGHTS_NAME
 from delora_diffusers.training.memory_estimate import optimizer_bytes
 from delora_diffusers.training.optimizer_flags import OPTIMIZERS, RELATIVE_STEP
-from delora_diffusers.training.optimizers import SideBySide, build_lr_scheduler, build_optimizer, optimizer_options
+from delora_diffusers.training.optimizers import (
+    SideBySide,
+    build_lr_scheduler,
+    build_optimizer,
+    optimizer_options,
+    set_rates,
+)
 from tests.helpers import run_in_child, run_in_two_processes, train, training_flags
 
 INSTALLED = [name for name, kind in OPTIMIZERS.items() if importlib.util.find_spec(kind.constructor.split(":")[0][:12])]
@@ -287,3 +293,22 @@ def test_two_processes_take_the_same_steps(tiny_sd, photographs, tmp_path):
     two, one = (load_file(tmp_path / name / WEIGHTS_NAME) for name in ("two", "one"))
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=1e-4)
+
+
+def test_the_rates_of_a_prolonged_run_are_those_of_its_new_length():
+    parameter = torch.nn.Parameter(torch.ones(1))
+    args = argparse.Namespace(lr_scheduler="cosine", lr_warmup_steps=0, lr_num_cycles=1, lr_power=1, lr_step_rules=None)
+
+    def built(steps: int) -> tuple[torch.optim.Optimizer, Any]:
+        optimizer = torch.optim.SGD([parameter], lr=0.5)
+        return optimizer, build_lr_scheduler(optimizer, argparse.Namespace(**vars(args), max_train_steps=steps))
+
+    short, schedule = built(2)
+    for _ in range(2):
+        schedule.step()
+    assert short.param_groups[0]["lr"] == 0
+    longer, resumed = built(4)
+    longer.load_state_dict(short.state_dict())
+    resumed.load_state_dict(schedule.state_dict())
+    set_rates(resumed)
+    assert longer.param_groups[0]["lr"] == pytest.approx(0.25), "half of the way of four steps"
