@@ -270,11 +270,10 @@ def check_same_run(
     steps, scheduler = settings["max_train_steps"], settings.get("lr_scheduler", "constant")
     if before.get("max_train_steps", steps) != steps and scheduler not in WITHOUT_END:
         logger.warning(
-            "--lr_scheduler %s depends on --max_train_steps, which was %s and is now %s: from here on the rate is that of "
-            "%s steps, so the result is not that of a run that began with them",
+            "--lr_scheduler %s depends on --max_train_steps, which was %s and is now %s: the run goes on at the rates "
+            "of its new length, so it does not end as one that began with them",
             scheduler,
             before["max_train_steps"],
-            steps,
             steps,
         )
     for name in sorted({*recorded, *data}):

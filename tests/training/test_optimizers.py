@@ -299,7 +299,7 @@ def test_the_rates_of_a_prolonged_run_are_those_of_its_new_length():
     parameter = torch.nn.Parameter(torch.ones(1))
     args = argparse.Namespace(lr_scheduler="cosine", lr_warmup_steps=0, lr_num_cycles=1, lr_power=1, lr_step_rules=None)
 
-    def built(steps: int) -> tuple[torch.optim.Optimizer, Any]:
+    def built(steps: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
         optimizer = torch.optim.SGD([parameter], lr=0.5)
         return optimizer, build_lr_scheduler(optimizer, argparse.Namespace(**vars(args), max_train_steps=steps))
 
