@@ -62,7 +62,7 @@ def scatter_chart(title: str, points: Mapping[str, tuple[float, float]], x_name:
 
 
 class _Frame:
-    """The part of the picture that the values fill."""
+    """The part of the chart that the values fill."""
 
     def __init__(self, points: Sequence[tuple[float, float]], margin: float = 0.04):
         self.x_low, self.x_high = _range([x for x, _ in points], margin if margin > 0.1 else 0)

@@ -152,7 +152,7 @@ def _or(value: float | None, default: float) -> float:
 
 
 def set_rates(schedule: Any) -> None:
-    """Set the rates of the schedule's step. A checkpoint has those of its own run, which may have had fewer steps."""
+    """Set the rates of the schedule's step. A checkpoint has those of a run that may have had fewer steps."""
     factors = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
     for group, rate, factor in factors:
         group["lr"] = rate * factor(schedule.last_epoch)

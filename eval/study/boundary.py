@@ -171,10 +171,10 @@ def knees(rows: pd.DataFrame) -> dict[str, Interval]:
     subjects = tables["clip_t"].columns
     of_base = base.groupby("subject")["clip_t"].mean().reindex(subjects).to_numpy(float)
     bounds = tables["clip_t"].index.get_level_values("x").to_numpy(float)
-    draws = np.vstack([np.ones(len(subjects)), resampled(len(subjects))])
+    weights = np.vstack([np.ones(len(subjects)), resampled(len(subjects))])
     # The base model is compared on the same subjects, so its scores are subtracted before the means are taken.
-    lost = subject_means(tables["clip_t"].to_numpy(float) - of_base, draws)
-    dino = subject_means(tables["dino"].to_numpy(float), draws)
+    lost = subject_means(tables["clip_t"].to_numpy(float) - of_base, weights)
+    dino = subject_means(tables["dino"].to_numpy(float), weights)
     missing = DINO_SHARE * np.nanmax(dino, axis=1, keepdims=True) - dino
     crossings = {"clip_t": crossing(bounds, lost + CLIP_T_LOSS), "dino": crossing(bounds, missing)}
     return {score: (float(values[0]), *percentiles(values[1:])) for score, values in crossings.items()}

@@ -70,14 +70,14 @@ def highest_y(x: Array, y: Array, at: Array) -> Array:
 def bootstrap_weights(subjects: int, seeds: int, resamples: int) -> Array:
     """The weight of each subject and seed in the mean, (1 + B, S, K).
 
-    The first row is the sample itself, all weights equal. The others resample subjects and, within each drawn subject,
+    The first row is the sample itself, all weights equal. The others resample subjects and, within each chosen subject,
     its seeds, both with replacement.
     """
     random = np.random.default_rng(0)
-    drawn = random.integers(subjects, size=(resamples, subjects, 1))
-    drawn_seeds = random.integers(seeds, size=(resamples, subjects, seeds))
+    chosen = random.integers(subjects, size=(resamples, subjects, 1))
+    chosen_seeds = random.integers(seeds, size=(resamples, subjects, seeds))
     weights = np.zeros((1 + resamples, subjects, seeds))
-    np.add.at(weights, (np.arange(1, 1 + resamples)[:, None, None], drawn, drawn_seeds), 1.0)
+    np.add.at(weights, (np.arange(1, 1 + resamples)[:, None, None], chosen, chosen_seeds), 1.0)
     weights[0] = 1.0
     return weights / (subjects * seeds)
 

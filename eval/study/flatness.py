@@ -78,10 +78,10 @@ def largest_changes(rows: pd.DataFrame, score: str) -> dict[str, Any]:
         ``change`` and ``deviation``, (value, low, high) each; ``lowest``, ``highest`` and ``default``, means.
     """
     table = by_setting(rows, KEYS, score)
-    draws = resampled(table.shape[1])
+    weights = resampled(table.shape[1])
     everybody = np.ones((1, table.shape[1]))
     values = table.to_numpy(float)
-    means, resamples = subject_means(values, everybody), subject_means(values, draws)
+    means, resamples = subject_means(values, everybody), subject_means(values, weights)
 
     def with_interval(distance: Any) -> tuple[float, float, float]:
         return (float(distance(means)[0]), *percentiles(distance(resamples)))

@@ -17,20 +17,20 @@ def by_setting(rows: pd.DataFrame, keys: Sequence[str], score: str) -> pd.DataFr
     return rows.pivot_table(index=list(keys), columns="subject", values=score, aggfunc="mean").sort_index()
 
 
-def subject_means(values: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """Means over subjects, (draws, settings); NaN for a setting none of whose subjects was drawn.
+def subject_means(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Means over subjects, (weights, settings); NaN for a setting none of whose subjects is in it.
 
     Args:
         values: (settings, subjects), NaN where a training did not finish; its subject does not count there.
-        draws: (draws, subjects), how often each subject counts.
+        weights: (weights, subjects), how often each subject counts.
     """
     finished = ~np.isnan(values)
     with np.errstate(invalid="ignore"):
-        return draws @ np.where(finished, values, 0).T / (draws @ finished.T)
+        return weights @ np.where(finished, values, 0).T / (weights @ finished.T)
 
 
 def resampled(count: int) -> np.ndarray:
-    """How often each of ``count`` subjects is drawn in each resample of a bootstrap, (resamples, subjects)."""
+    """How often each of ``count`` subjects is in each resample of a bootstrap, (resamples, subjects)."""
     return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=RESAMPLES).astype(float)
 
 

@@ -279,10 +279,10 @@ def test_captions_that_are_no_text_are_refused(workspace, toys, text):
 def test_a_mask_is_saved_as_training_reads_it(workspace, toys, tmp_path):
     folder = write(workspace, toys[:3])
     Image.new("L", (128, 128), 255).save(folder / "00_mask.png")
-    drawn = Image.new("RGBA", (64, 64))
-    ImageDraw.Draw(drawn).rectangle((16, 16, 47, 47), fill=(255, 0, 0, 255))
-    drawn.save(tmp_path / "drawn.png")
-    save_mask(workspace, "dog", "00.png", tmp_path / "drawn.png")
+    drawing = Image.new("RGBA", (64, 64))
+    ImageDraw.Draw(drawing).rectangle((16, 16, 47, 47), fill=(255, 0, 0, 255))
+    drawing.save(tmp_path / "drawing.png")
+    save_mask(workspace, "dog", "00.png", tmp_path / "drawing.png")
     assert sorted(path.name for path in folder.iterdir()) == ["00.mask.png", "00.png", "01.png", "02.png"]
     mask = find_photographs(folder, Masks(use=True))[0].load_mask()
     assert mask is not None and mask.getbbox() == (32, 32, 96, 96)
