@@ -24,6 +24,8 @@ from benchmarks.reporting import print_and_save
 from data.miniature import MINI_CLIP
 from data.toybox.captions import full_caption
 from data.toybox.render import render
+from delora_diffusers.dispatch import exit_on_bad_input
+from delora_diffusers.families.checks import check_model_folder
 from delora_diffusers.families.loading import load_pipeline
 from delora_diffusers.families.table import family_of
 from eval.metrics.encoders import ClipEncoder
@@ -37,6 +39,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(argv)
     out, device = options.out_dir, options.device
+    for model in options.models:
+        check_model_folder(None if model == "mini-sd" else model)
     out.mkdir(parents=True, exist_ok=True)
 
     scenes = held_out_scenes(options.captions)
@@ -65,4 +69,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_bad_input():
+        main()
