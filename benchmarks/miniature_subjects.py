@@ -2,6 +2,7 @@
 
 ``python -m benchmarks.miniature_subjects OUT_DIR`` trains on 5 photos of each subject with the default settings,
 generates images for every prompt with the base model and with the adapter, and writes a table with a row per subject.
+``--earlier`` also trains with the defaults before decay and the smaller boundary, and compares the two.
 ``--search`` compares the settings of ``SEARCH`` on other subjects. Finished runs are kept, so the same command
 continues after an interruption.
 """
@@ -10,8 +11,12 @@ import argparse
 import json
 import os
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import pandas as pd
 
 from benchmarks.miniature_runs import (
     IDENTIFIER,
@@ -25,6 +30,9 @@ from benchmarks.miniature_runs import (
 )
 from benchmarks.reporting import print_and_save
 from delora_diffusers.atomic import write_text
+from delora_diffusers.training.arguments import positive_int
+from eval.benchmark.results import bootstrap_interval
+from eval.benchmark.tables import markdown
 
 SUBJECTS = tuple(range(8))
 SEARCH_SUBJECTS = (100, 101, 103, 104, 107)
@@ -59,6 +67,10 @@ SEARCH: dict[str, dict[str, Any]] = {
 """Changes to the paper's recipe, with its learning rate of 2e-2 and bound 0.35, and 300 steps of batch 4."""
 
 
+EARLIER: dict[str, Any] = {"learning_rate": 1e-2, "lr_scheduler": "constant", "relative_bound": 0.35}
+"""The miniature's defaults before the learning rate decayed and the boundary was made smaller."""
+
+
 def run_one(task: tuple[Path, int, str | None, dict[str, Any]]) -> dict[str, Any]:
     """Train (unless the setting is None), generate and score one subject; an existing result is read instead."""
     folder, number, setting, values = task
@@ -74,6 +86,7 @@ def run_one(task: tuple[Path, int, str | None, dict[str, Any]]) -> dict[str, Any
     subject = f"a photo of {IDENTIFIER} {kind}"
     start = time.monotonic()
     generation: dict[str, Any] = {"output_dir": images, "num_images": IMAGES_PER_PROMPT}
+    generation["seed"] = 1000 * values.get("seed", 0)
     generation["prompt"] = [f"{subject} {place}" for place in PROMPT_PLACES]
     if setting is not None:
         train({"instance_data_dir": photos, "instance_prompt": subject, "output_dir": folder / "adapter", **values})
@@ -85,6 +98,34 @@ def run_one(task: tuple[Path, int, str | None, dict[str, Any]]) -> dict[str, Any
     result |= {"scores": scored["scores"], "real": scored["real"]}
     write_text(result_file, json.dumps(result, indent=1) + "\n")
     return result
+
+
+def earlier_table(results: list[dict[str, Any]]) -> str:
+    """A row per subject, means over its seeds: base model, trained with the earlier and with today's defaults; and the
+    mean difference with its 95% bootstrap interval, paired by subject."""
+    rows = pd.json_normalize(results)
+    rows["setting"] = rows["setting"].fillna("base model")
+    titles = {"scores.dino": "DINO", "scores.clip_t": "CLIP-T"}
+    tables = {
+        title: rows.pivot_table(index=["subject", "kind"], columns="setting", values=name)
+        for name, title in titles.items()
+    }
+    settings = ("base model", "earlier default", "default")
+    header = ["subject", *(f"{title}, {setting}" for title in tables for setting in settings)]
+    cells = [
+        [
+            f"{number}: {kind}",
+            *(f"{table.loc[(number, kind), name]:.3f}" for table in tables.values() for name in settings),
+        ]
+        for number, kind in next(iter(tables.values())).index
+    ]
+    cells.append(["mean", *(f"{table[name].mean():.3f}" for table in tables.values() for name in settings)])
+    lines = [markdown(header, cells)]
+    for title, table in tables.items():
+        change = (table["default"] - table["earlier default"]).to_numpy()
+        low, high = bootstrap_interval(np.ones(len(change)), change)
+        lines.append(f"{title}, default minus earlier default: {change.mean():+.3f} [{low:+.3f}, {high:+.3f}].")
+    return "\n".join(lines)
 
 
 def subject_table(results: list[dict[str, Any]]) -> str:
@@ -130,26 +171,37 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--search", action="store_true", help="compare the settings of SEARCH instead of running the default"
     )
+    parser.add_argument("--earlier", action="store_true", help="compare the default with the earlier one")
+    parser.add_argument("--seeds", type=positive_int, default=1)
     parser.add_argument("--subjects", type=int, nargs="+", help="numbers of unseen subjects")
     parser.add_argument("--settings", nargs="+", choices=list(SEARCH), help="run only these settings of the search")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at the same time")
     options = parser.parse_args(argv)
     if options.settings and not options.search:
         parser.error("--settings selects settings of the search; give --search too.")
-    settings = {name: SEARCH[name] for name in options.settings or SEARCH} if options.search else {"default": {}}
+    settings = {"default": {}} | ({"earlier default": EARLIER} if options.earlier else {})
+    if options.search:
+        settings = {name: SEARCH[name] for name in options.settings or SEARCH}
+    numbers = options.subjects or (SEARCH_SUBJECTS if options.search else SUBJECTS)
     tasks = []
-    for setting, values in [(None, {}), *settings.items()]:
-        for number in options.subjects or (SEARCH_SUBJECTS if options.search else SUBJECTS):
-            folder = options.out_dir / (setting or "base").replace(" ", "-").replace(",", "") / f"{number:03}"
-            tasks.append((folder, number, setting, values))
+    for (setting, values), seed, number in product([(None, {}), *settings.items()], range(options.seeds), numbers):
+        folder = options.out_dir / (setting or "base").replace(" ", "-").replace(",", "") / f"{number:03}"
+        if seed:
+            folder = folder.with_name(f"{number:03}-seed-{seed}")
+            values = values | {"seed": seed}
+        tasks.append((folder, number, setting, values))
     results = []
     for result in run_all(run_one, tasks, options.workers):
         results.append(result)
         print(json.dumps({k: result[k] for k in ("subject", "setting", "seconds", "scores")}), flush=True)
     order = [None, *settings]
     results.sort(key=lambda r: (order.index(r["setting"]), r["subject"]))
-    table = search_table(results) if options.search else subject_table(results)
-    print_and_save(table, options.out_dir / ("search.md" if options.search else "subjects.md"))
+    if options.search:
+        print_and_save(search_table(results), options.out_dir / "search.md")
+    elif options.earlier:
+        print_and_save(earlier_table(results), options.out_dir / "earlier.md")
+    else:
+        print_and_save(subject_table(results), options.out_dir / "subjects.md")
 
 
 if __name__ == "__main__":

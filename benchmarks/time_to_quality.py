@@ -4,10 +4,11 @@
         [--steps 25 50 ...] [--workers 12] [--pretrained_model_name_or_path MODEL]
 
 Trains DeLoRA and LoRA with cosine decay on ten toys that the miniature never saw; the toys of a setting train together.
-These runs share one GPU, or are spread over those that are visible. The time of a step is measured before, in a process
-of its own for each method and batch size, with one toy and the GPU idle otherwise: the median between CUDA events.
-Seconds are steps times that; start-up, which is everything else from the start of the process to the saved adapter, is
-reported separately. Without a GPU the clock replaces the events.
+Quality is DINO where CLIP-T is 0.01 below the base model's, see ``benchmarks.strength_dial``. These runs share one GPU,
+or are spread over those that are visible. The time of a step is measured before, in a process of its own for each
+method and batch size, with one toy and the GPU idle otherwise: the median between CUDA events. Seconds are steps times
+that; start-up, which is everything else from the start of the process to the saved adapter, is reported separately.
+Without a GPU the clock replaces the events.
 
 Writes ``table.md``, ``table.json``, and ``time_to_quality.png`` and ``.svg`` to OUT. Finished runs are kept, so the
 same command continues after an interruption.
@@ -20,31 +21,28 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-import numpy as np
 import pandas as pd
 
-from benchmarks.miniature_runs import (
-    IDENTIFIER,
-    IMAGES_PER_PROMPT,
-    PROMPT_PLACES,
-    flags,
-    generate,
-    prepare,
-    run_all,
-    score,
-    train,
-)
+from benchmarks.miniature_runs import flags, prepare, run_all, train
 from benchmarks.reporting import print_and_save
-from benchmarks.training_options import SUBJECTS
+from benchmarks.strength_dial import (
+    CHOOSING,
+    CLIP_T_LOSS,
+    Toys,
+    as_rows,
+    at_equal_clip_t,
+    difference,
+    run_toys,
+    subject_prompt,
+    write_photos,
+)
 from delora_diffusers.atomic import atomic_write, write_text
 from delora_diffusers.dispatch import exit_on_bad_input
 from delora_diffusers.errors import InputError
-from delora_diffusers.json_lines import write_json_lines
 from delora_diffusers.methods.table import METHODS
 from delora_diffusers.training.arguments import positive_int
-from eval.benchmark.results import bootstrap_interval
 from eval.benchmark.tables import markdown
 from eval.benchmark.tasks import flag_values
 
@@ -53,9 +51,8 @@ RATES = (1.0, 2.0, 4.0)
 STEPS = (25, 50, 100, 200, 300, 600, 1000)
 DEFAULT = (4, 1.0, 300)
 """Batch size, multiple of the default rate and steps of the setting that others are compared with."""
-PHOTOS = 5
-CLIP_T_LOSS = 0.01
-"""What CLIP-T may lose against the base model."""
+DINO_LOSS = 0.01
+"""What the DINO of a setting that counts as equally good may lose."""
 OF_DELORA = ("relative_bound", "delora_lambda", "lambda_learning_rate")
 """Flags in ``--train`` that other methods do not have; they are left out for those."""
 VARIED = ("method", "train_batch_size", "learning_rate", "max_train_steps", "output_dir", "subjects_file", "seed")
@@ -65,8 +62,8 @@ BASE = "none"
 """The method of the base model's own images."""
 
 
-SETTING = ("method", "batch_size", "rate", "steps", "seed")
-"""The fields of a run that tell settings apart."""
+SETTING = ("method", "batch_size", "rate", "steps")
+"""The columns that tell settings apart."""
 
 
 class Run(NamedTuple):
@@ -90,66 +87,19 @@ class Run(NamedTuple):
 
 
 def training_flags(run: Run, **more: Any) -> dict[str, Any]:
-    """The flags of the training script for a run, without those of its toys."""
+    """The flags of the training script for a run, without those of its toys and its output."""
     shared = {name: value for name, value in run.train.items() if run.method == "delora" or name not in OF_DELORA}
     values: dict[str, Any] = {"resolution": 128, "square": True, "lr_scheduler": "cosine"} | shared
     values |= {"method": run.method, "train_batch_size": run.batch_size, "max_train_steps": run.steps}
     values |= {"learning_rate": METHODS[run.method].learning_rate * run.rate, "seed": run.seed}
     if run.model is not None:
         values["pretrained_model_name_or_path"] = run.model
-    values |= {"output_dir": run.folder / "training"} | more
-    return {name: value for name, value in values.items() if value is not False}
+    return {name: value for name, value in (values | more).items() if value is not False}
 
 
-def photos_of(run: Run, number: int) -> Path:
-    return run.photos / f"{number:03}"
-
-
-def subject_prompt(number: int) -> str:
-    from data.toybox.shapes import CLASSES
-
-    return f"a photo of {IDENTIFIER} {CLASSES[number % len(CLASSES)]}"
-
-
-def run_setting(run: Run) -> dict[str, Any]:
-    """Train all toys at once unless it is the base model, generate and score; an existing result is read instead.
-
-    Returns:
-        The setting, and its scores as ``rows``, one per toy.
-    """
-    file = run.folder / "result.json"
-    if file.exists():
-        return json.loads(file.read_text())
-    prepare(run.folder, "training", "adapters", "images")
-    trained = run.method != BASE
-    if trained:
-        lines = [
-            {
-                "instance_data_dir": str(photos_of(run, number)),
-                "instance_prompt": subject_prompt(number),
-                "seed": run.seed,
-                "output_dir": str(run.folder / "adapters" / f"{number:03}"),
-            }
-            for number in run.subjects
-        ]
-        write_json_lines(run.folder / "subjects.jsonl", lines)
-        train(training_flags(run, subjects_file=run.folder / "subjects.jsonl"))
-    requests = []
-    for number in run.subjects:
-        prompts = [f"{subject_prompt(number)} {place}" for place in PROMPT_PLACES]
-        request = {"prompts": prompts, "seed": 1000 * run.seed, "output_dir": str(run.folder / "images" / f"{number}")}
-        adapter = {"adapter": str(run.folder / "adapters" / f"{number:03}")} if trained else {}
-        requests.append(request | adapter)
-    write_json_lines(run.folder / "requests.jsonl", requests)
-    generation: dict[str, Any] = {"requests_file": run.folder / "requests.jsonl", "num_images": IMAGES_PER_PROMPT}
-    generate(generation | ({} if trained or run.model is None else {"pretrained_model_name_or_path": run.model}))
-    rows = []
-    for number in run.subjects:
-        scores = score(run.folder / "images" / f"{number}", photos_of(run, number))["scores"]
-        rows.append({"subject": number, "dino": scores["dino"], "clip_t": scores["clip_t"]})
-    result = {name: getattr(run, name) for name in SETTING} | {"rows": rows}
-    write_text(file, json.dumps(result, indent=1) + "\n")
-    return result
+def toys_of(run: Run) -> Toys:
+    train = None if run.method == BASE else training_flags(run)
+    return Toys(run.folder, run.photos, run.subjects, run.seed, train, model=run.model)
 
 
 def time_training(run: Run) -> dict[str, Any]:
@@ -180,7 +130,11 @@ def time_training(run: Run) -> dict[str, Any]:
 
     monitor, loop.LossMonitor = loop.LossMonitor, Timed
     (number,) = run.subjects
-    of_toy = {"instance_data_dir": photos_of(run, number), "instance_prompt": subject_prompt(number)}
+    of_toy = {
+        "output_dir": run.folder / "training",
+        "instance_data_dir": run.photos / f"{number:03}",
+        "instance_prompt": subject_prompt(number),
+    }
     try:
         train(training_flags(run, **of_toy))
     finally:
@@ -220,7 +174,7 @@ def all_runs(options: argparse.Namespace) -> tuple[list[Run], list[Run]]:
         for b, r, s in longest_first for m in options.methods for seed in range(options.seeds)
     ]  # fmt: skip
     bases = [
-        Run(options.out_dir / "runs" / f"base-seed-{seed}", method=BASE, batch_size=0, rate=0.0, steps=0,
+        Run(options.out_dir / "runs" / f"{BASE}-seed-{seed}", method=BASE, batch_size=0, rate=0.0, steps=0,
             subjects=subjects, seed=seed, **common)
         for seed in range(options.seeds)
     ]  # fmt: skip
@@ -236,7 +190,7 @@ def check_settings(options: argparse.Namespace, runs: Sequence[Run]) -> None:
     import train_dreambooth_delora
 
     for run in runs:
-        train_dreambooth_delora.parse_arguments(flags(training_flags(run)))
+        train_dreambooth_delora.parse_arguments(flags(training_flags(run, output_dir=run.folder)))
     file = options.out_dir / "settings.json"
     settings = {"train": runs[0].train, "model": runs[0].model, "subjects": list(options.subjects)}
     text = json.dumps(settings, indent=1, default=str) + "\n"
@@ -246,67 +200,48 @@ def check_settings(options: argparse.Namespace, runs: Sequence[Run]) -> None:
     write_text(file, text)
 
 
-def as_rows(results: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """A row per setting and toy."""
-    settings = ({name: result[name] for name in SETTING} for result in results)
-    return pd.DataFrame([setting | row for setting, result in zip(settings, results) for row in result["rows"]])
-
-
-def mean_scores(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Means of a run's scores over its toys, for its line of progress."""
-    return {name: round(statistics.fmean(row[name] for row in rows), 4) for name in ("dino", "clip_t")}
-
-
 def summarize(rows: pd.DataFrame, timings: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """A row per trained setting: seconds, means over subjects and seeds, and what they change against the base model
-    and the method's default, with the 95% interval of the latter over subjects.
+    """A row per trained setting: seconds, its quality, and how much that differs from its method's default and from
+    DeLoRA's, with the 95% interval over subjects and seeds.
 
     Args:
-        rows: one per setting, subject and seed. timings: of ``time_training``.
+        rows: one per setting, subject, seed and strength. timings: of ``time_training``.
     """
     clock = {(t["method"], t["batch_size"]): t for t in timings}
-    base = rows[rows["method"] == BASE].groupby("subject")["clip_t"].mean()
-    trained = rows[rows["method"] != BASE]
-    keys = ["method", "batch_size", "rate", "steps"]
-    by_subject = trained.groupby([*keys, "subject"])[["dino", "clip_t"]].mean()
+    base = pd.DataFrame(rows[rows["method"] == BASE])
+    groups = rows[rows["method"] != BASE].groupby(list(SETTING))
+    values = {key: at_equal_clip_t(pd.DataFrame(group), base) for key, group in groups}
     table = []
-    for key, group in by_subject.groupby(level=list(range(len(keys)))):
-        method, batch_size, _, steps = key
-        scores = group.droplevel(keys)
-        timing = clock.get((method, batch_size))
-        row = dict(zip(keys, key)) | {"dino": scores["dino"].mean(), "clip_t": scores["clip_t"].mean()}
+    for key, group in groups:
+        method, batch_size, rate, steps = cast(tuple[str, int, float, int], key)
+        timing, full = clock.get((method, batch_size)), group[group["strength"] == 1]
+        row: dict[str, Any] = dict(zip(SETTING, (method, batch_size, rate, steps)))
+        row |= {"quality": values[key][0], "dino": full["dino"].mean(), "clip_t": full["clip_t"].mean()}
         row["seconds"] = float("nan") if timing is None else steps * timing["ms"] / 1000
         row["start_up"] = float("nan") if timing is None else timing["start_up"]
-        row["clip_t_change"] = (scores["clip_t"] - base).dropna().mean()
         for reference in dict.fromkeys((method, "delora")):
-            defaults = (reference, *DEFAULT)
-            if defaults in by_subject.index:
-                difference = (scores["dino"] - by_subject.loc[defaults]["dino"]).dropna().to_numpy()
-                low, high = bootstrap_interval(np.ones(len(difference)), difference)
-                row |= {f"vs_{reference}": difference.mean(), f"vs_{reference}_low": low, f"vs_{reference}_high": high}
+            if (reference, *DEFAULT) in values:
+                change, low, high = difference(values[key], values[(reference, *DEFAULT)])
+                row |= {f"vs_{reference}": change, f"vs_{reference}_low": low, f"vs_{reference}_high": high}
         table.append(row)
     return pd.DataFrame(table)
 
 
-def good_enough(table: pd.DataFrame, reference: str) -> pd.Series:
-    """Whether a setting keeps CLIP-T within ``CLIP_T_LOSS`` of the base model's, and its DINO is not below that of the
-    reference's default setting: the 95% interval of their paired difference does not lie below zero."""
-    return (table["clip_t_change"] >= -CLIP_T_LOSS) & (table[f"vs_{reference}_high"] >= 0)
-
-
 def fastest(table: pd.DataFrame, method: str, reference: str) -> dict[str, Any] | None:
-    """The setting of a method that takes the least time and is good enough; None if there is none."""
+    """The setting of a method that takes the least time among those whose quality is at most ``DINO_LOSS`` below that
+    of the reference's default; None if there is none."""
     of_method = pd.DataFrame(table[table["method"] == method])
-    if f"vs_{reference}_high" not in of_method:
+    if f"vs_{reference}" not in of_method:
         return None
-    candidates = of_method[good_enough(of_method, reference) & of_method["seconds"].notna()]
+    candidates = of_method[(of_method[f"vs_{reference}"] >= -DINO_LOSS) & of_method["seconds"].notna()]
     return None if candidates.empty else candidates.loc[candidates["seconds"].idxmin()].to_dict()
 
 
 def report(table: pd.DataFrame, rows: pd.DataFrame, timings: Sequence[dict[str, Any]], failed: Sequence[str]) -> str:
     """All tables as Markdown."""
     base = rows[rows["method"] == BASE]
-    header = ["", "as good as the default of", "batch", "rate", "steps", "seconds", "start-up, s", "DINO", "CLIP-T"]
+    header = ["", "as good as the default of", "batch", "rate", "steps", "seconds", "start-up, s"]
+    header += ["DINO at equal CLIP-T", "DINO at strength 1", "CLIP-T at strength 1"]
     cells = []
     for method in dict.fromkeys(table["method"]):
         for reference in dict.fromkeys((method, "delora")):
@@ -321,8 +256,8 @@ def report(table: pd.DataFrame, rows: pd.DataFrame, timings: Sequence[dict[str, 
         f"Base model: DINO {base['dino'].mean():.3f}, CLIP-T {base['clip_t'].mean():.3f}. {subjects} toys, {seeds} "
         f"seeds. Rate: multiple of the method's default. The default setting: batch {DEFAULT[0]}, rate "
         f"{DEFAULT[1]:g}, {DEFAULT[2]} steps.\n",
-        f"The fastest setting whose CLIP-T is within {CLIP_T_LOSS} of the base model's and whose DINO is not below\n"
-        "that of the default (the 95% interval of the difference, paired by toy, does not lie below zero):\n",
+        f"Equal CLIP-T: {CLIP_T_LOSS} below the base model's. The fastest setting whose DINO there is at most "
+        f"{DINO_LOSS}\nbelow that of the default:\n",
         markdown(header, cells, left=2),
         "Time of a step, one toy, an otherwise idle device:\n",
         markdown(
@@ -340,7 +275,7 @@ def report(table: pd.DataFrame, rows: pd.DataFrame, timings: Sequence[dict[str, 
         known = against in row and not pd.isna(row[against])
         change = f"{row[against]:+.3f} [{row[against + '_low']:+.3f}, {row[against + '_high']:+.3f}]" if known else ""
         lines.append([METHODS[row["method"]].title, *setting_cells(row), *score_cells(row), change])
-    columns = ["", "batch", "rate", "steps", "seconds", "DINO", "CLIP-T", "DINO minus the default's"]
+    columns = ["", *header[2:6], *header[7:], "DINO at equal CLIP-T minus the default's"]
     parts.append(markdown(columns, lines))
     if timings:
         parts.append(f"{timings[0]['device']}, torch {timings[0]['torch']}.")
@@ -354,31 +289,26 @@ def setting_cells(row: dict[str, Any]) -> list[str]:
 
 
 def score_cells(row: dict[str, Any]) -> list[str]:
-    return [f"{row['dino']:.3f}", f"{row['clip_t']:.3f} ({row['clip_t_change']:+.3f})"]
+    return [f"{row[name]:.3f}" for name in ("quality", "dino", "clip_t")]
 
 
 def plot(table: pd.DataFrame, rows: pd.DataFrame, path: Path) -> None:
-    """DINO over seconds. Settings that lose more CLIP-T than allowed are hollow; the line is the best of the others."""
+    """Quality over seconds; the line is the best so far."""
     import matplotlib.pyplot as plt
 
     figure, panel = plt.subplots(figsize=(7.6, 4.8), layout="constrained")
     for method, colour in zip(dict.fromkeys(table["method"]), ("#00798c", "#d1495b", "#edae49", "#66a182")):
-        of_method = pd.DataFrame(table[(table["method"] == method) & table["seconds"].notna()]).sort_values(
-            by="seconds"
-        )
-        kept = of_method["clip_t_change"] >= -CLIP_T_LOSS
-        for mask, face in ((kept, colour), (~kept, "none")):
-            points = of_method[mask]
-            panel.scatter(points["seconds"], points["dino"], s=18, facecolors=face, edgecolors=colour, linewidths=0.9)
-        best = of_method[kept]
-        panel.step(best["seconds"], best["dino"].cummax(), where="post", color=colour, label=METHODS[method].title)
+        points = pd.DataFrame(table[(table["method"] == method) & table["seconds"].notna()]).sort_values(by="seconds")
+        panel.scatter(points["seconds"], points["quality"], s=18, color=colour, linewidths=0)
+        best = points["quality"].cummax()
+        panel.step(points["seconds"], best, where="post", color=colour, label=METHODS[method].title)
     base = rows[rows["method"] == BASE]["dino"].mean()
     panel.axhline(base, color="#888", linewidth=1, linestyle="--", label="base model")
     panel.set_xscale("log")
     panel.set_xlabel("seconds of training (start-up not included)")
-    panel.set_ylabel("DINO")
+    panel.set_ylabel("DINO at equal CLIP-T")
     panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(frameon=False, title=f"hollow: CLIP-T more than {CLIP_T_LOSS} below the base model's")
+    panel.legend(frameon=False)
     for suffix in (".png", ".svg"):
         with atomic_write(path.with_suffix(suffix)) as temporary:
             figure.savefig(temporary, format=suffix[1:], dpi=150)
@@ -400,7 +330,7 @@ def main(argv: list[str] | None = None) -> None:
         "--train", nargs="+", default=[], metavar="FLAG=VALUE", help="flags of the training script for every run"
     )
     parser.add_argument("--pretrained_model_name_or_path", help="default: the miniature")
-    parser.add_argument("--subjects", type=int, nargs="+", default=SUBJECTS, help="numbers of unseen subjects")
+    parser.add_argument("--subjects", type=int, nargs="+", default=CHOOSING, help="numbers of unseen subjects")
     parser.add_argument("--seeds", type=positive_int, default=1)
     parser.add_argument("--timed_steps", type=positive_int, default=TIMED_STEPS)
     parser.add_argument("--workers", type=positive_int, default=12, help="runs at the same time; default: 12")
@@ -410,20 +340,19 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--rates {wrong:g} is not positive; give positive numbers, 1 for the default.")
     timing_runs, runs = all_runs(options)
     check_settings(options, timing_runs)
-    from data.toybox.write import write_unseen_subject
-
-    for number in options.subjects:
-        write_unseen_subject(options.out_dir / "photos" / f"{number:03}", number, PHOTOS)
+    write_photos(options.out_dir / "photos", options.subjects)
     timings: list[Any] = list(run_all(time_training, timing_runs, workers=1, per_process=1))
-    results = []
-    for result in run_all(run_setting, runs, options.workers):
+    results, settings = [], {run.folder.name: run for run in runs}
+    for result in run_all(run_toys, [toys_of(run) for run in runs], options.workers):
         results.append(result)
-        print(json.dumps({**result, "rows": len(result["rows"]), **mean_scores(result["rows"])}), flush=True)
-    finished = {tuple(result[name] for name in SETTING) for result in results}
-    failed = [run.folder.name for run in runs if tuple(getattr(run, name) for name in SETTING) not in finished]
+        print(f"{result['folder']}: finished, {len(results)} of {len(runs)}", flush=True)
+    failed = sorted(settings.keys() - {result["folder"] for result in results})
     rows = as_rows(results)
-    if rows.empty or BASE not in set(rows["method"]) or set(rows["method"]) == {BASE}:
+    if rows.empty or not (rows["name"] == BASE).any() or (rows["name"] == BASE).all():
         raise InputError("no setting finished, or the base model did not; see the errors above.")
+    first = {run.folder.name.rsplit("-seed-", 1)[0]: run for run in runs}
+    for name in SETTING:
+        rows[name] = [getattr(first[folder], name) for folder in rows["name"]]
     timings.sort(key=lambda t: (options.methods.index(t["method"]), t["batch_size"]))
     table = summarize(rows, timings)
     text = {"settings": table.to_dict("records"), "timings": timings, "rows": rows.to_dict("records")}

@@ -1,0 +1,235 @@
+"""What moves DeLoRA's trade-off between subject and prompt fidelity, and what moves LoRA's as much.
+
+    python -m benchmarks.beyond_lora OUT [--tries NAME ...] [--finalists] [--seeds 1] [--workers 16]
+
+Every try changes the default setting, is trained on ten toys that the miniature never saw, and is generated at three
+strengths; see ``benchmarks.strength_dial``. The number that counts is DINO where CLIP-T is 0.01 below the base model's.
+``--finalists`` trains a few tries on ten other toys, which had no part in choosing. Writes ``table.md`` and
+``rows.parquet`` to OUT. Finished runs are kept, so the same command continues after an interruption.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from benchmarks.miniature_runs import run_all
+from benchmarks.reporting import print_and_save
+from benchmarks.strength_dial import (
+    CHOOSING,
+    CLIP_T_LOSS,
+    JUDGING,
+    Toys,
+    as_rows,
+    at_equal_clip_t,
+    difference,
+    run_toys,
+    write_photos,
+)
+from delora_diffusers.dispatch import exit_on_bad_input
+from delora_diffusers.methods.table import METHODS
+from delora_diffusers.training.arguments import positive_int
+from eval.benchmark.tables import markdown
+
+BASE, REFERENCE = "base model", "DeLoRA"
+Points = tuple[tuple[float, float], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Try:
+    """A change of the default setting.
+
+    Attributes:
+        train: flags of the training script. rate: multiple of the method's default learning rate.
+        boundary: schedule of the boundary, as (share of training, factor).
+    """
+
+    train: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    method: str = "delora"
+    rate: float = 1.0
+    boundary: Points = ()
+
+    def flags(self) -> dict[str, Any]:
+        return {"method": self.method, "learning_rate": METHODS[self.method].learning_rate * self.rate, **self.train}
+
+
+FIXED = {"lambda_learning_rate": 1e-12}
+NO_START = {"start": "zero", **FIXED}
+GROWS: Points = ((0, 0.01), (0.6, 1), (1, 1))
+SHRINKS: Points = ((0, 1), (1, 0.5))
+MIDDLE = {"weighting_scheme": "logit_normal", "logit_std": 0.5}
+"""Timesteps near the middle of the schedule."""
+UPPER_ATTENTION = tuple((block, layer) for block in (0, 1) for layer in range(3))
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+NO_KEYS = {"targets": ["to_q", "to_v", "to_out.0"]}
+SELF, CROSS = ({"targets": [f"attn{k}.{name}" for name in PROJECTIONS]} for k in (1, 2))
+UPPER = {
+    "targets": [
+        f"up_blocks.{block}.attentions.{layer}.transformer_blocks.0.attn{k}.{name}"
+        for block, layer in UPPER_ATTENTION
+        for k in (1, 2)
+        for name in PROJECTIONS
+    ]
+}
+
+
+def lora(rate: float = 1.0, **train: Any) -> Try:
+    return Try(train, "lora", rate)
+
+
+TRIES: dict[str, Try] = {
+    REFERENCE: Try(),
+    # the boundary and the rate
+    "bound 0.1": Try({"relative_bound": 0.1}),
+    "bound 0.15": Try({"relative_bound": 0.15}),
+    "bound 0.3": Try({"relative_bound": 0.3}),
+    "bound 0.45": Try({"relative_bound": 0.45}),
+    "rate x1/4": Try(rate=0.25),
+    "rate x4": Try(rate=4.0),
+    "constant rate": Try({"lr_scheduler": "constant"}),
+    "constant rate x1/4": Try({"lr_scheduler": "constant"}, rate=0.25),
+    "warm-up, then constant": Try({"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 60}),
+    "100 steps": Try({"max_train_steps": 100}),
+    "900 steps": Try({"max_train_steps": 900}),
+    # lambda
+    "lambda fixed": Try(FIXED),
+    "lambda's rate x10": Try({"lambda_learning_rate": 1e-2}),
+    "lambda's rate x30, bound 0.05": Try({"lambda_learning_rate": 3e-2, "relative_bound": 0.05}),
+    "boundary grows": Try(FIXED, boundary=GROWS),
+    "boundary shrinks by half": Try({**FIXED, "relative_bound": 0.3}, boundary=SHRINKS),
+    "B = 0, boundary grows": Try(NO_START, boundary=GROWS),
+    # scale, start, rank
+    "Frobenius scale": Try({"weight_norm": "frobenius"}),
+    "zero start": Try({"start": "zero"}),
+    "rank 4": Try({"rank": 4}),
+    "rank 64": Try({"rank": 64}),
+    # optimization and loss
+    "EMA 0.99, constant rate": Try({"use_ema": True, "ema_decay": 0.99, "lr_scheduler": "constant"}),
+    "no weight decay": Try({"adam_weight_decay": 0}),
+    "weight decay 1": Try({"adam_weight_decay": 1}),
+    "min-SNR": Try({"snr_gamma": 5}),
+    "min-SNR, bound 0.45": Try({"snr_gamma": 5, "relative_bound": 0.45}),
+    "debiased": Try({"debiased_estimation_loss": True}),
+    "logit-normal timesteps": Try({"weighting_scheme": "logit_normal"}),
+    "middle timesteps": Try(MIDDLE),
+    "middle timesteps, bound 0.15": Try({**MIDDLE, "relative_bound": 0.15}),
+    "middle timesteps, bound 0.3": Try({**MIDDLE, "relative_bound": 0.3}),
+    "middle timesteps, B = 0, boundary grows": Try({**MIDDLE, **NO_START}, boundary=GROWS),
+    "middle timesteps, lambda's rate x30, bound 0.05": Try(
+        {**MIDDLE, "lambda_learning_rate": 3e-2, "relative_bound": 0.05}
+    ),
+    "middle timesteps, 900 steps": Try({**MIDDLE, "max_train_steps": 900}),
+    "output preservation 0.1": Try({"with_output_preservation": True, "output_preservation_weight": 0.1}),
+    "caption dropout 0.1": Try({"caption_dropout": 0.1}),
+    # targets
+    "no keys": Try(NO_KEYS),
+    "upper blocks": Try(UPPER),
+    "self-attention": Try(SELF),
+    "cross-attention": Try(CROSS),
+    # LoRA
+    "LoRA": lora(),
+    "LoRA, rate x2": lora(2.0),
+    "LoRA, rate x4": lora(4.0),
+    "LoRA, 900 steps": lora(max_train_steps=900),
+    "LoRA, rank 4": lora(rank=4),
+    "LoRA, rank 64": lora(rank=64),
+    "LoRA, EMA 0.99, constant rate": lora(use_ema=True, ema_decay=0.99, lr_scheduler="constant"),
+    "LoRA, min-SNR, rate x4": lora(4.0, snr_gamma=5),
+    "LoRA, middle timesteps": lora(**MIDDLE),
+    "LoRA, middle timesteps, rate x2": lora(2.0, **MIDDLE),
+    "LoRA, middle timesteps, rate x4": lora(4.0, **MIDDLE),
+    "LoRA, upper blocks": lora(2.0, **UPPER),
+}
+FINALISTS = (
+    REFERENCE,
+    "bound 0.3",
+    "LoRA",
+    "LoRA, rate x4",
+    "middle timesteps",
+    "middle timesteps, bound 0.3",
+    "middle timesteps, B = 0, boundary grows",
+    "LoRA, middle timesteps, rate x2",
+    "LoRA, middle timesteps, rate x4",
+)
+
+
+def slug(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in ".-" else "-" for letter in name)
+
+
+def report(rows: pd.DataFrame, names: dict[str, str]) -> str:
+    """A row per try, the best first, as Markdown.
+
+    Args:
+        names: titles of the tries that finished, by the ``name`` in the rows.
+    """
+    base = pd.DataFrame(rows[rows["name"] == slug(BASE)])
+    values = {title: at_equal_clip_t(pd.DataFrame(rows[rows["name"] == name]), base) for name, title in names.items()}
+    cells = []
+    for name, title in sorted(names.items(), key=lambda item: -values[item[1]][0]):
+        full = rows[(rows["name"] == name) & (rows["strength"] == 1)]
+        against = ""
+        if REFERENCE in values and title != REFERENCE:
+            change, low, high = difference(values[title], values[REFERENCE])
+            against = f"{change:+.3f} [{low:+.3f}, {high:+.3f}]"
+        scores = [f"{full['dino'].mean():.3f}", f"{full['clip_t'].mean():.3f}"]
+        cells.append([title, f"{values[title][0]:.3f}", against, *scores])
+    header = ["", "DINO at equal CLIP-T", f"minus {REFERENCE}", "DINO at strength 1", "CLIP-T at strength 1"]
+    subjects, seeds = rows["subject"].nunique(), rows["seed"].nunique()
+    return (
+        f"{markdown(header, cells)}\n{subjects} toys, {seeds} seeds. Base model: DINO {base['dino'].mean():.3f}, "
+        f"CLIP-T {base['clip_t'].mean():.3f}. Equal CLIP-T: {CLIP_T_LOSS} below the base model's. In brackets: "
+        "95% bootstrap interval of the paired difference over toys and seeds."
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.beyond_lora",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("out_dir", type=Path)
+    parser.add_argument("--tries", nargs="+", choices=list(TRIES), metavar="NAME", help="default: all")
+    parser.add_argument("--finalists", action="store_true", help="judge the finalists on ten other toys")
+    parser.add_argument("--subjects", type=int, nargs="+", help="numbers of unseen toys")
+    parser.add_argument("--seeds", type=positive_int, default=1)
+    parser.add_argument("--steps", type=positive_int, default=300, help="of the tries that do not set their own")
+    parser.add_argument("--precision", choices=("no", "bf16"), default="bf16", help="mixed precision of training")
+    parser.add_argument("--workers", type=positive_int, default=16, help="runs at the same time")
+    options = parser.parse_args(argv)
+    chosen = list(options.tries or (FINALISTS if options.finalists else TRIES))
+    subjects = tuple(options.subjects or (JUDGING if options.finalists else CHOOSING))
+    shared = {"max_train_steps": options.steps, "mixed_precision": options.precision}
+    photos = options.out_dir / "photos"
+    runs, titles = [], {}
+    for title in [BASE, *chosen]:
+        train = None if title == BASE else shared | TRIES[title].flags()
+        schedule = () if title == BASE else TRIES[title].boundary
+        titles[slug(title)] = title
+        for seed in range(options.seeds):
+            folder = options.out_dir / "runs" / f"{slug(title)}-seed-{seed}"
+            with_seed = None if train is None else train | {"seed": seed}
+            runs.append(Toys(folder, photos, subjects, seed, with_seed, schedule))
+    runs.sort(key=lambda run: -(run.train or {}).get("max_train_steps", 0))  # the longest start first
+    write_photos(photos, subjects)
+    results = []
+    for result in run_all(run_toys, runs, options.workers):
+        results.append(result)
+        print(f"{result['folder']}: finished, {len(results)} of {len(runs)}", flush=True)
+    rows = as_rows(results)
+    rows.to_parquet(options.out_dir / "rows.parquet", index=False)
+    complete = rows.groupby("name")["seed"].nunique() == options.seeds
+    finished = {name: title for name, title in titles.items() if complete.get(name, False)}
+    failed = [title for title in titles.values() if title not in finished.values()]
+    finished.pop(slug(BASE))
+    text = report(rows, finished)
+    print_and_save(text + (f"\n\nFailed: {', '.join(failed)}." if failed else ""), options.out_dir / "table.md")
+
+
+if __name__ == "__main__":
+    with exit_on_bad_input():
+        main()
