@@ -3,7 +3,7 @@
     python -m benchmarks.time_to_quality OUT [--train FLAG=VALUE ...] [--batch_sizes 1 2 4 8] [--rates 1 2 4]
         [--steps 25 50 ...] [--workers 12] [--pretrained_model_name_or_path MODEL]
 
-Trains DeLoRA and LoRA with cosine decay on ten toys that the miniature never saw; the toys of a setting train together.
+Trains DeLoRA and LoRA on ten toys that the miniature never saw; the toys of a setting train together.
 Quality is DINO where CLIP-T is 0.01 below the base model's, see ``benchmarks.strength_dial``. These runs share one GPU,
 or are spread over those that are visible. The time of a step is measured before, in a process of its own for each
 method and batch size, with one toy and the GPU idle otherwise: the median between CUDA events. Seconds are steps times
@@ -89,7 +89,7 @@ class Run(NamedTuple):
 def training_flags(run: Run, **more: Any) -> dict[str, Any]:
     """The flags of the training script for a run, without those of its toys and its output."""
     shared = {name: value for name, value in run.train.items() if run.method == "delora" or name not in OF_DELORA}
-    values: dict[str, Any] = {"resolution": 128, "square": True, "lr_scheduler": "cosine"} | shared
+    values: dict[str, Any] = {"resolution": 128, "square": True} | shared
     values |= {"method": run.method, "train_batch_size": run.batch_size, "max_train_steps": run.steps}
     values |= {"learning_rate": METHODS[run.method].learning_rate * run.rate, "seed": run.seed}
     if run.model is not None:

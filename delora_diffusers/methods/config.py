@@ -24,7 +24,7 @@ MAX_TARGETS = 10_000
 MAX_NUMBER = 1e30
 """The largest setting; float32 cannot store much more."""
 
-RELATIVE_BOUND = 0.2
+RELATIVE_BOUND = 0.25
 """Default bound on |dW|_F / |W|_F at any model width; twice that with a frozen start, which subtracts a product."""
 
 

@@ -176,9 +176,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         default=LAMBDA_LEARNING_RATE,
         help="learning rate of lambda; default: 1e-3",
     )
-    group.add_argument(
-        "--lr_scheduler", choices=SCHEDULERS, help="default: cosine; for maps and with optimizers that decay, constant"
-    )
+    group.add_argument("--lr_scheduler", choices=SCHEDULERS, default="constant", help="default: constant")
     group.add_argument("--lr_warmup_steps", type=int, default=0, help="default: 0")
     group.add_argument("--lr_num_cycles", type=positive_int, default=1, help="restarts of cosine_with_restarts")
     group.add_argument("--lr_power", type=float, default=1.0, help="power of the polynomial schedule")

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from delora_diffusers.errors import InputError
 from delora_diffusers.families.checks import check_prompt_chunks
-from delora_diffusers.methods.config import EVERYTHING
+from delora_diffusers.methods.config import EVERYTHING, RELATIVE_BOUND
 from delora_diffusers.methods.table import METHODS
-from delora_diffusers.training.optimizer_flags import given_options, with_optimizer_defaults
+from delora_diffusers.names import is_miniature
+from delora_diffusers.training.optimizer_flags import with_optimizer_defaults
 
 if TYPE_CHECKING:
     from delora_diffusers.families.family import Family
@@ -30,23 +31,23 @@ DENSITIES = ("none", "logit_normal", "mode")
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Defaults that belong together. Flags that are given override them.
+    """DeLoRA's defaults that belong together. Flags that are given override them.
 
     Attributes:
-        lr_scheduler: unless the optimizer has its own schedule.
-        relative_bound: DeLoRA's initial boundary; None for ``methods.config.RELATIVE_BOUND``.
+        relative_bound: the initial boundary. miniature_rate: the learning rate on the included miniature; on other
+            models it is that of ``methods.table``.
     """
 
-    lr_scheduler: str
-    relative_bound: float | None = None
+    relative_bound: float
+    miniature_rate: float
 
 
 RECIPES = {
-    "default": Recipe("cosine"),
-    "paper": Recipe("constant", relative_bound=0.35),
+    "default": Recipe(RELATIVE_BOUND, miniature_rate=1e-2),
+    "paper": Recipe(0.35, miniature_rate=2e-2),
 }
-"""``paper``: Bini et al., ICLR 2025, appendix B, with a constant rate. The paper prints no initial boundary for
-images. Learning rates, rank and targets are the paper's in both."""
+"""``paper``: Bini et al., ICLR 2025, appendix B. The paper prints no initial boundary for images. Rank, targets and the
+learning rate on real models are the paper's in both."""
 
 MAP_RECIPE = RECIPES["paper"]
 """Training on semantic maps keeps the paper's settings: the others were found on subjects."""
@@ -62,11 +63,10 @@ def with_defaults(args: argparse.Namespace, maps: bool = False) -> argparse.Name
     args.resolutions = sorted(set(args.resolution))
     args.resolution = args.resolutions[-1]
     args.gradient_checkpointing = args.gradient_checkpointing or args.offload
-    args = with_optimizer_defaults(args, METHODS[args.method].default_rate(maps))
-    recipe = MAP_RECIPE if maps else RECIPES[args.recipe]
-    if args.lr_scheduler is None:
-        has_own = args.optimizer == "adamw_schedulefree" or given_options(args).get("relative_step") is True
-        args.lr_scheduler = "constant" if has_own else recipe.lr_scheduler
+    recipe, rate = MAP_RECIPE if maps else RECIPES[args.recipe], METHODS[args.method].default_rate(maps)
+    if args.method == "delora" and is_miniature(args.pretrained_model_name_or_path):
+        rate = recipe.miniature_rate
+    args = with_optimizer_defaults(args, rate)
     if args.method == "delora" and args.relative_bound is None and not (args.delora_lambda or args.init_adapter):
         args.relative_bound = recipe.relative_bound
     if args.targets is None and args.method == "full":

@@ -14,8 +14,6 @@ from eval.benchmark.tasks import TRAINING_SCRIPT, flag_values
 
 DEFAULT_STEPS = {"miniature": 300, "other": 1200}
 """Of the training script, unless ``--train`` sets max_train_steps."""
-DEFAULT_SCHEDULERS = {"default": "cosine", "paper": "constant"}
-"""Of the training script, by its ``--recipe``."""
 SET_BY_BENCHMARK = ("class_prompt", "class_data_dir", "instance_data_dir", "instance_prompt", "output_dir")
 """Flags of the training script that differ between subjects."""
 

@@ -1,8 +1,7 @@
 """DeLoRA's scores over its boundary: how far it can be raised on a base model before prompts are lost.
 
-Each relative bound is trained at the default learning rate and at a higher one, with cosine decay unless ``--train``
-sets another schedule. The base model is scored too. The result is two bounds, see ``KNEES``: a boundary between them
-learns the subject and still follows the prompt.
+Each relative bound is trained at the default learning rate and at a higher one. The base model is scored too. The
+result is two bounds, see ``KNEES``: a boundary between them learns the subject and still follows the prompt.
 """
 
 import argparse
@@ -19,7 +18,6 @@ from delora_diffusers.names import WEIGHTS_NAME
 from eval.benchmark.results import mean_and_interval
 from eval.benchmark.run import start_accelerator
 from eval.benchmark.tables import markdown
-from eval.benchmark.tasks import flag_values
 from eval.study import captions, figures
 from eval.study.grids import by_setting, percentiles, resampled, subject_means
 from eval.study.settings import Setting, at_rate
@@ -55,15 +53,12 @@ Interval = tuple[float, float, float]
 
 def settings_of(options: argparse.Namespace) -> list[Setting]:
     """DeLoRA at every bound and rate, and the base model at the end."""
-    train: dict[str, Any] = {}
-    if "lr_scheduler" not in flag_values(options.train, "--train"):
-        train["lr_scheduler"] = "cosine"
     bounds, rates = sorted(options.bounds or BOUNDS), sorted(options.multipliers or RATES)
     settings = []
     for rate in rates:
         learning_rate = at_rate("delora", rate).train
         for bound in bounds:
-            settings.append(Setting(label_of(rate), bound, "delora", learning_rate | {"relative_bound": bound} | train))
+            settings.append(Setting(label_of(rate), bound, "delora", learning_rate | {"relative_bound": bound}))
     return [*settings, BASE]
 
 

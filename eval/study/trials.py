@@ -23,7 +23,6 @@ from delora_diffusers.names import CHECKPOINT_PREFIX, CONFIG_NAME, METADATA_KEY,
 from delora_diffusers.text_files import parse_json, read_json
 from eval.benchmark import scoring
 from eval.benchmark.checks import (
-    DEFAULT_SCHEDULERS,
     check,
     check_base_model,
     chosen_benchmark,
@@ -110,7 +109,7 @@ def continues(shorter: Setting, setting: Setting, options: argparse.Namespace) -
         return False
     without_steps = [dataclasses.replace(s, label="", x=None, train=s.train | {"steps": 0}) for s in (shorter, setting)]
     flags = flag_values(options.train, "--train") | setting.train
-    schedule = flags.get("lr_scheduler", DEFAULT_SCHEDULERS.get(str(flags.get("recipe", "default"))))
+    schedule = flags.get("lr_scheduler", "constant")
     return without_steps[0] == without_steps[1] and schedule in ("constant", "constant_with_warmup")
 
 
