@@ -6,8 +6,8 @@ import json
 import pandas as pd
 import pytest
 
-from benchmarks import miniature_runs, time_to_quality
-from benchmarks.time_to_quality import BASE, DEFAULT, all_runs, as_rows, check_settings, fastest, report, summarize
+from benchmarks import miniature_runs, strength_dial, time_to_quality
+from benchmarks.time_to_quality import BASE, DEFAULT, all_runs, check_settings, fastest, report, summarize, toys_of
 from delora_diffusers.errors import InputError
 from tests.helpers import run_in_child
 from train_dreambooth_delora import parse_arguments
@@ -27,9 +27,9 @@ def test_the_training_script_gets_the_flags_of_each_method(tmp_path):
     steps = [run.steps * run.batch_size for run in runs]
     assert steps == sorted(steps, reverse=True), "the longest runs start first"
     for run in runs[:-1]:
-        args = parse_arguments(miniature_runs.flags(time_to_quality.training_flags(run)))
+        args = parse_arguments(["--output_dir", "out", *miniature_runs.flags(time_to_quality.training_flags(run))])
         assert args.relative_bound == (0.15 if run.method == "delora" else None) and args.rank == 4
-        assert args.lr_scheduler == "cosine" and args.train_batch_size == run.batch_size
+        assert args.train_batch_size == run.batch_size
     with pytest.raises(InputError, match="learning_rate is what this benchmark sets itself"):
         all_runs(options(tmp_path, "learning_rate=1"))
     check_settings(options(tmp_path), timings)
@@ -37,32 +37,44 @@ def test_the_training_script_gets_the_flags_of_each_method(tmp_path):
         check_settings(options(tmp_path), [timings[0]._replace(train={"rank": 4})])
 
 
-def result(method: str, steps: int, dino: list[float], clip_t: float, batch_size: int = DEFAULT[0]) -> dict:
-    rows = [{"subject": k, "dino": value, "clip_t": clip_t} for k, value in enumerate(dino)]
-    return {"method": method, "batch_size": batch_size, "rate": 1.0, "steps": steps, "seed": 0, "rows": rows}
+def rows_of(method: str, steps: int, dino: list[float], clip_t: float, batch_size: int = DEFAULT[0]) -> list[dict]:
+    """Rows of two toys at strength 1, and for a trained method at 0.5, halfway to a base model at 0.3 and 0.70."""
+    setting = {"name": f"{method}-{batch_size}-{steps}", "method": method, "batch_size": batch_size, "rate": 1.0}
+    rows = []
+    for subject, value in enumerate(dino):
+        points = [(1.0, value, clip_t), (0.5, (0.3 + value) / 2, (0.70 + clip_t) / 2)]
+        rows += [
+            setting | {"steps": steps, "seed": 0, "subject": subject, "strength": s, "dino": d, "clip_t": c}
+            for s, d, c in (points if method != BASE else points[:1])
+        ]
+    return rows
 
 
 def test_the_fastest_setting_that_is_good_enough():
-    results = [
-        result(BASE, 0, [0.3, 0.3, 0.3, 0.3], 0.7, 0),
-        result("delora", DEFAULT[2], [0.5, 0.6, 0.5, 0.6], 0.70),
-        result("delora", 100, [0.5, 0.61, 0.49, 0.6], 0.695),  # as good
-        result("delora", 50, [0.4, 0.5, 0.4, 0.5], 0.70),  # DINO is lower on every toy
-        result("delora", 25, [0.5, 0.6, 0.5, 0.6], 0.68),  # CLIP-T is lost
-        result("lora", DEFAULT[2], [0.4, 0.4, 0.4, 0.4], 0.70),
-        result("lora", 50, [0.4, 0.4, 0.4, 0.4], 0.70),
-    ]
+    rows = pd.DataFrame(
+        [
+            *rows_of(BASE, 0, [0.3, 0.3], 0.70, 0),
+            *rows_of("delora", DEFAULT[2], [0.5, 0.6], 0.68),  # half of the way keeps CLIP-T: 0.425
+            *rows_of("delora", 100, [0.44, 0.42], 0.69),  # all of it
+            *rows_of("delora", 50, [0.40, 0.42], 0.70),  # DINO 0.41, more than 0.01 below
+            *rows_of("delora", 25, [0.8, 0.8], 0.50),  # 5% of the way: 0.325
+            *rows_of("lora", DEFAULT[2], [0.4, 0.4], 0.70),
+            *rows_of("lora", 50, [0.395, 0.395], 0.70),
+        ]
+    )
     timings = [{"method": m, "batch_size": 4, "ms": 20.0, "start_up": 5.0} for m in ("delora", "lora")]
     timings = [t | {"device": "CPU", "torch": "2"} for t in timings]
-    table = summarize(as_rows(results), timings)
+    table = summarize(rows, timings)
+    quality = table.set_index(["method", "steps"])["quality"]
+    assert quality["delora", DEFAULT[2]] == pytest.approx(0.425) and quality["delora", 100] == pytest.approx(0.43)
+    assert quality["delora", 25] == pytest.approx(0.325)
     best = fastest(table, "delora", "delora")
     assert best is not None and best["steps"] == 100 and best["seconds"] == pytest.approx(2.0)
-    assert best["clip_t_change"] == pytest.approx(-0.005)
     of_lora = fastest(table, "lora", "lora")
     assert of_lora is not None and of_lora["steps"] == 50
     assert fastest(table, "lora", "delora") is None, "LoRA's DINO is below DeLoRA's default"
-    text = report(table, as_rows(results), timings, ["lora-batch-1"])
-    assert "| DeLoRA | DeLoRA | 4 | 1x | 100 | 2.0 | 5.0 | 0.550 | 0.695 (-0.005) |" in text
+    text = report(table, rows, timings, ["lora-batch-1"])
+    assert "| DeLoRA | DeLoRA | 4 | 1x | 100 | 2.0 | 5.0 | 0.430 | 0.430 | 0.690 |" in text
     assert "| LoRA | DeLoRA | none |" in text and "lora-batch-1" in text
 
 
@@ -85,17 +97,14 @@ def test_a_pool_starts_with_its_initializer():
 
 
 def _run_both(out_dir) -> None:
-    from data.toybox.write import write_unseen_subject
-
     miniature_runs.GENERATION |= {"num_inference_steps": 1, "resolution": 64}
-    time_to_quality.PROMPT_PLACES = ("at night",)
+    strength_dial.PLACES, strength_dial.LOOKS = ("at night",), ()
     small = {"resolution": "64"}
     timings, runs = all_runs(options(out_dir))
-    for number in (210, 211):
-        write_unseen_subject(out_dir / "photos" / f"{number:03}", number, 2)
+    strength_dial.write_photos(out_dir / "photos", (210, 211))
     (run,) = [run for run in runs if run[2:6] == ("delora", 1, 1.0, 2)]
-    results = [time_to_quality.run_setting(r) for r in (run._replace(train=small), runs[-1])]
-    assert time_to_quality.run_setting(run) == results[0], "a finished run is not read"
+    results = [strength_dial.run_toys(toys_of(r)) for r in (run._replace(train=small), runs[-1])]
+    assert strength_dial.run_toys(toys_of(run)) == results[0], "a finished run is not read"
     timing = time_to_quality.time_training(timings[0]._replace(train=small))
     (out_dir / "results.json").write_text(json.dumps([results, timing]))
 
@@ -104,10 +113,12 @@ def _run_both(out_dir) -> None:
 def test_a_setting_is_trained_scored_and_timed(tmp_path):
     run_in_child(_run_both, tmp_path)
     results, timing = json.loads((tmp_path / "results.json").read_text())
-    rows = as_rows(results)
-    assert rows["method"].tolist() == ["delora"] * 2 + [BASE] * 2 and rows["subject"].tolist() == [210, 211] * 2
-    assert rows["dino"].between(-1, 1).all() and rows["dino"].nunique() == 4
+    rows = strength_dial.as_rows(results)
+    assert rows["name"].tolist() == ["delora-batch-1-rate-1-steps-2"] * 6 + [BASE] * 2
+    assert rows["strength"].tolist() == [0.5, 0.5, 0.7, 0.7, 1.0, 1.0, 0.0, 0.0]
+    assert rows["subject"].tolist() == [210, 211] * 4
+    assert rows["dino"].between(-1, 1).all() and rows["dino"].nunique() > 4
     assert timing["ms"] > 0 and timing["start_up"] > 0 and timing["device"]
+    rows = rows.assign(method=["delora"] * 6 + [BASE] * 2, batch_size=1, rate=1.0, steps=2)
     time_to_quality.plot(summarize(rows, [timing]), rows, tmp_path / "figure")
     assert (tmp_path / "figure.png").stat().st_size > 5_000
-    assert isinstance(summarize(rows, [timing]), pd.DataFrame)
