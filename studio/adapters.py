@@ -86,6 +86,30 @@ def flag(name: str, value: object) -> list[str]:
     return [] if value in (None, "", []) else [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
 
 
+def weighted(labels: Sequence[str | None], weights: Sequence[float | None]) -> list[tuple[str, float]]:
+    """The adapters of a form with their weights, without the lists that are empty.
+
+    Raises:
+        InputError: an adapter is chosen twice.
+    """
+    pairs = [(label, 1.0 if weight is None else weight) for label, weight in zip(labels, weights) if label]
+    if len({label for label, _ in pairs}) < len(pairs):
+        raise InputError("the same adapter is chosen twice; choose it once with a larger weight.")
+    return pairs
+
+
+def adapter_words(workspace: Workspace, used: Sequence[tuple[str, float]]) -> list[str]:
+    """The flags that name adapters with their weights.
+
+    Raises:
+        InputError: one is missing.
+    """
+    words = ["--adapter", *(str(adapter(workspace, label)) for label, _ in used)]
+    if any(weight != 1 for _, weight in used):
+        words += ["--adapter_weights", *(f"{weight:g}" for _, weight in used)]
+    return words
+
+
 def generate_words(
     workspace: Workspace,
     used: Sequence[tuple[str, float]],
@@ -105,14 +129,8 @@ def generate_words(
     """
     if not prompts:
         raise InputError("there is no prompt; write at least one, each on its own line.")
-    words: list[str] = []
-    digests = []
-    if used:
-        folders = [adapter(workspace, label) for label, _ in used]
-        digests = [digest(ROOT / folder) for folder in folders]
-        words += ["--adapter", *map(str, folders)]
-        if any(weight != 1 for _, weight in used):
-            words += ["--adapter_weights", *(f"{weight:g}" for _, weight in used)]
+    words = adapter_words(workspace, used) if used else []
+    digests = [digest(ROOT / adapter(workspace, label)) for label, _ in used]
     words += ["--prompt", *prompts]
     for name, value in settings.items():
         words += flag(name, value)

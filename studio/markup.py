@@ -30,6 +30,11 @@ def figure(url: str, alternative: str, caption: str, notes: Sequence[str] = (), 
     return f"<figure>{image}<figcaption>{escape(caption)}{warnings}</figcaption></figure>"
 
 
+def link(workspace: Workspace, file: Path, text: str) -> str:
+    """A paragraph with a link that opens a file of the workspace."""
+    return f'<p><a href="{escape(file_url(workspace, file))}" target="_blank" rel="noopener">{escape(text)}</a></p>'
+
+
 def grid(figures: Iterable[str], label: str, side: int = 180) -> str:
     """Figures in as many columns as fit."""
     inner = "".join(figures)

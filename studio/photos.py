@@ -239,7 +239,7 @@ def preview(workspace: Workspace, name: str, file: str, side: int = 384, crop: B
 def _existing_set(workspace: Workspace, name: str) -> Path:
     folder = workspace.photo_set(name)
     if not folder.is_dir():
-        raise InputError(f"there is no set of photos {name!r}; choose one of {', '.join(workspace.photo_sets()[:20])}.")
+        raise InputError(f"there is no set of photos {name!r}; choose one in the list, or add photos to create it.")
     return folder
 
 
