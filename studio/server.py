@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from delora_diffusers.errors import InputError
 from studio import photos
-from studio.runs import STUDIO_FOLDER
+from studio.run_records import STUDIO_FOLDER
 from studio.workspace import Workspace
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

@@ -67,7 +67,8 @@ def build(workspace: Workspace):
         run = workspace.run(label.partition("/")[0])
         if not (run / WEIGHTS_NAME).is_file():
             return markup.paragraph("The card is written when the run finishes; only finished runs are uploaded."), ""
-        text = read_text(run / CARD_NAME) if (run / CARD_NAME).is_file() else "This run has no card."
+        card = workspace.within(run / CARD_NAME)
+        text = read_text(card) if card.is_file() else "This run has no card."
         return markup.text_block(text, "model card") + samples_of(workspace, run), markup.command(
             jobs.shown(push_words(workspace, label, repository.strip() or "me/my-adapter"))
         )

@@ -327,7 +327,7 @@ def test_the_main_path(browser, tmp_path):
     watched.open("Play")
     playwright.expect(watched.field("Adapter")).to_have_value("mug", timeout=10_000)
     page.get_by_role("spinbutton", name="Steps", exact=True).fill("2")
-    page.get_by_role("spinbutton", name="Images per prompt", exact=True).fill("1")
+    page.get_by_role("spinbutton", name="Images", exact=True).fill("1")
     watched.button("Generate").click()
     page.locator("#play-result img").wait_for(timeout=60_000)
     page.locator("#strength input[type=range]").focus()
@@ -345,8 +345,7 @@ def test_the_main_path(browser, tmp_path):
     watched.button("Sheet of strengths").click()
     page.wait_for_function("document.querySelectorAll('#play-result img').length == 7", timeout=60_000)
     watched.button("Checkpoints side by side").click()
-    shown = watched.wait("#play-result", "mug/checkpoint-40")
-    assert f"mug/checkpoint-{reached}" in shown
+    assert f"checkpoint-{reached}," in watched.wait("#play-result", "finished,")
 
     shutil.copytree(tmp_path / "ws" / "runs" / "mug", tmp_path / "ws" / "runs" / "copy")
     watched.open("Compare")
