@@ -16,6 +16,7 @@ from delora_diffusers.names import (
     checkpoint_folders,
     is_miniature,
 )
+from delora_diffusers.text_files import read_json
 from studio.jobs import ROOT, short
 from studio.workspace import Workspace
 
@@ -64,8 +65,8 @@ def digest(adapter: Path) -> str:
 def settings_of(run: Path) -> dict[str, Any]:
     """The flags that a run records; empty if it has not got that far."""
     try:
-        recorded = json.loads((run / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        recorded = read_json(run / CONFIG_NAME)
+    except (OSError, InputError):
         return {}
     settings = recorded.get("arguments", recorded) if isinstance(recorded, dict) else {}
     return settings if isinstance(settings, dict) else {}

@@ -3,6 +3,7 @@
 import atexit
 import os
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
 
@@ -21,6 +22,17 @@ LARGEST_UPLOAD = "2gb"
 FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
 STYLE = Path(__file__).parent / "style.css"
+
+
+def chosen(_: gr.Dropdown, payload: Any) -> Any:
+    """What a list sends, as it is: whether it is still there is for the handlers, which say so in a sentence.
+
+    Gradio compares it with the choices that this browser was sent, which it forgets when a laptop sleeps.
+    """
+    return payload
+
+
+gr.Dropdown.preprocess = chosen
 
 
 def theme() -> gr.themes.Base:
@@ -89,6 +101,7 @@ def create_app(workspace: Workspace, host: str = "127.0.0.1", password: str | No
     atexit.register(scorer.close)
     page = build(workspace, player, scorer)
     page.queue(default_concurrency_limit=8)
+    page.has_launched = True  # or gradio, mounted in another server, takes any file of this machine for an upload
     app = server.create_app(workspace, host, password)
     return gr.mount_gradio_app(
         app,

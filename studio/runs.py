@@ -1,6 +1,7 @@
 """Training runs in processes of their own, which outlive the page and its server. Imports no torch."""
 
 import dataclasses
+import errno
 import os
 import secrets
 import signal
@@ -212,6 +213,7 @@ def _launch(run: Path, values: dict[str, Any], words: Mapping[str, Any]) -> None
     command, log = flags.command(words), studio_folder(run) / LOG_NAME
     checkpoints = list_checkpoints(run)
     first = checkpoint_step(checkpoints[-1]) if checkpoints and "resume_from_checkpoint" in words else 0
+    earlier = read_record(run)
     with log.open("ab") as output:
         start, token = output.tell(), secrets.token_hex(16)
         output.write(f"$ {printable(flags.shown(command))}\n".encode())
@@ -230,6 +232,12 @@ def _launch(run: Path, values: dict[str, Any], words: Mapping[str, Any]) -> None
                 start_new_session=True,
             )
         except OSError as error:
+            if earlier is None:
+                (studio_folder(run) / RECORD_NAME).unlink()
+            else:
+                write_record(run, earlier)
+            if error.errno == errno.E2BIG:
+                raise InputError("a prompt is too long to be part of a command; shorten it.") from error
             raise InputError(f"the training process could not be started ({error.strerror}); try again.") from error
 
 

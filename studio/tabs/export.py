@@ -67,9 +67,7 @@ def build(workspace: Workspace):
         run = workspace.run(label.partition("/")[0])
         if not (run / WEIGHTS_NAME).is_file():
             return markup.paragraph("The card is written when the run finishes; only finished runs are uploaded."), ""
-        card = workspace.within(run / CARD_NAME)
-        text = read_text(card) if card.is_file() else "This run has no card."
-        return markup.text_block(text, "model card") + samples_of(workspace, run), markup.command(
+        return card_of(workspace, run), markup.command(
             jobs.shown(push_words(workspace, label, repository.strip() or "me/my-adapter"))
         )
 
@@ -146,13 +144,19 @@ def exported(workspace: Workspace, output: Path) -> str:
     return markup.paragraph(f"Wrote {output}.", "done") + f"<ul>{''.join(items)}</ul>"
 
 
-def samples_of(workspace: Workspace, run: Path) -> str:
-    """The images that a run's card shows."""
+def card_of(workspace: Workspace, run: Path) -> str:
+    """A run's model card, and the images that it shows.
+
+    Raises:
+        InputError: it is not text, or a link to a file outside the workspace.
+    """
+    file = workspace.within(run / CARD_NAME)
+    text = read_text(file) if file.is_file() else "This run has no card."
     figures = [
         markup.figure(markup.file_url(workspace, file), f"sample {file.name}", file.name)
         for file in sorted((run / "samples").glob("*.png"))
     ]
-    return markup.grid(figures, "images of the model card", 120)
+    return markup.text_block(text, "model card") + markup.grid(figures, "images of the model card", 120)
 
 
 def push_words(workspace: Workspace, label: str | None, repository: str) -> list[str]:
