@@ -170,7 +170,7 @@ def results_of(scores: dict[str, dict[str, Any]], differences: list[tuple[str, s
     rows.append([REAL, *cells(first["real"])])
     counts, kind = first["counts"], PROTOCOLS[first["protocol"]].name
     caption = f"Scores by protocol {kind}: {counts['generated']} images each, {counts['reference']} photos"
-    parts = [markup.table(["", *SCORES.values()], rows, caption)]
+    parts = [markup.table(["adapter", *SCORES.values()], rows, caption)]
     points = {label: (result["scores"]["dino"], result["scores"]["clip_t"]) for label, result in scores.items()}
     title = "Subject fidelity (DINO) against prompt fidelity (CLIP-T); up and right is better"
     limit = None if first["real"].get("dino") is None else (REAL, first["real"]["dino"])

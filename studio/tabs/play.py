@@ -165,6 +165,6 @@ def results_of(workspace: Workspace, finished: list[tuple]) -> str:
             figure = markup.figure(url, f"generated image of {record['prompt']}", shown, link=url)
             groups.setdefault(image if several else "", []).append(figure)
     return "".join(
-        (markup.heading(image) if image else "") + markup.grid(figures, "generated images", 120 if image else 200)
+        (markup.heading(image, 2) if image else "") + markup.grid(figures, "generated images", 120 if image else 200)
         for image, figures in groups.items()
     )

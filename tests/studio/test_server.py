@@ -12,7 +12,9 @@ from PIL import Image
 
 from data.toybox.write import write_unseen_subject
 from delora_diffusers.errors import InputError
+from delora_diffusers.names import WEIGHTS_NAME
 from studio.workspace import Workspace
+from tests.hub_server import serve_hub
 
 pytest.importorskip("gradio", reason="the extra studio is not installed")
 from fastapi.responses import PlainTextResponse
@@ -254,3 +256,26 @@ def test_the_server_starts_without_torch(tmp_path):
     root = Path(command.__file__).parent.parent
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert result.stdout.strip() == "False", result.stderr
+
+
+def test_a_run_is_pushed_by_the_command_that_is_shown(client, workspace, tmp_path, monkeypatch):
+    run, pushed = workspace.run("mine"), tmp_path / "pushed"
+    for name in ("README.md", WEIGHTS_NAME, "samples/00.png", "checkpoint-5/x.bin", "logs/events", ".hidden/y"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text(f"---\n---\n{name}")
+    pushed.mkdir()
+    assert "no repository" in call(client, "upload", "mine", " ", True)["error"]
+    assert "not confirmed" in call(client, "upload", "mine", "me/toy", False)["error"]
+    with serve_hub({"me/toy": pushed}) as (endpoint, _):
+        for name, value in {"HF_ENDPOINT": endpoint, "HF_TOKEN": "hf_x", "HF_HUB_OFFLINE": "0"}.items():
+            monkeypatch.setenv(name, value)
+        shown, _ = call(client, "upload", "mine", "me/toy", True)["data"]
+        assert f"hf upload me/toy {run}" in shown
+        error = call(client, "upload", "mine", "me/nothing", True)["error"]
+        assert error and "Traceback" not in error
+    assert {path.relative_to(pushed).as_posix() for path in pushed.rglob("*") if path.is_file()} == {
+        "README.md",
+        WEIGHTS_NAME,
+        "samples/00.png",
+    }
+    shutil.rmtree(run)
