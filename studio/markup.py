@@ -87,6 +87,11 @@ def progress(label: str, step: int, steps: int) -> str:
     return f'<progress value="{int(step)}" max="{max(int(steps), 1)}" aria-label="{escape(label)}"></progress>'
 
 
+def size(count: int) -> str:
+    """A number of bytes in MiB, or in KiB if it is small."""
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
+
+
 def duration(seconds: float) -> str:
     """A time in the largest units that matter."""
     minutes, seconds = divmod(round(seconds), 60)

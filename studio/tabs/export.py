@@ -138,7 +138,7 @@ def exported(workspace: Workspace, output: Path) -> str:
     items = [
         f'<li><a href="{markup.escape(markup.file_url(workspace, file))}" target="_blank" rel="noopener">'
         f"{markup.escape(file.relative_to(workspace.outputs).as_posix())}</a> "
-        f"({file.stat().st_size / 2**20:.2f} MiB)</li>"
+        f"({markup.size(file.stat().st_size)})</li>"
         for file in files[:50]
     ]
     return markup.paragraph(f"Wrote {output}.", "done") + f"<ul>{''.join(items)}</ul>"
