@@ -271,6 +271,13 @@ def test_a_run_that_cannot_work_is_refused_before_anything_is_written(workspace,
     assert not workspace.run("dog").exists() and not list(workspace.runs.glob(".studio/*"))
 
 
+@pytest.mark.integration
+def test_a_prompt_that_no_command_can_have_starts_nothing(workspace):
+    with pytest.raises(InputError, match="a prompt is too long to be part of a command; shorten it"):
+        runs.start(workspace, "dog", values(instance_prompt="dog " * 100_000))
+    assert runs.states(workspace) == [] and not workspace.run("dog").exists()
+
+
 def test_links_that_leave_the_workspace_are_refused(workspace, tmp_path):
     (tmp_path / "secret.png").write_bytes(b"x")
     link = workspace.photo_set("toy") / "link.png"
