@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -391,15 +390,13 @@ def test_whatever_is_killed_nothing_of_a_run_is_lost_and_the_page_says_what_happ
         watched.button("Resume").click()
         assert step_of(watched.wait("#status", "training: [0-9]+ of")) >= kept
 
-        watched.expected = "ERR_CONNECTION|ERR_INCOMPLETE|Failed to fetch|SSE|Connection|network|fetch"
+        watched.expected = "ERR_CONNECTION|ERR_INCOMPLETE|Failed to fetch|SSE|Connection|network|fetch|Abort"
         server.kill()
         watched.page.locator(".toast-body", has_text="Connection to the server was lost").wait_for()
         server.start()
-        watched.page.wait_for_selector("#photos-overview figure")  # gradio's page loads itself again
-        with suppress(playwright.Error):  # which it may just be doing
-            watched.page.goto(server.url)
-        watched.page.wait_for_selector("#photos-overview figure")
-        watched.expected = ""
+        watched.page.wait_for_selector("#photos-overview figure")  # the page has loaded itself again
+        watched.close()
+        watched = Watched(browser, server)
         watched.open("Train")
         before = step_of(watched.wait("#status", "training: [0-9]+ of"))
         assert before >= kept
