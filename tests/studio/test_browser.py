@@ -488,11 +488,12 @@ def main_path(watched: Watched, axe: str | None, workspace: Path) -> None:
     watched.wait("#compared", "copy")
     page.get_by_role("spinbutton", name="Steps", exact=True).fill("2")
     page.get_by_role("spinbutton", name="Images per prompt", exact=True).fill("1")
+    watched.field("Prompts").fill("a photo of sks mug in the snow\na photo of sks mug at night")
     watched.button("Compare").click()
     page.locator("#compare-result .chart svg").wait_for()
     assert "real images" in page.locator("#compare-result").inner_text()
     differences = json.loads(next((workspace / "outputs").glob("compare-*/differences.json")).read_text())
-    assert differences[0]["difference"]["dino"]["subjects"] == 4
+    assert differences[0]["difference"]["dino"]["subjects"] == 2
     watched.check_access(axe, "a comparison")
     page.set_viewport_size({"width": 390, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") == 390
@@ -509,5 +510,4 @@ def main_path(watched: Watched, axe: str | None, workspace: Path) -> None:
     assert "--adapter_weights 1 0.5" in page.locator("#export-command").inner_text()
     assert (workspace / "outputs" / "mug-and-copy-kohya.safetensors").is_file()
     watched.wait("#card", "sks mug")
-    watched.check_access(axe, "an export")
     watched.close()
