@@ -16,6 +16,7 @@ from delora_diffusers.names import (
     checkpoint_folders,
     is_miniature,
 )
+from delora_diffusers.text_files import read_json
 from studio.jobs import ROOT, short
 from studio.workspace import Workspace
 
@@ -64,8 +65,8 @@ def digest(adapter: Path) -> str:
 def settings_of(run: Path) -> dict[str, Any]:
     """The flags that a run records; empty if it has not got that far."""
     try:
-        recorded = json.loads((run / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        recorded = read_json(run / CONFIG_NAME)
+    except (OSError, InputError):
         return {}
     settings = recorded.get("arguments", recorded) if isinstance(recorded, dict) else {}
     return settings if isinstance(settings, dict) else {}
@@ -84,6 +85,30 @@ def lines(text: str | None) -> list[str]:
 def flag(name: str, value: object) -> list[str]:
     """A flag and its value, or nothing if the field is empty."""
     return [] if value in (None, "", []) else [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+
+
+def weighted(labels: Sequence[str | None], weights: Sequence[float | None]) -> list[tuple[str, float]]:
+    """The adapters of a form with their weights, without the lists that are empty.
+
+    Raises:
+        InputError: an adapter is chosen twice.
+    """
+    pairs = [(label, 1.0 if weight is None else weight) for label, weight in zip(labels, weights) if label]
+    if len({label for label, _ in pairs}) < len(pairs):
+        raise InputError("the same adapter is chosen twice; choose it once with a larger weight.")
+    return pairs
+
+
+def adapter_words(workspace: Workspace, used: Sequence[tuple[str, float]]) -> list[str]:
+    """The flags that name adapters with their weights.
+
+    Raises:
+        InputError: one is missing.
+    """
+    words = ["--adapter", *(str(adapter(workspace, label)) for label, _ in used)]
+    if any(weight != 1 for _, weight in used):
+        words += ["--adapter_weights", *(f"{weight:g}" for _, weight in used)]
+    return words
 
 
 def generate_words(
@@ -105,14 +130,8 @@ def generate_words(
     """
     if not prompts:
         raise InputError("there is no prompt; write at least one, each on its own line.")
-    words: list[str] = []
-    digests = []
-    if used:
-        folders = [adapter(workspace, label) for label, _ in used]
-        digests = [digest(ROOT / folder) for folder in folders]
-        words += ["--adapter", *map(str, folders)]
-        if any(weight != 1 for _, weight in used):
-            words += ["--adapter_weights", *(f"{weight:g}" for _, weight in used)]
+    words = adapter_words(workspace, used) if used else []
+    digests = [digest(ROOT / adapter(workspace, label)) for label, _ in used]
     words += ["--prompt", *prompts]
     for name, value in settings.items():
         words += flag(name, value)

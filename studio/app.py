@@ -3,6 +3,7 @@
 import atexit
 import os
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
 
@@ -21,6 +22,17 @@ LARGEST_UPLOAD = "2gb"
 FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
 STYLE = Path(__file__).parent / "style.css"
+
+
+def chosen(_: gr.Dropdown, payload: Any) -> Any:
+    """What a list sends, as it is: whether it is still there is for the handlers, which say so in a sentence.
+
+    Gradio compares it with the choices that this browser was sent, which it forgets when a laptop sleeps.
+    """
+    return payload
+
+
+gr.Dropdown.preprocess = chosen
 
 
 def theme() -> gr.themes.Base:
@@ -67,7 +79,7 @@ def build(workspace: Workspace, player: Player, scorer: Scorer) -> gr.Blocks:
             with gr.Tab("Play") as playing:
                 played, refresh_played = play.build(workspace, player)
             with gr.Tab("Compare") as comparing:
-                compared, refresh_compared = compare.build(workspace, player)
+                compared, benchmarks, refresh_compared = compare.build(workspace, player)
             with gr.Tab("Export") as exporting:
                 refresh_exported = export.build(workspace)
         # What was added in one tab, or on another page, is in the lists of a tab when it is opened.
@@ -75,7 +87,7 @@ def build(workspace: Workspace, player: Player, scorer: Scorer) -> gr.Blocks:
             refresh_train, [run, photo_set, shown_set, followed], [run, photo_set, followed], show_progress="hidden"
         )
         playing.select(refresh_played, played, played, show_progress="hidden")
-        comparing.select(refresh_compared, compared, compared, show_progress="hidden")
+        comparing.select(refresh_compared, compared, [*compared, *benchmarks], show_progress="hidden")
         exporting.select(**refresh_exported, show_progress="hidden")
     return page
 
@@ -89,6 +101,7 @@ def create_app(workspace: Workspace, host: str = "127.0.0.1", password: str | No
     atexit.register(scorer.close)
     page = build(workspace, player, scorer)
     page.queue(default_concurrency_limit=8)
+    page.has_launched = True  # or gradio, mounted in another server, takes any file of this machine for an upload
     app = server.create_app(workspace, host, password)
     return gr.mount_gradio_app(
         app,

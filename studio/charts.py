@@ -43,13 +43,31 @@ def line_chart(title: str, lines: Mapping[str, Points], x_name: str = "step") ->
     return _figure(caption, "".join(parts))
 
 
-def scatter_chart(title: str, points: Mapping[str, tuple[float, float]], x_name: str, y_name: str) -> str:
-    """Named points."""
+def scatter_chart(
+    title: str,
+    points: Mapping[str, tuple[float, float]],
+    x_name: str,
+    y_name: str,
+    limit: tuple[str, float] | None = None,
+) -> str:
+    """Named points.
+
+    Args:
+        limit: the name and the x of a dashed vertical line, for what has no y.
+    """
     finite = {name: point for name, point in points.items() if all(map(math.isfinite, point))}
     if not finite:
         return _figure(f"{title}: nothing yet", "")
-    frame = _Frame(list(finite.values()), margin=0.12)
+    inside = [] if limit is None else [(limit[1], next(iter(finite.values()))[1])]
+    frame = _Frame([*finite.values(), *inside], margin=0.12)
     parts = [frame.axes(x_name, y_name)]
+    if limit is not None:
+        at_x, bottom = frame.x(limit[1]), HEIGHT - BOTTOM
+        anchor, shift = ("end", -5) if at_x > WIDTH * 0.6 else ("start", 5)
+        parts.append(
+            f'<path class="axis dashed" d="M{at_x:.1f},{TOP} V{bottom}"/><text x="{at_x + shift:.1f}" '
+            f'y="{bottom - 6}" text-anchor="{anchor}">{escape(limit[0])}</text>'
+        )
     for index, (name, (x, y)) in enumerate(finite.items()):
         at_x, at_y = frame.x(x), frame.y(y)
         anchor = "end" if at_x > WIDTH * 0.6 else "start"
@@ -58,6 +76,7 @@ def scatter_chart(title: str, points: Mapping[str, tuple[float, float]], x_name:
         parts.append(f'<circle class="dot dot-{index % 6}" cx="{at_x:.1f}" cy="{at_y:.1f}" r="4"/>')
         parts.append(f'<text x="{at_x + shift:.1f}" y="{at_y + 4:.1f}" text-anchor="{anchor}">{escape(short)}</text>')
     named = "; ".join(f"{name} {number(x)}, {number(y)}" for name, (x, y) in finite.items())
+    named += f"; {limit[0]} {number(limit[1])}" if limit is not None else ""
     return _figure(title, "".join(parts), f"{x_name} and {y_name}: {named}")
 
 
@@ -76,11 +95,12 @@ class _Frame:
 
     def axes(self, x_name: str, y_name: str = "") -> str:
         bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
+        wide, high = self.x_high - self.x_low, self.y_high - self.y_low
         ends = [
-            f'<text x="{LEFT - 5}" y="{bottom}" text-anchor="end">{number(self.y_low)}</text>',
-            f'<text x="{LEFT - 5}" y="{TOP + 8}" text-anchor="end">{number(self.y_high)}</text>',
-            f'<text x="{LEFT}" y="{HEIGHT - 10}">{number(self.x_low)}</text>',
-            f'<text x="{right}" y="{HEIGHT - 10}" text-anchor="end">{number(self.x_high)}</text>',
+            f'<text x="{LEFT - 5}" y="{bottom}" text-anchor="end">{number(self.y_low, high)}</text>',
+            f'<text x="{LEFT - 5}" y="{TOP + 8}" text-anchor="end">{number(self.y_high, high)}</text>',
+            f'<text x="{LEFT}" y="{HEIGHT - 10}">{number(self.x_low, wide)}</text>',
+            f'<text x="{right}" y="{HEIGHT - 10}" text-anchor="end">{number(self.x_high, wide)}</text>',
             f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 10}" text-anchor="middle">{escape(x_name)}</text>',
         ]
         if y_name:
@@ -103,9 +123,10 @@ def _range(values: Sequence[float], margin: float) -> tuple[float, float]:
     return low - margin * (high - low), high + margin * (high - low)
 
 
-def number(value: float) -> str:
-    """Three significant digits."""
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+def number(value: float, span: float = math.inf) -> str:
+    """Three significant digits, and as many more as tell apart the ends of an axis of this length."""
+    digits = min(max(3, 2 + round(math.log10(max(abs(value), span) / span))), 9) if span < math.inf else 3
+    return f"{value:.{digits}g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
 def _figure(caption: str, inner: str, description: str = "") -> str:

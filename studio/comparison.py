@@ -14,6 +14,8 @@ from studio import adapters, jobs
 from studio.workspace import Workspace
 
 BASE = "base model"
+BENCHMARK_FILES = ("settings.json", "summary.json", "scores.parquet", "subjects.csv")
+"""By which the output folder of a finished ``eval benchmark`` is recognized."""
 SCENES = ("on the beach", "in the snow", "in the jungle", "on a wooden floor")
 
 
@@ -75,6 +77,36 @@ def page_words(folder: Path, label: str, photos: Path, protocol: str, run: Path)
     words += ["--reference_dir", photos, "--training_dir", run]
     words = [jobs.short(word) if isinstance(word, Path) else word for word in words]
     return jobs.words_of("eval", *words, "--protocol", protocol, "--output", jobs.short(output)), output
+
+
+def benchmarks(workspace: Workspace) -> list[str]:
+    """The finished output folders of ``eval benchmark`` among the outputs, newest first."""
+    folders = [workspace.output(name) for name in workspace.output_names()]
+    folders = [folder for folder in folders if all((folder / file).is_file() for file in BENCHMARK_FILES)]
+    folders.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
+    return [folder.name for folder in folders]
+
+
+def benchmark_words(workspace: Workspace) -> list[str]:
+    """The command of a benchmark that the page finds afterwards."""
+    folder = jobs.short(workspace.outputs / "toybox-delora")
+    return jobs.words_of("eval", "benchmark", "toybox", "--method", "delora", "--output_dir", folder)
+
+
+def report_words(workspace: Workspace, names: Sequence[str]) -> tuple[list[str], Path]:
+    """The command that writes the report of one benchmark run, or of two, and the report.
+
+    Raises:
+        InputError: there is none of that name, or the number of them is another.
+    """
+    if len(names) not in (1, 2):
+        raise InputError(f"{len(names)} benchmark runs are chosen; a report shows one, or two side by side.")
+    if missing := set(names) - set(benchmarks(workspace)):
+        raise InputError(f"there is no benchmark run {min(missing)!r}; choose one from the list.")
+    folders = [workspace.output(name) for name in names]
+    digest = hashlib.sha256(b"".join((folder / "summary.json").read_bytes() for folder in folders)).hexdigest()[:10]
+    output = workspace.outputs / f"report-{digest}.html"
+    return jobs.words_of("eval", "report", *map(jobs.short, folders), "--output", jobs.short(output)), output
 
 
 def read_scores(folder: Path, labels: Sequence[str], photos: Path, protocol: str) -> dict[str, dict[str, Any]]:

@@ -112,12 +112,6 @@ def _field(action: argparse.Action, group: str) -> Field:
     return Field(action.dest, action.option_strings[0], text, kind, choices, action.default, group, basic)
 
 
-def defaults_for(base_model: str | None) -> dict[str, Any]:
-    """The defaults of all fields for a base model, None where they depend on other flags; see ``effective``."""
-    defaults = _defaults({"pretrained_model_name_or_path": base_model})
-    return {field.name: defaults[field.name] for field in fields()}
-
-
 def _defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     """What the parser returns without further flags for the base model and the recipe among these values."""
     given = {name: _normalized(values.get(name), None) for name in ("pretrained_model_name_or_path", "recipe")}

@@ -30,6 +30,11 @@ def figure(url: str, alternative: str, caption: str, notes: Sequence[str] = (), 
     return f"<figure>{image}<figcaption>{escape(caption)}{warnings}</figcaption></figure>"
 
 
+def link(workspace: Workspace, file: Path, text: str) -> str:
+    """A paragraph with a link that opens a file of the workspace."""
+    return f'<p><a href="{escape(file_url(workspace, file))}" target="_blank" rel="noopener">{escape(text)}</a></p>'
+
+
 def grid(figures: Iterable[str], label: str, side: int = 180) -> str:
     """Figures in as many columns as fit."""
     inner = "".join(figures)
@@ -80,6 +85,11 @@ def text_block(text: str, label: str, kind: str = "") -> str:
 
 def progress(label: str, step: int, steps: int) -> str:
     return f'<progress value="{int(step)}" max="{max(int(steps), 1)}" aria-label="{escape(label)}"></progress>'
+
+
+def size(count: int) -> str:
+    """A number of bytes in MiB, or in KiB if it is small."""
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
 
 
 def duration(seconds: float) -> str:

@@ -18,6 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 """The repository, in which commands run."""
 
 
+class StoppedError(Exception):
+    """The images were not generated, because ``close`` was called meanwhile."""
+
+
 class Player:
     """Runs one ``generate`` command at a time, whichever page it comes from, in a process that starts when needed."""
 
@@ -31,6 +35,7 @@ class Player:
 
         Raises:
             InputError: what the command itself would say, or the process was killed.
+            StoppedError
         """
         with self._lock:
             for attempt in range(2):
@@ -48,6 +53,8 @@ class Player:
                         raise InputError(error)
                     return
                 code = process.wait()
+                if process is not self._process:
+                    raise StoppedError
                 # It may have ended, idle, in the moment in which the command was sent; that is no fault.
                 if code or attempt:
                     raise InputError(_ended(code))
@@ -85,7 +92,7 @@ class Player:
 def _ended(code: int) -> str:
     if code == -9:
         return (
-            "generating was stopped: its process was killed, by Stop or by the system for lack of memory; press "
-            "Generate to start it again."
+            "the generating process was killed, perhaps by the system for lack of memory; press Generate to start it "
+            "again."
         )
     return f"the generating process ended with code {code}; the terminal of the page shows why, press Generate again."

@@ -19,7 +19,7 @@ from delora_diffusers.image_files import list_images, load_rgb
 from delora_diffusers.image_grid import images_of_grid
 from delora_diffusers.names import CONFIG_NAME, is_miniature
 from delora_diffusers.text_files import read_json
-from studio.runs import studio_folder
+from studio.run_records import studio_folder
 
 if TYPE_CHECKING:
     from PIL.Image import Image

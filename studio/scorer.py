@@ -45,7 +45,7 @@ class Scorer:
         if self._tried.get(run.name) == unscored:
             return self._notes.get(run.name, "")
         try:
-            photos = self.workspace.within(settings_of(run).get("instance_data_dir") or "")
+            photos = self.workspace.within(str(settings_of(run).get("instance_data_dir") or ""))
         except InputError as error:
             return f"The samples are not scored: {error}"
         self._tried[run.name], self._current = unscored, run.name

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from delora_diffusers.errors import InputError
 from studio import photos
-from studio.runs import STUDIO_FOLDER
+from studio.run_records import STUDIO_FOLDER
 from studio.workspace import Workspace
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -33,7 +33,8 @@ POLICY = (
 )
 """For the page: nothing comes from, or goes to, another machine. Gradio's scripts are inline."""
 REPORT_POLICY = (
-    "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
+    "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
+    "frame-ancestors 'none'"
 )
 """For the pages that `eval` writes, which contain their images: they cannot reach this server."""
 SHOWN = {".png", ".jpg", ".jpeg", ".webp", ".html", ".md", ".json", ".txt", ".safetensors"}
@@ -83,6 +84,10 @@ class Guard:
             return PlainTextResponse("This host name is not the page's; open it under 127.0.0.1.", 403)
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc != headers.get("host"):
+            return PlainTextResponse("Requests from other pages are refused.", 403)
+        # Another page sends no origin with an image that it embeds, whose size would tell it what is here.
+        embeds = headers.get("sec-fetch-mode") != "navigate"
+        if embeds and headers.get("sec-fetch-site") in ("cross-site", "same-site"):
             return PlainTextResponse("Requests from other pages are refused.", 403)
         if self.password is not None and not _is_password(headers.get("authorization"), self.password):
             if "authorization" in headers:

@@ -96,6 +96,10 @@ class Workspace:
         """The names of the training runs, sorted."""
         return self._folders(self.runs)
 
+    def output_names(self) -> list[str]:
+        """The names of the folders among the outputs, sorted."""
+        return self._folders(self.outputs)
+
     def _named(self, parent: Path, name: str) -> Path:
         path = parent / checked_name(name)
         self.within(path)

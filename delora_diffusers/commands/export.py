@@ -11,8 +11,8 @@ from delora_diffusers.outputs import check_new
 FORMATS = {
     "diffusers": "pipe.load_lora_weights",
     "kohya": "AUTOMATIC1111, ComfyUI, sd-scripts",
-    "peft": "a LoraConfig folder",
-    "peft-delora": "a DeloraConfig folder",
+    "peft": "PEFT, a LoraConfig folder",
+    "peft-delora": "PEFT, a DeloraConfig folder",
 }
 DTYPES = ("fp32", "fp16", "bf16")
 SHOWN_ERRORS = 1e-12

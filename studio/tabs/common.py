@@ -16,7 +16,8 @@ def reported(function: Callable) -> Callable:
     """An event handler whose ``InputError`` the page shows; gradio renders messages as HTML, so this escapes it."""
 
     def shown(error: InputError) -> gr.Error:
-        return gr.Error(escape(str(error)), duration=20, title="Not done", print_exception=False)
+        text = str(error)  # which begins with a small letter, for the command line
+        return gr.Error(escape(text[:1].upper() + text[1:]), duration=20, print_exception=False)
 
     if inspect.isgeneratorfunction(function):
 
@@ -62,10 +63,34 @@ def command_box(elem_id: str) -> gr.HTML:
     return gr.HTML(elem_id=elem_id, js_on_load=COPY)
 
 
-def choices(names: list[str], chosen: Any = None) -> Any:
-    """An update of a dropdown: these names, and what was chosen if it is still among them, or the first."""
+MOST_ADAPTERS = 3
+NONE = ("none", "")
+"""The choice of no adapter."""
+DEFAULT = ("default", "")
+"""The choice of what the command itself would use."""
+PRECISIONS = [DEFAULT, ("fp32", "no"), ("fp16", "fp16"), ("bf16", "bf16")]
+"""Of ``--mixed_precision``."""
+
+
+def more_adapters() -> tuple[list[gr.Dropdown], list[gr.Number]]:
+    """What is folded away beside the list of the first adapter: lists of others, and the weights of all."""
+    with gr.Accordion("More adapters and weights", open=False):
+        weights, others = [gr.Number(1.0, label="Weight of the adapter", min_width=90)], []
+        for number in range(2, MOST_ADAPTERS + 1):
+            with gr.Row():
+                others.append(gr.Dropdown([NONE], value="", label=f"Adapter {number}", min_width=170))
+                weights.append(gr.Number(1.0, label=f"Weight {number}", min_width=90))
+    return others, weights
+
+
+def choices(names: list[str], chosen: Any = None, empty: str = "") -> Any:
+    """An update of a dropdown: these names, and what was chosen if it is still among them, or the first.
+
+    Args:
+        empty: how an empty name is shown.
+    """
     value = chosen if chosen in names else names[0] if names else None
-    return gr.update(choices=names, value=value)
+    return gr.update(choices=[(name or empty, name) for name in names], value=value)
 
 
 def set_choices(workspace: Workspace, chosen: Any = None) -> Any:

@@ -8,11 +8,13 @@ import gradio as gr
 from delora_diffusers.errors import InputError
 from eval.metrics.protocols import PROTOCOLS
 from studio import adapters, charts, comparison, jobs, markup
-from studio.player import Player
-from studio.tabs.common import command_box, reported, set_choices
+from studio.player import Player, StoppedError
+from studio.tabs.common import PRECISIONS, command_box, reported, set_choices
 from studio.workspace import Workspace
 
 SCORES = {"dino": "DINO", "clip_i": "CLIP-I", "clip_t": "CLIP-T"}
+REAL = "real images"
+STOPPED = "Stopped, by the button Stop or by a training run that needs the memory. Press Compare to go on."
 
 
 def build(workspace: Workspace, player: Player):
@@ -37,13 +39,29 @@ def build(workspace: Workspace, player: Player):
         images = gr.Number(2, label="Images per prompt", precision=0, minimum=1)
         seed = gr.Number(0, label="Seed", precision=0)
         steps = gr.Number(25, label="Steps", precision=0, minimum=1)
-        precision = gr.Dropdown(["", "no", "fp16", "bf16"], value="", label="Precision")
-    with gr.Row():
+        precision = gr.Dropdown(PRECISIONS, value="", label="Precision")
+    with gr.Row(equal_height=True):
         go = gr.Button("Compare", variant="primary", elem_id="compare")
         pages = gr.Button("Write a page for each")
         stop = gr.Button("Stop", variant="stop")
     command = command_box("compare-command")
-    result = gr.HTML(elem_id="compare-result")
+    links = gr.HTML(elem_id="compare-pages")
+    result = gr.HTML(markup.paragraph("Press Compare: scores and images appear here."), elem_id="compare-result")
+    with gr.Accordion("Benchmarks: methods on many subjects", open=False):
+        gr.HTML(
+            markup.paragraph(
+                "A benchmark trains, generates and scores every subject of a list, in a terminal. Its report shows all "
+                "images, and two of them paired differences over subjects."
+            )
+            + markup.command(jobs.shown(comparison.benchmark_words(workspace)), "Command of a benchmark")
+        )
+        benchmarks = gr.Dropdown(
+            comparison.benchmarks(workspace), value=[], multiselect=True, label="Benchmark runs", info="One or two.",
+            elem_id="benchmarks",
+        )  # fmt: skip
+        report = gr.Button("Write the report")
+        report_command = command_box("report-command")
+        report_link = gr.HTML(elem_id="report")
 
     inputs = [labels, photo_set, protocol, prompts, images, seed, steps, precision]
 
@@ -71,21 +89,25 @@ def build(workspace: Workspace, player: Player):
         shown = markup.command(jobs.shown(generating, *scoring.values()), "Commands")
         total = len(compared) * len(adapters.lines(text)) * int(settings[0] or 1)
 
-        def report() -> str:
+        def progress() -> str:
             made = sum(adapters.count_images(comparison.images_of(folder, label)) for label in compared)
             return markup.paragraph(f"Generating: {made} of {total} images.") + markup.progress(
                 "generating", made, total
             )
 
-        for html in jobs.while_running(lambda: player.generate(words), report):
-            yield shown, html
+        try:
+            for html in jobs.while_running(lambda: player.generate(words), progress):
+                yield shown, html, ""
+        except StoppedError:
+            yield shown, markup.paragraph(STOPPED), ""
+            return
         grid = images_of(workspace, folder, compared)
         for label, command in scoring.items():
             if not comparison.scores_file(folder, label, photos, kind).exists():
                 for _ in jobs.run(command):
-                    yield shown, markup.paragraph(f"Scoring {label} ...") + grid
+                    yield shown, markup.paragraph(f"Scoring {label} ...") + grid, ""
         scores = comparison.read_scores(folder, chosen, photos, kind)
-        yield shown, results_of(scores, comparison.write_differences(folder, scores)) + grid
+        yield shown, results_of(scores, comparison.write_differences(folder, scores)) + grid, ""
 
     @reported
     def write_pages(chosen: list[str], name: str | None, kind: str, text: str, *settings: Any):
@@ -98,26 +120,43 @@ def build(workspace: Workspace, player: Player):
         ]
         shown = markup.command(jobs.shown(*(words for words, _ in requests)), "Commands")
         links = ""
+        yield shown, links
         for (words, page), label in zip(requests, chosen):
             if not page.exists():
                 for _ in jobs.run(words):
                     yield shown, markup.paragraph(f"Writing the page of {label} ...") + links
-            url = markup.escape(markup.file_url(workspace, page))
-            links += f'<p><a href="{url}" target="_blank" rel="noopener">Page of {markup.escape(label)}</a></p>'
+            links += markup.link(workspace, page, f"Page of {label}")
         yield shown, links
 
+    @reported
+    def write_report(names: list[str]):
+        words, page = comparison.report_words(workspace, names or [])
+        shown = markup.command(jobs.shown(words))
+        if not page.exists():
+            for _ in jobs.run(words):
+                yield shown, markup.paragraph("Writing the report ...")
+        yield shown, markup.link(workspace, page, f"Report of {' and '.join(names)}")
+
+    def end():
+        player.close()
+        return markup.paragraph(STOPPED)
+
+    hidden: dict[str, Any] = {"show_progress": "hidden"}
     running: list[Any] = [
-        button.click(handler, inputs, [command, result]) for button, handler in ((go, compare), (pages, write_pages))
+        go.click(compare, inputs, [command, result, links], **hidden),
+        pages.click(write_pages, inputs, [command, links], **hidden),
     ]
-    stop.click(player.close, None, None, cancels=running, queue=False)
+    stop.click(end, None, result, cancels=running, queue=False)
+    report.click(write_report, benchmarks, [report_command, report_link], **hidden)
 
     def refresh(chosen: list[str], name: str | None):
         now = adapters.adapters(workspace)
         of_runs = {label.partition("/")[0]: label for label in reversed(now)}
         kept = [label for label in chosen or [] if label in now] or list(of_runs.values())[::-1][:2]
-        return gr.update(choices=now, value=kept), set_choices(workspace, name)
+        of_benchmarks = gr.update(choices=comparison.benchmarks(workspace))
+        return gr.update(choices=now, value=kept), set_choices(workspace, name), of_benchmarks
 
-    return [labels, photo_set], refresh
+    return [labels, photo_set], [benchmarks], refresh
 
 
 def results_of(scores: dict[str, dict[str, Any]], differences: list[tuple[str, str, dict]]) -> str:
@@ -128,13 +167,14 @@ def results_of(scores: dict[str, dict[str, Any]], differences: list[tuple[str, s
 
     rows = [[label, *cells(result["scores"])] for label, result in scores.items()]
     first = next(iter(scores.values()))
-    rows.append(["real images", *cells(first["real"])])
+    rows.append([REAL, *cells(first["real"])])
     counts, kind = first["counts"], PROTOCOLS[first["protocol"]].name
     caption = f"Scores by protocol {kind}: {counts['generated']} images each, {counts['reference']} photos"
-    parts = [markup.table(["", *SCORES.values()], rows, caption)]
+    parts = [markup.table(["adapter", *SCORES.values()], rows, caption)]
     points = {label: (result["scores"]["dino"], result["scores"]["clip_t"]) for label, result in scores.items()}
     title = "Subject fidelity (DINO) against prompt fidelity (CLIP-T); up and right is better"
-    chart = charts.scatter_chart(title, points, "DINO", "CLIP-T")
+    limit = None if first["real"].get("dino") is None else (REAL, first["real"]["dino"])
+    chart = charts.scatter_chart(title, points, "DINO", "CLIP-T", limit)
     parts.append(f'<div class="charts wide">{chart}</div>')
     rows = [
         [f"{first} - {second}", SCORES[key], f"{value['mean']:+.3f}", f"{value['low']:+.3f} to {value['high']:+.3f}",

@@ -3,6 +3,7 @@
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
@@ -11,12 +12,12 @@ from delora_diffusers.errors import InputError
 from delora_diffusers.names import NOT_UPLOADED, WEIGHTS_NAME
 from delora_diffusers.text_files import read_text
 from studio import adapters, jobs, markup
-from studio.tabs.common import choices, command_box, reported
+from studio.tabs.common import MOST_ADAPTERS, NONE, choices, command_box, more_adapters, reported
 from studio.workspace import Workspace
 
 MERGES = {
-    "merged folder": "a complete pipeline for diffusers, without this project",
-    "merged file": "one .safetensors of Stable Diffusion 1.x, 2.x or XL for AUTOMATIC1111 and ComfyUI",
+    "merged folder": "diffusers, as a complete pipeline",
+    "merged file": "AUTOMATIC1111, ComfyUI; a complete Stable Diffusion 1.x, 2.x or XL in one file",
 }
 CARD_NAME = "README.md"
 
@@ -27,14 +28,14 @@ def build(workspace: Workspace):
     with gr.Row():
         label = gr.Dropdown([], label="Adapter", elem_id="export-adapter")
         name = gr.Textbox("", label="Name of the export", placeholder="the adapter's name with the format's")
+    others, weights = more_adapters()
     kind = gr.Radio(
-        [(f"{name}: for {reader}", name) for name, reader in readers.items()],
+        [(f"{name}: {reader}", name) for name, reader in readers.items()],
         value="diffusers",
-        label="Format",
-        info="Who reads it.",
+        label="Format: who reads it",
         elem_id="format",
     )
-    with gr.Row():
+    with gr.Row() as of_adapters:
         dtype = gr.Dropdown(list(DTYPES), value=DTYPES[0], label="Precision")
         rank = gr.Textbox("", label="Rank", placeholder="full rank, without loss", info="Truncates to this rank.")
     go = gr.Button("Export", variant="primary", elem_id="export")
@@ -51,8 +52,9 @@ def build(workspace: Workspace):
     push_message = gr.HTML(elem_id="push-message")
 
     @reported
-    def export(label: str | None, kind: str, dtype: str, rank: str, name: str):
-        words, output = export_words(workspace, label, kind, dtype, rank, name)
+    def export(kind: str, dtype: str, rank: str, name: str, *used: Any):
+        pairs = adapters.weighted(used[:MOST_ADAPTERS], used[MOST_ADAPTERS:])
+        words, output = export_words(workspace, pairs, kind, dtype, rank, name)
         shown = markup.command(jobs.shown(words))
         for text in jobs.run(words):
             yield shown, markup.text_block(text, "output of the export")
@@ -65,8 +67,7 @@ def build(workspace: Workspace):
         run = workspace.run(label.partition("/")[0])
         if not (run / WEIGHTS_NAME).is_file():
             return markup.paragraph("The card is written when the run finishes; only finished runs are uploaded."), ""
-        text = read_text(run / CARD_NAME) if (run / CARD_NAME).is_file() else "This run has no card."
-        return markup.text_block(text, "model card"), markup.command(
+        return card_of(workspace, run), markup.command(
             jobs.shown(push_words(workspace, label, repository.strip() or "me/my-adapter"))
         )
 
@@ -84,40 +85,48 @@ def build(workspace: Workspace):
         for text in jobs.run(words, program):
             yield markup.command(jobs.shown(words)), markup.text_block(text, "output of the upload")
 
-    go.click(export, [label, kind, dtype, rank, name], [command, message])
+    hidden: dict[str, Any] = {"show_progress": "hidden"}
+    kind.change(lambda kind: gr.update(visible=kind not in MERGES), kind, of_adapters, **hidden)
+    go.click(export, [kind, dtype, rank, name, label, *others, *weights], [command, message], **hidden)
     gr.on(
         [label.change, repository.change], show_card, [label, repository], [card, push_command], show_progress="hidden"
     )
-    push.click(upload, [label, repository, sure], [push_command, push_message])
+    push.click(upload, [label, repository, sure], [push_command, push_message], **hidden)
 
-    def refresh(chosen: str | None, repository: str):
-        update = choices(adapters.adapters(workspace), chosen)
-        return update, *show_card(update["value"], repository)
+    def refresh(chosen: str | None, repository: str, *more: str | None):
+        now = adapters.adapters(workspace)
+        update = choices(now, chosen)
+        lists = [choices(["", *now], name or "", NONE[0]) for name in more]
+        return update, *show_card(update["value"], repository), *lists
 
-    return {"fn": refresh, "inputs": [label, repository], "outputs": [label, card, push_command]}
+    return {"fn": refresh, "inputs": [label, repository, *others], "outputs": [label, card, push_command, *others]}
 
 
 def export_words(
-    workspace: Workspace, label: str | None, kind: str, dtype: str, rank: str, name: str
+    workspace: Workspace, used: list[tuple[str, float]], kind: str, dtype: str, rank: str, name: str
 ) -> tuple[list[str], Path]:
     """The command of an export, and what it writes.
+
+    Args:
+        used: adapters with their weights, whose updates are added.
 
     Raises:
         InputError: nothing is chosen, or the name cannot be used.
     """
-    if not label:
+    if not used:
         raise InputError("no adapter is chosen; train one first, or choose one in the list.")
-    source = adapters.adapter(workspace, label)
-    output = workspace.output(name.strip() or f"{label.replace('/', '-')}-{kind.replace(' ', '-')}")
+    source = adapters.adapter_words(workspace, used)
+    named = "-and-".join(label.replace("/", "-") for label, _ in used)
+    output = workspace.output(name.strip() or f"{named}-{kind.replace(' ', '-')}")
     if kind in MERGES:
         flag = "--output_dir" if kind == "merged folder" else "--single_file"
         if flag == "--single_file":
             output = output.with_name(output.name + ".safetensors")
-        words = ["merge", "--adapter", str(source), flag, str(jobs.short(output))]
+        words = ["merge", *source, flag, str(jobs.short(output))]
     else:
         if kind == "kohya":
             output = output.with_name(output.name + ".safetensors")
-        words = ["export", "--adapter", str(source), "--format", kind, "--output", str(jobs.short(output))]
+        words = ["export", *source, "--format", kind, "--output", str(jobs.short(output))]
         words += ["--dtype", dtype] if dtype != DTYPES[0] else []
         words += adapters.flag("rank", rank.strip())
     return jobs.words_of("delora_diffusers", *words), output
@@ -129,10 +138,25 @@ def exported(workspace: Workspace, output: Path) -> str:
     items = [
         f'<li><a href="{markup.escape(markup.file_url(workspace, file))}" target="_blank" rel="noopener">'
         f"{markup.escape(file.relative_to(workspace.outputs).as_posix())}</a> "
-        f"({file.stat().st_size / 2**20:.2f} MiB)</li>"
+        f"({markup.size(file.stat().st_size)})</li>"
         for file in files[:50]
     ]
     return markup.paragraph(f"Wrote {output}.", "done") + f"<ul>{''.join(items)}</ul>"
+
+
+def card_of(workspace: Workspace, run: Path) -> str:
+    """A run's model card, and the images that it shows.
+
+    Raises:
+        InputError: it is not text, or a link to a file outside the workspace.
+    """
+    file = workspace.within(run / CARD_NAME)
+    text = read_text(file) if file.is_file() else "This run has no card."
+    figures = [
+        markup.figure(markup.file_url(workspace, file), f"sample {file.name}", file.name)
+        for file in sorted((run / "samples").glob("*.png"))
+    ]
+    return markup.text_block(text, "model card") + markup.grid(figures, "images of the model card", 120)
 
 
 def push_words(workspace: Workspace, label: str | None, repository: str) -> list[str]:

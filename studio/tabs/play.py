@@ -7,26 +7,21 @@ import gradio as gr
 from delora_diffusers.commands.generate import SCHEDULERS
 from delora_diffusers.errors import InputError
 from studio import adapters, jobs, markup
-from studio.player import Player
-from studio.tabs.common import choices, command_box, reported
+from studio.player import Player, StoppedError
+from studio.tabs.common import DEFAULT, MOST_ADAPTERS, NONE, PRECISIONS, choices, command_box, more_adapters, reported
 from studio.workspace import Workspace
 
-MOST_ADAPTERS = 3
 FIRST_PROMPT = "a photo of sks mug on the beach"
+NOTHING_YET = "Press Generate, or turn the dial: the images appear here."
+STOPPED = "Stopped, by the button Stop or by a training run that needs the memory. Press Generate to go on."
 
 
 def build(workspace: Workspace, player: Player) -> tuple[list[gr.Dropdown], Any]:
     """Build the tab; returns the lists of adapters, and the handler that fills them again."""
     with gr.Row():
         with gr.Column(scale=1, min_width=320):
-            used, weights = [], []
-            used.append(gr.Dropdown([""], value=None, label="Adapter", info="Empty: the base model."))
-            with gr.Accordion("More adapters and weights", open=False):
-                weights.append(gr.Number(1.0, label="Weight of the adapter", min_width=90))
-                for number in range(2, MOST_ADAPTERS + 1):
-                    with gr.Row():
-                        used.append(gr.Dropdown([""], value="", label=f"Adapter {number}", min_width=170))
-                        weights.append(gr.Number(1.0, label=f"Weight {number}", min_width=90))
+            first = gr.Dropdown([NONE], value=None, label="Adapter", info="None is the base model.")
+            others, weights = more_adapters()
             prompts = gr.Textbox(
                 FIRST_PROMPT, label="Prompts", lines=3, info="One per line. The dial uses the first.", elem_id="prompts"
             )
@@ -37,7 +32,7 @@ def build(workspace: Workspace, player: Player) -> tuple[list[gr.Dropdown], Any]
             with gr.Row():
                 seed = gr.Number(0, label="Seed", precision=0, min_width=90)
                 steps = gr.Number(25, label="Steps", precision=0, minimum=1, min_width=90)
-                images = gr.Number(2, label="Images per prompt", precision=0, minimum=1, min_width=90)
+                images = gr.Number(2, label="Images", precision=0, minimum=1, min_width=90)
             with gr.Accordion("Size, guidance, scheduler, precision", open=False):
                 with gr.Row():
                     width = gr.Textbox("", label="Width", placeholder="the model's", min_width=90)
@@ -46,28 +41,26 @@ def build(workspace: Workspace, player: Player) -> tuple[list[gr.Dropdown], Any]
                 negative = gr.Textbox("", label="Negative prompt")
                 base = gr.Textbox("", label="Base model", placeholder="the adapter's", info="Hub id or path.")
                 with gr.Row():
-                    scheduler = gr.Dropdown(["", *sorted(SCHEDULERS)], value="", label="Scheduler", min_width=120)
-                    precision = gr.Dropdown(["", "no", "fp16", "bf16"], value="", label="Precision", min_width=120)
+                    schedulers = [DEFAULT, *((name, name) for name in sorted(SCHEDULERS))]
+                    scheduler = gr.Dropdown(schedulers, value="", label="Scheduler", min_width=120)
+                    precision = gr.Dropdown(PRECISIONS, value="", label="Precision", min_width=120)
         with gr.Column(scale=2, min_width=320):
-            with gr.Row():
+            with gr.Row(equal_height=True):
                 go = gr.Button("Generate", variant="primary", elem_id="generate", min_width=120)
                 sheet = gr.Button("Sheet of strengths", min_width=120)
                 beside = gr.Button("Checkpoints side by side", min_width=120)
                 stop = gr.Button("Stop", variant="stop", min_width=80)
             command = command_box("play-command")
-            result = gr.HTML(elem_id="play-result")
+            result = gr.HTML(markup.paragraph(NOTHING_YET), elem_id="play-result")
 
+    used = [first, *others]
     inputs = [*used, *weights, prompts, dial, seed, steps, images, width, height, guidance, negative, base, scheduler]
     inputs.append(precision)
 
     def request(given: tuple, one: bool = False, strengths: list[str] | None = None, only: str | None = None):
         chosen, factors = given[:MOST_ADAPTERS], given[MOST_ADAPTERS : 2 * MOST_ADAPTERS]
         text, strength, number, step_count, count, *sizes, without, model, kind, digits = given[2 * MOST_ADAPTERS :]
-        pairs = [(name, factor if factor is not None else 1.0) for name, factor in zip(chosen, factors) if name]
-        if len({name for name, _ in pairs}) < len(pairs):
-            raise InputError("the same adapter is chosen twice; choose it once with a larger weight.")
-        if only is not None:
-            pairs = [(only, 1.0)]
+        pairs = adapters.weighted(chosen, factors) if only is None else [(only, 1.0)]
         written = adapters.lines(text)[: 1 if one else None]
         settings = {
             "pretrained_model_name_or_path": model.strip(),
@@ -94,8 +87,12 @@ def build(workspace: Workspace, player: Player) -> tuple[list[gr.Dropdown], Any]
                 note = f"Generating {title}: {made} images done." if made else "Loading the model, then generating ..."
                 return markup.paragraph(note) + results_of(workspace, finished)
 
-            for text in jobs.while_running(lambda words=words: player.generate(words), report):
-                yield shown, text
+            try:
+                for text in jobs.while_running(lambda words=words: player.generate(words), report):
+                    yield shown, text
+            except StoppedError:
+                yield shown, markup.paragraph(STOPPED) + results_of(workspace, finished)
+                return
             finished.append((title, folder))
         yield shown, results_of(workspace, finished)
 
@@ -117,10 +114,18 @@ def build(workspace: Workspace, player: Player) -> tuple[list[gr.Dropdown], Any]
         labels = adapters.adapters_of(workspace, run)[::-1] if run else []
         if len(labels) < 2:
             raise InputError(
-                "the run of the first adapter has no checkpoints to compare; train with checkpointing_steps, and "
-                "checkpoints_total_limit to keep them."
+                f"the run {run} has no checkpoints beside its adapter; train with smaller checkpointing_steps, and "
+                "without checkpoints_total_limit."
+                if run
+                else "no adapter is chosen; choose one of the run whose checkpoints to compare."
             )
-        yield from played([(label, *request(given, one=True, only=label)) for label in labels])
+        yield from played(
+            [(label.partition("/")[2] or "finished", *request(given, one=True, only=label)) for label in labels]
+        )
+
+    def end():
+        player.close()
+        return markup.paragraph(STOPPED)
 
     result_of: dict[str, Any] = {
         "outputs": [command, result],
@@ -135,13 +140,13 @@ def build(workspace: Workspace, player: Player) -> tuple[list[gr.Dropdown], Any]
         sheet.click(strengths, inputs, **result_of),
         beside.click(side_by_side, inputs, **result_of),
     ]
-    stop.click(player.close, None, None, cancels=running, queue=False)
+    stop.click(end, None, result, cancels=running, queue=False)
 
     def refresh(*chosen: str | None):
         now = adapters.adapters(workspace)
         # Nothing has been chosen before the tab is opened; an empty choice is the base model.
-        first = choices(["", *now], chosen[0] if chosen[0] is not None else (now[0] if now else None))
-        return [first, *(choices(["", *now], name or "") for name in chosen[1:])]
+        first = chosen[0] if chosen[0] is not None else (now[0] if now else None)
+        return [choices(["", *now], name or "", NONE[0]) for name in (first, *chosen[1:])]
 
     return used, refresh
 
@@ -160,6 +165,6 @@ def results_of(workspace: Workspace, finished: list[tuple]) -> str:
             figure = markup.figure(url, f"generated image of {record['prompt']}", shown, link=url)
             groups.setdefault(image if several else "", []).append(figure)
     return "".join(
-        (markup.heading(image) if image else "") + markup.grid(figures, "generated images", 120 if image else 200)
+        (markup.heading(image, 2) if image else "") + markup.grid(figures, "generated images", 120 if image else 200)
         for image, figures in groups.items()
     )

@@ -16,6 +16,8 @@ SECONDS = 2.0
 """Between two looks at the run."""
 ACTIVE = ("starting", "training", "stopping")
 NEW_RUN = "my-subject"
+DEPENDED_ON = ("pretrained_model_name_or_path", "recipe", "method", "optimizer")
+"""Flags that change the defaults of others."""
 FIRST = {"instance_prompt": "a photo of sks mug", "validation_prompt": "a photo of sks mug on the beach"}
 """What a form says at first, for the toy that is there at the first start."""
 
@@ -31,7 +33,7 @@ def build(workspace: Workspace, player: Player, scorer: Scorer):
     components: dict[str, Any] = {}
     with gr.Row(elem_classes="columns"):
         with gr.Column(scale=4, min_width=320):
-            gr.HTML("<h2>New run</h2>")
+            gr.HTML('<h2>New run</h2><p class="narrow"><a href="#run">Go to the runs and their curves</a></p>')
             name = gr.Textbox(NEW_RUN, label="Name of the run", info="A folder of this name is created.")
             photo_set = gr.Dropdown(
                 workspace.photo_sets(), label="Photo set", info="See the tab Photos.", elem_id="train-photos"
@@ -47,16 +49,16 @@ def build(workspace: Workspace, player: Player, scorer: Scorer):
                             if field.group == group and not field.basic:
                                 components[field.name] = component_of(field, defaults[field.name])
             command = command_box("train-command")
-            with gr.Row(elem_classes="sticky"):
+            with gr.Row(elem_classes="sticky", equal_height=True):
                 start = gr.Button("Start training", variant="primary", elem_id="start", min_width=140)
                 estimate = gr.Button("Estimate memory", min_width=140)
             memory = gr.HTML(elem_id="memory")
         with gr.Column(scale=7, min_width=320):
             gr.HTML("<h2>Did it work?</h2>")
             run = gr.Dropdown([], label="Run", elem_id="run")
-            with gr.Row():
-                stop = gr.Button("Stop, keeping a checkpoint", variant="stop", min_width=140)
-                resume = gr.Button("Resume", min_width=140)
+            with gr.Row(equal_height=True):
+                stop = gr.Button("Stop, keeping a checkpoint", variant="stop", min_width=140, interactive=False)
+                resume = gr.Button("Resume", min_width=140, interactive=False)
             status = gr.HTML(elem_id="status")
             curves = gr.HTML(elem_id="curves")
             samples = gr.HTML(elem_id="samples")
@@ -64,13 +66,13 @@ def build(workspace: Workspace, player: Player, scorer: Scorer):
                 log = gr.HTML(elem_id="log")
             download = gr.Checkbox(
                 False,
-                label="Download DINO and CLIP to score the samples of other models",
-                info="1.8 GB, on the CPU. The miniature's samples are scored by the included encoders.",
+                label="Download DINO and CLIP, to score the samples of other models",
+                info="Once, from the hub; they run on the CPU. Included encoders score the miniature's samples.",
             )
-    seen = gr.State()
+    seen, hints = gr.State(), gr.State(defaults)
     timer = gr.Timer(SECONDS)
 
-    names = list(components)
+    names, by_name = list(components), {field.name: field for field in offered}
     inputs = [name, photo_set, *components.values()]
 
     def filled(chosen_set: str | None, *given: Any) -> dict[str, Any]:
@@ -88,6 +90,19 @@ def build(workspace: Workspace, player: Player, scorer: Scorer):
             return markup.command(flags.shown(flags.command(values)))
         except InputError as error:  # something is still being typed
             return markup.paragraph(str(error), "failed")
+
+    def adapt(shown: dict[str, Any], *given: Any):
+        """Show the defaults that follow from the flags in ``DEPENDED_ON``."""
+        values = dict(zip(names, given))
+        try:
+            now = flags.effective({name: values[name] for name in DEPENDED_ON})
+        except InputError:  # something is still being typed
+            return [gr.skip()] * (1 + len(names))
+        hints = [
+            gr.skip() if now[field.name] == shown[field.name] else gr.update(**hint_of(field, now[field.name]))
+            for field in (by_name[name] for name in names)
+        ]
+        return [now, *hints]
 
     @reported
     def estimated(run_name: str, chosen_set: str | None, *given: Any):
@@ -109,11 +124,19 @@ def build(workspace: Workspace, player: Player, scorer: Scorer):
     looking: dict[str, Any] = {
         "fn": look,
         "inputs": [run, download, seen],
-        "outputs": [status, curves, samples, log, seen],
+        "outputs": [status, curves, samples, log, stop, resume, seen],
     }
     hidden: dict[str, Any] = {"show_progress": "hidden"}
     start.click(begin, inputs, [run, command, seen], scroll_to_output=True).success(**looking, **hidden)
     gr.on([box.change for box in inputs], show_command, inputs, command, trigger_mode="always_last", **hidden)
+    gr.on(
+        [components[name].change for name in DEPENDED_ON],
+        adapt,
+        [hints, *components.values()],
+        [hints, *components.values()],
+        trigger_mode="always_last",
+        **hidden,
+    )
     estimate.click(estimated, inputs, memory)
     stop.click(end, run).success(**looking, **hidden)
     resume.click(go_on, run).success(**looking, **hidden)
@@ -141,17 +164,26 @@ def _chosen(name: str | None) -> str:
 
 def component_of(field: flags.Field, default: Any) -> Any:
     """The form's part for one flag: empty stands for the default, which is shown in grey."""
-    label, shown = field.name.replace("_", " ").capitalize(), text_of(default)
+    label = field.name.replace("_", " ").capitalize()
     settings = {"label": label, "info": field.help, "min_width": 150, "elem_id": f"flag-{field.name}"}
+    settings |= hint_of(field, default)
     if field.kind == "bool":
         return gr.Checkbox(bool(field.default), **settings)
     if field.kind == "choice":
-        empty = (f"default ({shown})" if shown else "default", "")
-        return gr.Dropdown([empty, *[(choice, choice) for choice in field.choices or ()]], value="", **settings)
-    lines = 2 if field.name == "validation_prompt" else 1
-    hint = "one per line; " if field.kind == "list" and lines > 1 else ""
-    placeholder = f"{hint}default: {shown}" if shown else f"{hint}default"
-    return gr.Textbox(FIRST.get(field.name, ""), placeholder=placeholder, lines=lines, **settings)
+        return gr.Dropdown(value="", **settings)
+    return gr.Textbox(FIRST.get(field.name, ""), lines=2 if field.name == "validation_prompt" else 1, **settings)
+
+
+def hint_of(field: flags.Field, default: Any) -> dict[str, Any]:
+    """How the form's part for a flag shows its default."""
+    shown = text_of(default)
+    if field.kind == "bool":
+        return {}
+    if field.kind == "choice":
+        empty = "default" if shown in ("", "default") else f"{shown} (default)"
+        return {"choices": [(empty, ""), *((choice, choice) for choice in field.choices or ())]}
+    hint = "one per line; " if field.name == "validation_prompt" else ""
+    return {"placeholder": f"{hint}default: {shown}" if shown else f"{hint}default"}
 
 
 def text_of(value: Any) -> str:
@@ -177,7 +209,7 @@ def looked(workspace: Workspace, scorer: Scorer, name: str | None, download: boo
     """What the page shows of a run; what has not changed since the last look is not sent again."""
     if not name:
         nothing = markup.paragraph("No run yet: fill in the form and press Start training.")
-        return [nothing, "", "", "", None]
+        return [nothing, "", "", "", *buttons_of(None), None]
     try:
         state = runs.state(workspace, name)
         folder = workspace.run(name)
@@ -187,14 +219,20 @@ def looked(workspace: Workspace, scorer: Scorer, name: str | None, download: boo
             curves_of(progress.curves(folder), scorer.look(folder, samples, download)),
             samples_of(workspace, samples),
             markup.text_block(state.log_tail, "last lines of the log", "tail") if state.log_tail else "",
+            *buttons_of(state.status),
         ]
     except InputError as error:
-        parts = [markup.paragraph(str(error), "failed"), "", "", ""]
-    seen = [name, *map(hash, parts)]
+        parts = [markup.paragraph(str(error), "failed"), "", "", "", *buttons_of(None)]
+    seen = [name, *(hash(str(part)) for part in parts)]
     shown = [
         gr.skip() if before and old == new else part for part, old, new in zip(parts, (before or [])[1:], seen[1:])
     ]
     return [*(shown if before and before[0] == name else parts), seen]
+
+
+def buttons_of(status: str | None) -> list[Any]:
+    """Which of Stop and Resume can be pressed."""
+    return [gr.update(interactive=status in ACTIVE), gr.update(interactive=status in ("stopped", "failed", "lost"))]
 
 
 def status_of(state: runs.RunState) -> str:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import train_dreambooth_delora as script
 from delora_diffusers import InputError
 from studio import flags
-from studio.flags import LAUNCH, Field, check, command, defaults_for, effective, fields, shown
+from studio.flags import LAUNCH, Field, check, command, effective, fields, shown
 
 FIELDS = {field.name: field for field in fields()}
 WORD = st.text(
@@ -67,6 +67,10 @@ def test_a_command_parses_to_the_values_that_it_was_made_from(values, as_text):
                 script.build_parser().get_default(name) if name == "pretrained_model_name_or_path" else defaults[name]
             )
             assert flags._normalized(value, _action(name)) == default
+
+
+def defaults_for(base_model: str | None) -> dict:
+    return flags._defaults({"pretrained_model_name_or_path": base_model})
 
 
 def _action(name: str):

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from delora_diffusers import AdapterConfig, attach, save_adapter
 from delora_diffusers.commands import generate
 from delora_diffusers.dispatch import run_command
 from delora_diffusers.errors import InputError
-from studio.player import ROOT, Player
+from studio.player import ROOT, Player, StoppedError
 from tests.helpers import randomize
 
 pytestmark = pytest.mark.integration
@@ -100,6 +101,15 @@ def test_a_refused_command_is_one_sentence_and_the_process_goes_on(adapters, tmp
             player.generate(flags(adapters[:1], tmp_path / "b", "--prompt", "a dog"))
         player.generate(flags(adapters[:1], tmp_path / "b", "--prompt", "a dog"))
         assert (tmp_path / "b" / "metadata.jsonl").is_file()
+        with ThreadPoolExecutor(1) as pool:
+            long = flags(adapters[:1], tmp_path / "c", "--prompt", "a dog", "--num_inference_steps", 900)
+            stopped = pool.submit(player.generate, long)
+            while not player._lock.locked():
+                time.sleep(0.05)
+            time.sleep(0.2)
+            player.close()
+            with pytest.raises(StoppedError):
+                stopped.result()
     finally:
         player.close()
 

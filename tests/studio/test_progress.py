@@ -14,7 +14,7 @@ from delora_diffusers.image_grid import images_of_grid, labelled_grid
 from delora_diffusers.training.validation import grid_file
 from studio import progress
 from studio.progress import curves, samples, score_samples
-from studio.runs import studio_folder
+from studio.run_records import studio_folder
 from tests.helpers import run_in_child, train, training_flags, write_photos
 
 PROMPTS = ["a <b>toy</b> " + "on a long shelf " * 12, "a sks toy"]

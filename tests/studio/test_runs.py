@@ -13,7 +13,7 @@ import pytest
 
 from delora_diffusers import InputError
 from delora_diffusers.names import WEIGHTS_NAME, list_checkpoints
-from studio import flags, runs
+from studio import flags, run_records, run_states, runs
 from studio.workspace import Workspace
 from tests.helpers import run_in_child, train, write_photos
 
@@ -40,8 +40,8 @@ def workspace(tmp_path):
     write_photos(workspace.photo_set("toy"))
     yield workspace
     for file in workspace.runs.glob(".studio/*/run.json"):
-        record = runs._read(workspace.runs / file.parent.name)
-        for process in runs._processes({record.token})[record.token] if record else ():
+        record = run_records.read_record(workspace.runs / file.parent.name)
+        for process in run_records.processes_of({record.token})[record.token] if record else ():
             process.kill()
 
 
@@ -237,7 +237,9 @@ def test_a_process_with_a_reused_number_is_not_the_run(workspace, script):
 def test_a_run_whose_process_is_about_to_appear_is_not_lost(workspace):
     run = workspace.run("dog")
     for seconds, status in ((0, "starting"), (5, "lost"), (-3600, "lost")):
-        runs._write(run, runs.Record(values(), ["a"], "no process has this", time.time() - seconds, 0, 9, 0))
+        run_records.write_record(
+            run, run_records.Record(values(), ["a"], "no process has this", time.time() - seconds, 0, 9, 0)
+        )
         assert runs.state(workspace, "dog").status == status
 
 
@@ -267,6 +269,13 @@ def test_a_run_that_cannot_work_is_refused_before_anything_is_written(workspace,
     with pytest.raises(InputError, match=message):
         runs.start(workspace, "dog", values(**more))
     assert not workspace.run("dog").exists() and not list(workspace.runs.glob(".studio/*"))
+
+
+@pytest.mark.integration
+def test_a_prompt_that_no_command_can_have_starts_nothing(workspace):
+    with pytest.raises(InputError, match="a prompt is too long to be part of a command; shorten it"):
+        runs.start(workspace, "dog", values(instance_prompt="dog " * 100_000))
+    assert runs.states(workspace) == [] and not workspace.run("dog").exists()
 
 
 def test_links_that_leave_the_workspace_are_refused(workspace, tmp_path):
@@ -317,7 +326,7 @@ def test_unknown_and_foreign_runs(workspace):
     ],
 )
 def test_the_time_left_follows_from_the_speed_so_far(line, first, expected):
-    seconds = runs._seconds_left(runs.PROGRESS.search(line), first)
+    seconds = run_states._seconds_left(run_states.PROGRESS.search(line), first)
     assert seconds == (None if expected is None else pytest.approx(expected))
 
 
@@ -328,7 +337,7 @@ def test_the_log_shows_the_last_state_of_each_bar_and_nothing_that_changes_a_ter
     )
     with log.open("ab") as file:
         file.write(b"\x1b[31mred <b>\xff\n")
-    lines = runs._lines(runs._read_log(log, 4)).splitlines()
+    lines = run_states._lines(run_states._read_log(log, 4)).splitlines()
     assert lines == ["encoding:  100%|##| 5/5", "training: 20%|# | 2/9", "\\x1b[31mred <b>\N{REPLACEMENT CHARACTER}"]
 
 

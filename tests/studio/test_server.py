@@ -1,18 +1,25 @@
 """What the server refuses: other pages, other hosts, no password, and every way out of the workspace."""
 
 import base64
+import json
+import re
+import shutil
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from PIL import Image
 
 from data.toybox.write import write_unseen_subject
 from delora_diffusers.errors import InputError
+from delora_diffusers.names import WEIGHTS_NAME
 from studio.workspace import Workspace
+from tests.hub_server import serve_hub
 
 pytest.importorskip("gradio", reason="the extra studio is not installed")
 from fastapi.responses import PlainTextResponse
 from fastapi.testclient import TestClient
+from starlette.testclient import WebSocketDenialResponse
 
 from studio import __main__ as command
 from studio import app
@@ -112,6 +119,87 @@ def test_photos_are_served_and_links_out_of_the_set_are_not(client):
     assert client.get("/studio/photo/toy/00.png?crop=-1,x,99999999999,2").status_code == 200
 
 
+def call(client, name: str, *data: object) -> dict:
+    """The answer of an event handler of the page; inputs that are not given are as the page shows them at first."""
+    config = client.get("/config").json()
+    handler = next(handler for handler in config["dependencies"] if handler["api_name"] == name)
+    first = {component["id"]: component["props"].get("value") for component in config["components"]}
+    values = [*data, *(first[component] for component in handler["inputs"][len(data) :])]
+    body = {"fn_index": handler["id"], "data": values, "session_hash": "a"}
+    assert client.post("/gradio_api/queue/join", json=body).status_code == 200
+    for line in client.get("/gradio_api/queue/data?session_hash=a").text.splitlines():
+        message = json.loads(line.removeprefix("data: ") or "{}")
+        if message.get("msg") == "process_completed":
+            return message["output"]
+    raise AssertionError("no answer")
+
+
+def test_only_uploads_are_imported(client, workspace, tmp_path):
+    """Whoever may use the page may still not read this machine's files."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "other.png")
+    for path in (tmp_path / "other.png", workspace.photo_set("toy") / "00.png", Path("/etc/passwd")):
+        file = {"path": str(path), "meta": {"_type": "gradio.FileData"}}
+        assert "not uploaded by a user" in call(client, "add", "stolen", [file])["error"], path
+        assert "not uploaded by a user" in call(client, "store_mask", "toy", "00.png", file)["error"], path
+    assert workspace.photo_sets() == ["toy"] and not list(workspace.photo_set("toy").glob("*.mask.*"))
+    content = (tmp_path / "other.png").read_bytes()
+    (path,) = client.post("/gradio_api/upload", files={"files": ("mine.png", content)}).json()
+    file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    assert "Added mine.png to mine." in call(client, "add", "mine", [file])["data"][-1]
+    shutil.rmtree(workspace.photo_set("mine"))
+
+
+def test_a_page_that_the_server_has_forgotten_gets_sentences(client):
+    """As after a laptop slept: gradio knows no longer which choices this page was sent."""
+    for name, data in {
+        "store": ("toy", "gone.png", "a toy"),
+        "end": ("gone",),
+        "begin": ("my-subject", "gone"),
+        "go_on": ("gone",),
+        "export": ("kohya", "fp32", "", "", "gone"),
+        "generate": ("gone",),
+        "compare": (["gone", "lost"], "toy"),
+    }.items():
+        error = call(client, name, *data)["error"]
+        assert re.fullmatch(r"[A-Z/].*gone.*\.", error), (name, error)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../x.png",
+        "/etc/x.png",
+        "a" * 300 + ".png",
+        "\u202egnp.exe.png",
+        "<img src=x onerror=alert(1)>.png",
+        "a\nb.png",
+    ],
+)
+def test_uploads_have_no_name_that_leaves_their_folder(client, workspace, name):
+    before = {path for path in workspace.root.parent.rglob("*") if ".uploads" not in path.parts}
+    answer = client.post("/gradio_api/upload", files={"files": (name, b"abc", "image/png")})
+    assert answer.status_code == 200
+    (path,) = map(Path, answer.json())
+    assert path.parent.parent == workspace.root / ".uploads" and path.is_file() and "<" not in path.name
+    assert {path for path in workspace.root.parent.rglob("*") if ".uploads" not in path.parts} == before
+
+
+def test_other_pages_neither_embed_images_nor_open_sockets(client):
+    photo = "/studio/photo/toy/00.png"
+    for site, mode, code in (
+        ("cross-site", "no-cors", 403),
+        ("same-site", "no-cors", 403),  # another port of this machine
+        ("same-origin", "no-cors", 200),
+        ("none", "navigate", 200),
+        ("cross-site", "navigate", 200),  # a link is followed
+    ):
+        headers = {"Sec-Fetch-Site": site, "Sec-Fetch-Mode": mode}
+        assert client.get(photo, headers=headers).status_code == code, (site, mode)
+    for headers in ({"Origin": "http://evil.example"}, {"Host": "evil.example"}):
+        with pytest.raises(WebSocketDenialResponse), client.websocket_connect("/queue/join", headers=headers):
+            pass
+
+
 def test_other_pages_and_other_host_names_are_refused(client):
     assert client.get("/", headers={"Host": "evil.example"}).status_code == 403
     assert client.get("/", headers={"Host": "127.0.0.1.evil.example:7860"}).status_code == 403
@@ -168,3 +256,26 @@ def test_the_server_starts_without_torch(tmp_path):
     root = Path(command.__file__).parent.parent
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert result.stdout.strip() == "False", result.stderr
+
+
+def test_a_run_is_pushed_by_the_command_that_is_shown(client, workspace, tmp_path, monkeypatch):
+    run, pushed = workspace.run("mine"), tmp_path / "pushed"
+    for name in ("README.md", WEIGHTS_NAME, "samples/00.png", "checkpoint-5/x.bin", "logs/events", ".hidden/y"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text(f"---\n---\n{name}")
+    pushed.mkdir()
+    assert "no repository" in call(client, "upload", "mine", " ", True)["error"]
+    assert "not confirmed" in call(client, "upload", "mine", "me/toy", False)["error"]
+    with serve_hub({"me/toy": pushed}) as (endpoint, _):
+        for name, value in {"HF_ENDPOINT": endpoint, "HF_TOKEN": "hf_x", "HF_HUB_OFFLINE": "0"}.items():
+            monkeypatch.setenv(name, value)
+        shown, _ = call(client, "upload", "mine", "me/toy", True)["data"]
+        assert f"hf upload me/toy {run}" in shown
+        error = call(client, "upload", "mine", "me/nothing", True)["error"]
+        assert error and "Traceback" not in error
+    assert {path.relative_to(pushed).as_posix() for path in pushed.rglob("*") if path.is_file()} == {
+        "README.md",
+        WEIGHTS_NAME,
+        "samples/00.png",
+    }
+    shutil.rmtree(run)

@@ -9,6 +9,7 @@ import struct
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +19,7 @@ from data.photographs import Masks, find_photographs
 from delora_diffusers.errors import InputError
 from delora_diffusers.names import stays_inside
 from studio import uploads
-from studio.photos import import_photos, inspect_set
+from studio.photos import import_photos, inspect_set, preview
 from studio.uploads import safe_name
 from studio.workspace import Workspace
 from tests.helpers import write_photos
@@ -169,6 +170,30 @@ def test_refused_files_are_named_and_the_others_imported(workspace, tmp_path):
     assert {next(name for name in expected if text.startswith(name)) for text in imported.refused} == expected
     assert len(imported.refused) == len(expected) and str(tmp_path) not in " ".join(imported.refused)
     assert everything_in(workspace.root) == {"photos/dog/good.png", "photos/dog/latin.png"}
+
+
+def test_unusual_images_are_read_or_named(workspace, tmp_path):
+    noise = Image.effect_noise((160, 96), 100)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a quarter turn
+    noise.convert("RGB").save(tmp_path / "turned.jpg", exif=turned)
+    noise.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    noise.convert("P").save(tmp_path / "transparent.png", transparency=0)
+    noise.convert("1").save(tmp_path / "bits.png")
+    Image.fromarray(np.arange(96 * 160, dtype=np.uint16).reshape(96, 160)).save(tmp_path / "deep.png")
+    frames = [noise.rotate(90 * number) for number in range(1, 4)]
+    noise.save(tmp_path / "moving.gif", save_all=True, append_images=frames)
+    noise.convert("F").save(tmp_path / "float.tif")
+    (tmp_path / "\u202egnp.bmp").write_bytes(png())  # its name is shown backwards
+    (tmp_path / ("a" * 240 + ".png")).write_bytes(png())
+    imported = import_photos(workspace, "dog", sorted(tmp_path.glob("*.*")))
+    assert [text.partition(" ")[0] for text in imported.refused] == ["float.tif"]
+    photos = {photo.file: photo for photo in inspect_set(workspace, "dog", 64, False, 16).photos}
+    assert len(photos) == 8 and all(photo.problem is None for photo in photos.values())
+    assert (photos["turned.jpg"].width, photos["turned.jpg"].height) == (96, 160)
+    for name, photo in photos.items():
+        assert "\u202e" not in name and len(name.encode()) < 100
+        assert max(preview(workspace, "dog", name, side=32, crop=photo.crop).size) == 32
 
 
 def test_nothing_is_left_of_an_import_without_photos(workspace, tmp_path):
