@@ -85,6 +85,9 @@ def lora(rate: float = 1.0, **train: Any) -> Try:
 
 TRIES: dict[str, Try] = {
     REFERENCE: Try(),
+    # defaults of the miniature
+    "today's default": Try({"lr_scheduler": "constant", "relative_bound": 0.25}, rate=0.5),
+    "earlier default": Try({"lr_scheduler": "constant", "relative_bound": 0.35}, rate=0.5),
     # the boundary and the rate
     "bound 0.1": Try({"relative_bound": 0.1}),
     "bound 0.15": Try({"relative_bound": 0.15}),
