@@ -6,6 +6,7 @@ result is two bounds, see ``KNEES``: a boundary between them learns the subject 
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,22 +17,11 @@ from safetensors.numpy import load_file
 from delora_diffusers.atomic import write_text
 from delora_diffusers.names import WEIGHTS_NAME
 from eval.benchmark.results import mean_and_interval
-from eval.benchmark.run import start_accelerator
 from eval.benchmark.tables import markdown
 from eval.study import captions, figures
 from eval.study.grids import by_setting, percentiles, resampled, subject_means
 from eval.study.settings import Setting, at_rate
-from eval.study.trials import (
-    Trial,
-    base_model_name,
-    exclusive,
-    finish,
-    gather,
-    kept_step,
-    plan_trials,
-    run_trials,
-    write_rows,
-)
+from eval.study.trials import Trial, base_model_name, kept_step, run_study, write_rows
 
 SHOWS = "DeLoRA over relative bounds, at the default learning rate and above."
 BOUNDS = (0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.45)
@@ -68,26 +58,23 @@ def label_of(rate: float) -> str:
 
 def run(options: argparse.Namespace) -> None:
     """Run all bounds; write the rows, the figure, the caption, the knees and an image per setting."""
-    path, settings = options.output_dir / options.name, settings_of(options)
-    trials = plan_trials(options, settings)
-    accelerator = start_accelerator()
-    with exclusive(accelerator, options.output_dir):
-        failed = run_trials(accelerator, options, trials)
-        if accelerator.is_main_process:
-            rows = gather(trials, failed)
-            rows.insert(0, "model", base_model_name(options))
-            rates = {label_of(rate): rate for rate in options.multipliers or RATES}
-            rows.insert(3, "rate_multiplier", rows["label"].map(rates))
-            rows["relative_distance"] = relative_distances(rows, trials)
-            write_rows(path.with_suffix(".parquet"), rows)
-            caption = write(path, rows, captions.unfinished(trials, rows, unit=""))
-            trained = [trial for trial in trials if trial.setting.x is not None]
-            images = path.with_name(f"{path.name}-pictures")
-            captions.write_images(images, "relative bound", trained, "{:g}".format)
-            finish(caption, failed)
+    path = options.output_dir / options.name
+    rates = {label_of(rate): rate for rate in options.multipliers or RATES}
+
+    def write_all(rows: pd.DataFrame, trials: Sequence[Trial]) -> Path:
+        rows.insert(0, "model", base_model_name(options))
+        rows.insert(3, "rate_multiplier", rows["label"].map(rates))
+        rows["relative_distance"] = relative_distances(rows, trials)
+        write_rows(path.with_suffix(".parquet"), rows)
+        caption = write(path, rows, captions.unfinished(trials, rows, unit=""))
+        trained = [trial for trial in trials if trial.setting.x is not None]
+        captions.write_images(path.with_name(f"{path.name}-pictures"), "relative bound", trained, "{:g}".format)
+        return caption
+
+    run_study(options, settings_of(options), write_all)
 
 
-def relative_distances(rows: pd.DataFrame, trials: list[Trial]) -> list[float | None]:
+def relative_distances(rows: pd.DataFrame, trials: Sequence[Trial]) -> list[float | None]:
     """The relative distance that each row's training reached; see ``relative_distance``."""
     by_setting = {(trial.setting.label, trial.setting.x): trial.plan for trial in trials if trial.setting.x is not None}
     distances = []

@@ -14,12 +14,11 @@ import pandas as pd
 
 from delora_diffusers.atomic import write_text
 from delora_diffusers.methods.table import METHODS
-from eval.benchmark.run import start_accelerator
 from eval.benchmark.tables import markdown
 from eval.study import captions, figures
 from eval.study.grids import by_setting, percentiles, resampled, subject_means
 from eval.study.settings import RATE_AXIS, Setting, at_rate
-from eval.study.trials import base_model_name, exclusive, finish, gather, plan_trials, run_trials, write_rows
+from eval.study.trials import Trial, base_model_name, run_study, write_rows
 
 SHOWS = "Every method over a grid of multiples of its default learning rate and of the default number of steps."
 COMPARED = ("delora", "lora", "dora")
@@ -49,19 +48,17 @@ def label_of(method: str, step_multiplier: float) -> str:
 def run(options: argparse.Namespace) -> None:
     """Run the grid; write its rows, its figure, its caption and an image per setting."""
     path, settings = options.output_dir / options.name, settings_of(options)
-    trials = plan_trials(options, settings)
-    accelerator = start_accelerator()
-    with exclusive(accelerator, options.output_dir):
-        failed = run_trials(accelerator, options, trials)
-        if accelerator.is_main_process:
-            rows = gather(trials, failed)
-            rows.insert(0, "model", base_model_name(options))
-            multiples = {setting.label: setting.train["steps"] for setting in settings}
-            rows.insert(3, "step_multiplier", rows["label"].map(multiples))
-            write_rows(path.with_suffix(".parquet"), rows)
-            caption = write(path, rows, len(settings), captions.unfinished(trials, rows))
-            captions.write_images(path.with_name(f"{path.name}-pictures"), RATE_AXIS, trials)
-            finish(caption, failed)
+    multiples = {setting.label: setting.train["steps"] for setting in settings}
+
+    def write_all(rows: pd.DataFrame, trials: Sequence[Trial]) -> Path:
+        rows.insert(0, "model", base_model_name(options))
+        rows.insert(3, "step_multiplier", rows["label"].map(multiples))
+        write_rows(path.with_suffix(".parquet"), rows)
+        caption = write(path, rows, len(settings), captions.unfinished(trials, rows))
+        captions.write_images(path.with_name(f"{path.name}-pictures"), RATE_AXIS, trials)
+        return caption
+
+    run_study(options, settings, write_all)
 
 
 def largest_changes(rows: pd.DataFrame, score: str) -> dict[str, Any]:

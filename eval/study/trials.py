@@ -7,7 +7,7 @@ launch`` the trainings are spread over the processes.
 import argparse
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +31,7 @@ from eval.benchmark.checks import (
     with_defaults,
 )
 from eval.benchmark.plan import Plan, make_plan, write_settings
-from eval.benchmark.run import exit_with_failures, run_plans
+from eval.benchmark.run import exit_with_failures, run_plans, start_accelerator
 from eval.benchmark.tasks import flag_values
 from eval.study.settings import Setting
 
@@ -143,6 +143,24 @@ def run_trials(accelerator: "Accelerator", options: argparse.Namespace, trials: 
             failed.setdefault(str(folder), str(error))
             (folder / "subjects.csv").unlink(missing_ok=True)
     return failed
+
+
+def run_study(
+    options: argparse.Namespace,
+    settings: Sequence[Setting],
+    write: Callable[[pd.DataFrame, Sequence[Trial]], Path],
+) -> None:
+    """Train, generate and score all settings, and write what they show.
+
+    Args:
+        write: writes the rows of ``gather``, figures and the caption, in the main process; returns the caption's file.
+    """
+    trials = plan_trials(options, settings)
+    accelerator = start_accelerator()
+    with exclusive(accelerator, options.output_dir):
+        failed = run_trials(accelerator, options, trials)
+        if accelerator.is_main_process:
+            finish(write(gather(trials, failed), trials), failed)
 
 
 def gather(trials: Sequence[Trial], failed: dict[str, str]) -> pd.DataFrame:
