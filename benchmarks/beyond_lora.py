@@ -2,11 +2,11 @@
 
     python -m benchmarks.beyond_lora OUT [--tries NAME ...] [--finalists] [--seeds 1] [--workers 16]
 
-Every try changes one setting (cosine decay from the paper's rate; for DeLoRA a relative bound of 0.2), is trained on
-ten toys that the miniature never saw, and is generated at three strengths; see ``benchmarks.strength_dial``. The number
-that counts is DINO where CLIP-T is 0.01 below the base model's. ``--finalists`` trains a few tries on ten other toys,
-which had no part in choosing. Writes ``table.md`` and ``rows.parquet`` to OUT. Finished runs are kept, so the same
-command continues after an interruption.
+Every try changes one or a few settings of a reference (cosine decay from the paper's rate, a relative bound of 0.2), is
+trained on ten toys that the miniature never saw, and is generated at three strengths; see ``benchmarks.strength_dial``.
+The number that counts is DINO where CLIP-T is 0.01 below the base model's. ``--finalists`` trains a few tries on ten
+other toys, which had no part in choosing. Writes ``table.md`` and ``rows.parquet`` to OUT. Finished runs are kept, so
+the same command continues after an interruption.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from delora_diffusers.methods.table import METHODS
 from delora_diffusers.training.arguments import positive_int
 from eval.benchmark.tables import markdown
 
-BASE, REFERENCE = "base model", "DeLoRA"
+BASE, REFERENCE = "base model", "reference"
 Points = tuple[tuple[float, float], ...]
 
 
@@ -85,10 +85,11 @@ def lora(rate: float = 1.0, **train: Any) -> Try:
 
 TRIES: dict[str, Try] = {
     REFERENCE: Try(),
-    # defaults of the miniature
-    "today's default": Try({"lr_scheduler": "constant", "relative_bound": 0.25}, rate=0.5),
-    "earlier default": Try({"lr_scheduler": "constant", "relative_bound": 0.35}, rate=0.5),
-    # the boundary and the rate
+    # the boundary and the rate; the first two are the miniature's default and the earlier one
+    "bound 0.25, constant rate x1/2": Try({"lr_scheduler": "constant", "relative_bound": 0.25}, rate=0.5),
+    "bound 0.35, constant rate x1/2": Try({"lr_scheduler": "constant", "relative_bound": 0.35}, rate=0.5),
+    "bound 0.25": Try({"relative_bound": 0.25}),
+    "bound 0.25, linear decay": Try({"relative_bound": 0.25, "lr_scheduler": "linear"}),
     "bound 0.1": Try({"relative_bound": 0.1}),
     "bound 0.15": Try({"relative_bound": 0.15}),
     "bound 0.3": Try({"relative_bound": 0.3}),
@@ -113,6 +114,9 @@ TRIES: dict[str, Try] = {
     "rank 4": Try({"rank": 4}),
     "rank 64": Try({"rank": 64}),
     # optimization and loss
+    "EMA 0.99, constant rate, bound 0.25": Try(
+        {"use_ema": True, "ema_decay": 0.99, "lr_scheduler": "constant", "relative_bound": 0.25}
+    ),
     "EMA 0.99, constant rate": Try({"use_ema": True, "ema_decay": 0.99, "lr_scheduler": "constant"}),
     "no weight decay": Try({"adam_weight_decay": 0}),
     "weight decay 1": Try({"adam_weight_decay": 1}),
@@ -128,6 +132,14 @@ TRIES: dict[str, Try] = {
         {**MIDDLE, "lambda_learning_rate": 3e-2, "relative_bound": 0.05}
     ),
     "middle timesteps, 900 steps": Try({**MIDDLE, "max_train_steps": 900}),
+    "logit-normal timesteps, bound 0.3": Try({"weighting_scheme": "logit_normal", "relative_bound": 0.3}),
+    "logit-normal timesteps, deviation 1.5, bound 0.25": Try(
+        {"weighting_scheme": "logit_normal", "logit_std": 1.5, "relative_bound": 0.25}
+    ),
+    "logit-normal timesteps, constant rate": Try({"weighting_scheme": "logit_normal", "lr_scheduler": "constant"}),
+    "logit-normal timesteps, constant rate, bound 0.25": Try(
+        {"weighting_scheme": "logit_normal", "lr_scheduler": "constant", "relative_bound": 0.25}
+    ),
     "output preservation 0.1": Try({"with_output_preservation": True, "output_preservation_weight": 0.1}),
     "caption dropout 0.1": Try({"caption_dropout": 0.1}),
     # targets
@@ -147,7 +159,7 @@ TRIES: dict[str, Try] = {
     "LoRA, middle timesteps": lora(**MIDDLE),
     "LoRA, middle timesteps, rate x2": lora(2.0, **MIDDLE),
     "LoRA, middle timesteps, rate x4": lora(4.0, **MIDDLE),
-    "LoRA, upper blocks": lora(2.0, **UPPER),
+    "LoRA, upper blocks, rate x2": lora(2.0, **UPPER),
 }
 FINALISTS = (
     REFERENCE,
@@ -183,10 +195,11 @@ def report(rows: pd.DataFrame, names: dict[str, str]) -> str:
             against = f"{change:+.3f} [{low:+.3f}, {high:+.3f}]"
         scores = [f"{full['dino'].mean():.3f}", f"{full['clip_t'].mean():.3f}"]
         cells.append([title, f"{values[title][0]:.3f}", against, *scores])
-    header = ["", "DINO at equal CLIP-T", f"minus {REFERENCE}", "DINO at strength 1", "CLIP-T at strength 1"]
+    header = ["", "DINO at equal CLIP-T", "minus the reference", "DINO at strength 1", "CLIP-T at strength 1"]
     subjects, seeds = rows["subject"].nunique(), rows["seed"].nunique()
+    counts = f"{subjects} toys, {seeds} seed{'s' if seeds > 1 else ''}"
     return (
-        f"{markdown(header, cells)}\n{subjects} toys, {seeds} seeds. Base model: DINO {base['dino'].mean():.3f}, "
+        f"{markdown(header, cells)}\n{counts}. Base model: DINO {base['dino'].mean():.3f}, "
         f"CLIP-T {base['clip_t'].mean():.3f}. Equal CLIP-T: {CLIP_T_LOSS} below the base model's. In brackets: "
         "95% bootstrap interval of the paired difference over toys and seeds."
     )

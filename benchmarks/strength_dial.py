@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
@@ -100,6 +101,7 @@ def run_toys(run: Toys) -> dict[str, Any]:
             {
                 "instance_data_dir": str(run.photos / f"{number:03}"),
                 "instance_prompt": subject_prompt(number),
+                "class_prompt": subject_prompt(number).replace(f"{IDENTIFIER} ", ""),
                 "seed": run.seed,
                 "output_dir": str(adapters[number]),
             }
@@ -168,8 +170,6 @@ def boundary_schedule(points: Sequence[tuple[float, float]], steps: int) -> Abst
             self.scale(factor(self.step + 1) / factor(self.step))
             self.step += 1
             super().update()
-
-    from unittest.mock import patch
 
     return patch.object(loop, "WeightAverage", Scheduled)
 

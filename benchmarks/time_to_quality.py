@@ -22,6 +22,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
+from unittest.mock import patch
 
 import pandas as pd
 
@@ -128,17 +129,14 @@ def time_training(run: Run) -> dict[str, Any]:
             if on_gpu:
                 marks[-1].record()
 
-    monitor, loop.LossMonitor = loop.LossMonitor, Timed
     (number,) = run.subjects
     of_toy = {
         "output_dir": run.folder / "training",
         "instance_data_dir": run.photos / f"{number:03}",
         "instance_prompt": subject_prompt(number),
     }
-    try:
+    with patch.object(loop, "LossMonitor", Timed):
         train(training_flags(run, **of_toy))
-    finally:
-        loop.LossMonitor = monitor
     if on_gpu:
         torch.cuda.synchronize()
     seconds = time.time() - psutil.Process().create_time()

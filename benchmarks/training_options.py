@@ -36,7 +36,7 @@ from delora_diffusers.atomic import write_text
 from delora_diffusers.training.arguments import positive_int
 
 SUBJECTS = (210, 211, 212, 214, 215, 216, 217, 218, 221, 222)
-"""Ten classes; these numbers had no part in choosing defaults."""
+"""Ten classes; these numbers had no part in choosing the options."""
 
 OTHER_PROMPTS = (
     "a photo of a ball on the beach",
@@ -217,8 +217,7 @@ def training_flags(run: Run) -> dict[str, Any]:
         "output_dir": run.output / "adapter",
         "seed": run.seed,
         "max_train_steps": run.max_train_steps,
-        "recipe": "paper",  # the defaults when the published numbers were measured, with the next line
-        "learning_rate": 1e-2,
+        "recipe": "paper",  # the default when the published numbers were measured
     }
     if values.get("with_prior_preservation") or values.get("with_output_preservation"):
         training["class_prompt"] = f"a photo of a {kind}"

@@ -289,7 +289,6 @@ def test_a_training_run_is_continued(before, monkeypatch):
     """From the checkpoint after two steps to the adapter of three steps."""
     monkeypatch.chdir(ROOT)  # the server that forks the child imports from there
     _, *words = shlex.split(COMMANDS["train"])
-    words += ["--recipe", "paper"]
     run_in_child(_train, before, [*words, "--max_train_steps", "3", "--resume_from_checkpoint", "latest"])
     (metadata, tensors), (expected_metadata, expected) = (
         read(before / file) for file in (f"training/{WEIGHTS}", "expected_training.safetensors")
@@ -304,6 +303,6 @@ def test_a_training_run_is_continued(before, monkeypatch):
     )
     # Flags that did not exist have their defaults, but for the crops, which were square.
     script = importlib.import_module("train_dreambooth_delora")
-    defaults = run_folder.settings(script.parse_arguments(words)) | {"square": True}
+    defaults = run_folder.settings(script.parse_arguments([*words, "--recipe", "paper"])) | {"square": True}
     new = {name: value for name, value in defaults.items() if name not in earlier}
     assert arguments == earlier | new | {"max_train_steps": 3, "resume_from_checkpoint": "latest"}

@@ -167,8 +167,8 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--learning_rate",
         type=float,
-        help="learning rate of A and B; default: depends on --method and --optimizer, with AdamW 2e-2 for DeLoRA and "
-        "6e-4 for LoRA",
+        help="learning rate of A and B; default: depends on --method and --optimizer, with AdamW 2e-2 for DeLoRA "
+        "(1e-2 on the miniature) and 6e-4 for LoRA",
     )
     group.add_argument(
         "--lambda_learning_rate",

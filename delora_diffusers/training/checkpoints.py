@@ -26,6 +26,7 @@ from delora_diffusers.names import (
 )
 from delora_diffusers.text_files import read_json
 from delora_diffusers.training.adapter_files import AdapterFiles
+from delora_diffusers.training.defaults import RECIPES
 
 logger = logging.getLogger(__name__)
 
@@ -210,8 +211,8 @@ def _same_path(before: Any, now: Any) -> bool:
 
 
 def keep_earlier_defaults(args: argparse.Namespace) -> None:
-    """Continue a run with the defaults that it started with: before ``--path auto`` existed, the path was ``fast``, and
-    before ``--square`` existed, photos were cropped square."""
+    """Continue a run with the defaults that it started with: before ``--path auto`` existed, the path was ``fast``,
+    before ``--square`` existed, photos were cropped square, and before ``--recipe`` existed, it was ``paper``."""
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     file = (args.output_dir if checkpoint is None else checkpoint.parent) / CONFIG_NAME
     config = read_json(file) if file.is_file() else {}
@@ -219,6 +220,10 @@ def keep_earlier_defaults(args: argparse.Namespace) -> None:
     if isinstance(before, dict):
         args.path = "fast" if args.path == "auto" and before.get("path") == "fast" else args.path
         args.square = args.square or "square" not in before
+        if "recipe" not in before and getattr(args, "recipe", "paper") != "paper":
+            args.recipe = "paper"
+            if args.relative_bound == RECIPES["default"]:  # the checkpoint has its boundaries anyway
+                args.relative_bound = RECIPES["paper"]
 
 
 def check_same_run(
@@ -246,11 +251,6 @@ def check_same_run(
     before = config.get("arguments") if isinstance(config, dict) else None
     if not isinstance(before, dict):
         raise InputError(f"{file} is damaged, so this run cannot be continued; restore it, or give a new --output_dir.")
-    if settings.get("recipe", "paper") != "paper" and "recipe" not in before:
-        raise InputError(
-            f"{folder} was trained by an earlier version, whose defaults were those of --recipe paper; give that, or a "
-            "new --output_dir."
-        )
     # A run that continues another run in a new folder lists the same subjects in another file.
     may_change = MAY_CHANGE if folder.resolve() == output_dir.resolve() else MAY_CHANGE | {"subjects_file"}
     for key in sorted(before.keys() & settings.keys() - may_change):

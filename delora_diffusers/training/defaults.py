@@ -1,7 +1,6 @@
 """Defaults that depend on the base model, on what is trained and on ``--recipe``. Imports no torch."""
 
 import argparse
-import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from delora_diffusers.errors import InputError
@@ -29,28 +28,15 @@ DENSITIES = ("none", "logit_normal", "mode")
 """The ``--weighting_scheme`` that only sample times, which DDPMs can use too."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """DeLoRA's defaults that belong together. Flags that are given override them.
+RECIPES = {"default": RELATIVE_BOUND, "paper": 0.35}
+"""DeLoRA's relative bound by ``--recipe``. The paper (Bini et al., ICLR 2025) prints no initial boundary for images;
+0.35 was the default before. Rank, targets and, on real models, learning rates are the paper's in both."""
 
-    Attributes:
-        relative_bound: the initial boundary. miniature_rate: the learning rate on the included miniature; on other
-            models it is that of ``methods.table``.
-    """
+MINIATURE_RATE = 1e-2
+"""DeLoRA's learning rate on the included miniature, half of the paper's; see docs/miniature.md."""
 
-    relative_bound: float
-    miniature_rate: float
-
-
-RECIPES = {
-    "default": Recipe(RELATIVE_BOUND, miniature_rate=1e-2),
-    "paper": Recipe(0.35, miniature_rate=2e-2),
-}
-"""``paper``: Bini et al., ICLR 2025, appendix B. The paper prints no initial boundary for images. Rank, targets and the
-learning rate on real models are the paper's in both."""
-
-MAP_RECIPE = RECIPES["paper"]
-"""Training on semantic maps keeps the paper's settings: the others were found on subjects."""
+MAP_BOUND = RECIPES["paper"]
+"""DeLoRA's relative bound for semantic maps; the smaller one was found on subjects."""
 
 
 def with_defaults(args: argparse.Namespace, maps: bool = False) -> argparse.Namespace:
@@ -63,12 +49,12 @@ def with_defaults(args: argparse.Namespace, maps: bool = False) -> argparse.Name
     args.resolutions = sorted(set(args.resolution))
     args.resolution = args.resolutions[-1]
     args.gradient_checkpointing = args.gradient_checkpointing or args.offload
-    recipe, rate = MAP_RECIPE if maps else RECIPES[args.recipe], METHODS[args.method].default_rate(maps)
-    if args.method == "delora" and is_miniature(args.pretrained_model_name_or_path):
-        rate = recipe.miniature_rate
+    rate = METHODS[args.method].default_rate(maps)
+    if args.method == "delora" and not maps and is_miniature(args.pretrained_model_name_or_path):
+        rate = MINIATURE_RATE
     args = with_optimizer_defaults(args, rate)
     if args.method == "delora" and args.relative_bound is None and not (args.delora_lambda or args.init_adapter):
-        args.relative_bound = recipe.relative_bound
+        args.relative_bound = MAP_BOUND if maps else RECIPES[args.recipe]
     if args.targets is None and args.method == "full":
         args.targets = [EVERYTHING]
     return args

@@ -35,7 +35,7 @@ def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
         "--recipe",
         choices=list(RECIPES),
         default="default",
-        help="settings that belong together, as defaults of other flags: docs/training.md; default: default",
+        help="paper: DeLoRA's relative bound is 0.35, as it was by default before; default: default",
     )
     group = parser.add_argument_group("captions and masks")
     group.add_argument(

@@ -1,6 +1,6 @@
 """DeLoRA's scores over its boundary: how far it can be raised on a base model before prompts are lost.
 
-Each relative bound is trained at the default learning rate and at a higher one. The base model is scored too. The
+Each relative bound is trained at the published learning rate and at a higher one. The base model is scored too. The
 result is two bounds, see ``KNEES``: a boundary between them learns the subject and still follows the prompt.
 """
 
@@ -23,7 +23,7 @@ from eval.study.grids import by_setting, percentiles, resampled, subject_means
 from eval.study.settings import Setting, at_rate
 from eval.study.trials import Trial, base_model_name, kept_step, run_study, write_rows
 
-SHOWS = "DeLoRA over relative bounds, at the default learning rate and above."
+SHOWS = "DeLoRA over relative bounds, at the published learning rate and above."
 BOUNDS = (0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.45)
 RATES = (1.0, 4.0)
 BASE = Setting("base model", None, "none", {})

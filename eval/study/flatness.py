@@ -1,6 +1,6 @@
 """How much the scores of a method depend on its learning rate and its number of steps: a grid of both.
 
-Every method is trained with its default settings at every multiple of its default learning rate and of the default
+Every method is trained with its default settings at every multiple of its published learning rate and of the default
 number of steps. The flatter the scores, the less there is to search on a new subject.
 """
 

@@ -58,7 +58,7 @@ def test_the_table_ranks_tries_by_what_they_keep():
     lines = report(pd.concat([base, better, worse]), names).splitlines()
     assert lines[2] == "| 900 steps | 0.600 | +0.150 [+0.150, +0.150] | 0.600 | 0.710 |"
     assert lines[3] == f"| {REFERENCE} | 0.450 |  | 0.700 | 0.700 |"
-    assert "3 toys, 1 seeds" in lines[-1]
+    assert "3 toys, 1 seed. " in lines[-1]
 
 
 def _train_with_a_growing_boundary(folder) -> None:

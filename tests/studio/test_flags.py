@@ -100,7 +100,7 @@ def test_what_the_script_would_use_depends_on_the_method():
     assert effective({})["learning_rate"] == 1e-2 and effective({"method": "lora"})["learning_rate"] == 6e-4
     assert effective({"resolution": "256 128"})["resolution"] == [128, 256]
     paper = effective({"recipe": "paper"})
-    assert paper["learning_rate"] == 2e-2 and paper["relative_bound"] == 0.35
+    assert paper["learning_rate"] == 1e-2 and paper["relative_bound"] == 0.35
 
 
 @pytest.mark.parametrize(
