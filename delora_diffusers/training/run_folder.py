@@ -34,12 +34,32 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     return {k: str(v) if isinstance(v, Path) else v for k, v in sorted(vars(args).items()) if k not in SECRETS}
 
 
-def command_line() -> str:
-    """The command that started this process, ready to paste, without secrets."""
-    words = list(sys.argv)
+def command_line(published: bool = False) -> str:
+    """The command that started this process, ready to paste, without secrets.
+
+    Args:
+        published: see ``without_folders``.
+    """
+    words = without_folders(sys.argv) if published else list(sys.argv)
     for flag in SECRETS:
         words = [w for i, w in enumerate(words) if not w.startswith(f"--{flag}") and words[i - 1] != f"--{flag}"]
     return "accelerate launch " + shlex.join([Path(words[0]).name, *words[1:]])
+
+
+def without_folders(value: Any) -> Any:
+    """A value of a flag as it may be published: of an absolute path, which names folders of the machine, the last part.
+
+    Args:
+        value: also a list or a dictionary of such values; a text may be ``--flag=PATH``.
+    """
+    if isinstance(value, dict):
+        return {key: without_folders(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_folders(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    flag, equals, path = value.partition("=") if value.startswith("--") else ("", "", value)
+    return f"{flag}{equals}{Path(path).name}" if Path(path).is_absolute() else value
 
 
 def data_digests(items: Iterable[tuple[str, Sequence[Path], str | None]]) -> dict[str, str]:
@@ -95,13 +115,15 @@ def write_model_card(
     components: Sequence[str] = ("unet",),
     pipeline: str = SD_PIPELINE,
 ) -> None:
-    """Write ``README.md``: metadata for the hub, sample images, how to use the adapter, the exact command."""
+    """Write ``README.md``: metadata for the hub, sample images, how to use the adapter, the command."""
     grids = sorted((output_dir / "validation").glob("*.png"))
     grid = f"![Samples](validation/{grids[-1].name})\n\n" if grids else ""
     base = args.pretrained_model_name_or_path
-    method = METHODS[args.method].title
+    method, title = METHODS[args.method].title, without_folders(base)
     of_rank = f" of rank {args.rank}" if METHODS[args.method].has_rank else ""
-    start = "" if args.init_adapter is None else f", starting from the adapter `{args.init_adapter}`"
+    start = (
+        "" if args.init_adapter is None else f", starting from the adapter `{without_folders(str(args.init_adapter))}`"
+    )
     samples = zip(getattr(args, "validation_prompt", []), sorted((output_dir / "samples").glob("*.png")))
     tag, licence = TAGS_AND_LICENCES[pipeline]
     metadata: dict[str, Any] = {"library_name": "diffusers"}
@@ -129,10 +151,13 @@ def write_model_card(
         flags += f" --max_prompt_chunks {args.max_prompt_chunks}"
     use = f"python -m delora_diffusers generate --adapter . {flags} --output_dir images"
     imported, dtype = ("import torch\n", ", torch_dtype=torch.bfloat16") if components[0] == "transformer" else ("", "")
-    code = f"""{imported}from diffusers import {pipeline}
-from delora_diffusers import {imports}
+    imported, loaded = f"{imported}from diffusers import {pipeline}\n", f"{pipeline}.{loaded_from(args)}{dtype})"
+    if is_miniature(base):
+        imported, loaded = "", "load_pipeline(None)  # the miniature"
+        imports += "\nfrom delora_diffusers.families.loading import load_pipeline"
+    code = f"""{imported}from delora_diffusers import {imports}
 
-pipeline = {pipeline}.{loaded_from(args)}{dtype})
+pipeline = {loaded}
 {loading}
 {sampling}"""
     card = f"""---
@@ -140,7 +165,7 @@ pipeline = {pipeline}.{loaded_from(args)}{dtype})
 
 # {output_dir.resolve().name}
 
-A {method} adapter{of_rank} for `{base}`, trained on {trained_on} for {args.max_train_steps} steps{start}.
+A {method} adapter{of_rank} for `{title}`, trained on {trained_on} for {args.max_train_steps} steps{start}.
 
 {grid}## Use
 
@@ -150,7 +175,7 @@ A {method} adapter{of_rank} for `{base}`, trained on {trained_on} for {args.max_
 
 ## Training
 
-{fenced(command_line())}
+{fenced(command_line(published=True))}
 """
     write_text(output_dir / "README.md", card)
 
@@ -176,7 +201,7 @@ def fenced(code: str, language: str = "") -> str:
 def push_to_hub(output_dir: Path, args: argparse.Namespace) -> str:
     """Upload the run without its checkpoints, logs and class images; returns the repository's id."""
 
-    from huggingface_hub import create_repo, upload_folder
+    from huggingface_hub import create_repo, upload_file, upload_folder
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     name = args.hub_model_id or output_dir.resolve().name
@@ -186,7 +211,16 @@ def push_to_hub(output_dir: Path, args: argparse.Namespace) -> str:
             repo_id=repo_id,
             folder_path=output_dir,
             commit_message="Train",
-            ignore_patterns=list(NOT_UPLOADED),
+            ignore_patterns=[*NOT_UPLOADED, CONFIG_NAME],
+            token=args.hub_token,
+        )
+        record = json.loads((output_dir / CONFIG_NAME).read_text())
+        record |= {"arguments": without_folders(record["arguments"]), "command": command_line(published=True)}
+        upload_file(
+            repo_id=repo_id,
+            path_or_fileobj=json.dumps(record, indent=2).encode(),
+            path_in_repo=CONFIG_NAME,
+            commit_message="Settings of the training",
             token=args.hub_token,
         )
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:

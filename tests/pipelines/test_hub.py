@@ -87,6 +87,9 @@ def test_push_to_hub_and_use_by_id(tiny_sd, photographs, tmp_path):
     assert {"README.md", "config.json", "pytorch_delora_weights.safetensors", "samples/01.png"} <= names
     assert not any(name.startswith(("checkpoint", "logs")) for name in names)
     assert "hf_x" not in "".join((pushed / name).read_text() for name in ("README.md", "config.json"))
+    published = "".join((pushed / name).read_text() for name in ("README.md", "config.json"))
+    assert str(tmp_path) not in published and json.loads((pushed / "config.json").read_text())["arguments"]["rank"]
+    assert str(photographs) in (tmp_path / "out" / "config.json").read_text(), "a resumed run needs it"
     from huggingface_hub import ModelCard
 
     card = ModelCard.load(pushed / "README.md").data

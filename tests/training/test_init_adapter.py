@@ -285,7 +285,7 @@ def test_a_run_starts_from_a_checkpoint_and_resumes_only_with_the_same(run, tiny
     before, after = (load_file(folder / WEIGHTS_NAME) for folder in (start, tmp_path / "new"))
     assert before.keys() == after.keys() and all(before[name].equal(after[name]) for name in before)
     assert read_header(tmp_path / "new")["training"]["init_adapter"] == str(start)
-    assert f"starting from the adapter `{start}`" in (tmp_path / "new" / "README.md").read_text()
+    assert f"starting from the adapter `{start.name}`" in (tmp_path / "new" / "README.md").read_text()
     config = json.loads((tmp_path / "new" / CONFIG_NAME).read_text())
     assert config["arguments"]["init_adapter"] == str(start) and len(config["data"]["--init_adapter"]) == 16
     # The same contents elsewhere are the same adapter; other contents in the same place are not.
