@@ -296,12 +296,11 @@ def status_of(state: runs.RunState, samples: list[progress.Samples]) -> str:
 
 def verdict_of(samples: list[progress.Samples]) -> str:
     """How close the last samples come to the photos, and where to go on."""
-    scored = [sample for sample in samples if sample.dino is not None]
     verdict = ""
-    if scored:
-        verdict = f" DINO {scored[-1].dino:.2f}"
-        if scored[-1].photos_dino is not None:
-            verdict += f", {progress.OF_PHOTOS} {scored[-1].photos_dino:.2f}"
+    if samples and samples[-1].dino is not None:
+        verdict = f" DINO {samples[-1].dino:.2f}"
+        if samples[-1].photos_dino is not None:
+            verdict += f", {progress.OF_PHOTOS} {samples[-1].photos_dino:.2f}"
         verdict += "."
     return f"{verdict} Try it in the tab Play."
 
