@@ -29,6 +29,7 @@ EXAMPLES = {
 SCORE_SPAN = 0.1
 """Shorter differences of DINO and CLIP-T are not drawn larger."""
 SHOW_RUN = "() => document.getElementById('run').scrollIntoView()"
+SHOW_MEMORY = "() => document.getElementById('memory').scrollIntoView({block: 'nearest'})"
 
 
 def build(workspace: Workspace, player: Player, scorer: Scorer):
@@ -158,6 +159,7 @@ def build(workspace: Workspace, player: Player, scorer: Scorer):
     prompts = [components[name] for name in FIRST]
     photo_set.change(prompts_for, [photo_set, *prompts], prompts, **hidden)
     estimating = estimate.click(estimated, inputs, memory)
+    estimating.success(None, js=SHOW_MEMORY)
     changes = [box.change for box in components.values()]
     gr.on(changes, None, None, memory, js="() => ''", cancels=estimating, **hidden)
     stop.click(end, run).success(**looking, **hidden)
