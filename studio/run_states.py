@@ -77,12 +77,12 @@ def state_of(run: Path, record: Record | None, processes: Mapping[str, list[psut
         message = f"Training: {step} of {record.steps} steps are done."
         if progress is None:
             message = "Loading the model and encoding the photos."
-        elif step >= record.steps:
+        elif step >= int(progress[2]):
             message = "Making the last samples and saving." if _has_samples(record) else "Saving the adapter."
         if record.stop_requested is not None:
             status = "stopping"
             message = "Stopping after the current step, with a checkpoint. Stop again to end at once, without one."
-        elif progress is not None and step < record.steps:
+        elif progress is not None and step < int(progress[2]):
             seconds_left = _seconds_left(progress, record.first_step)
     else:
         status, message, step = _ended(run, record, text, step, checkpoints)
