@@ -12,16 +12,27 @@ WIDTH, HEIGHT = 320, 170
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 26
 MOST_POINTS = 400
 """A line with more points looks the same with every n-th."""
+LEAST_SPAN = 0.05
+"""The length of a y axis relative to its values, at least: or noise looks like a collapse."""
 
 Points = tuple[Sequence[float], Sequence[float]]
 """x and y of the points of one line."""
 
 
-def line_chart(title: str, lines: Mapping[str, Points], x_name: str = "step") -> str:
-    """Lines over steps, with the last value of each in the caption.
+def line_chart(
+    title: str,
+    lines: Mapping[str, Points],
+    x_name: str = "step",
+    x_end: float = 0,
+    least: float = 0,
+    reference: tuple[str, float] | None = None,
+) -> str:
+    """Lines over steps from 0 on, with the last value of each in the caption.
 
     Args:
         lines: by name; values that are not finite are left out.
+        x_end: where the x axis ends, if no line goes on. least: the length of the y axis, at least.
+        reference: the name and the y of a dashed line, to compare the others with.
     """
     finite = {name: _finite(*points) for name, points in lines.items()}
     finite = {name: points for name, points in finite.items() if points}
@@ -31,8 +42,14 @@ def line_chart(title: str, lines: Mapping[str, Points], x_name: str = "step") ->
     caption = f"{title}: {last}" if last else f"{title}: nothing yet"
     if not finite:
         return _figure(caption, "")
-    frame = _Frame([point for points in finite.values() for point in points])
+    xs, ys = zip(*(point for points in finite.values() for point in points))
+    if reference is not None and math.isfinite(reference[1]):
+        ys, caption = (*ys, reference[1]), f"{caption} (dashed: {reference[0]} {number(reference[1])})"
+    least = max(least, LEAST_SPAN * max(map(abs, ys)))
+    frame = _Frame(_range((0, x_end, *xs), 0), _range(ys, 0.04, least))
     parts = [frame.axes(x_name)]
+    if reference is not None and math.isfinite(reference[1]):
+        parts.append(f'<path class="axis dashed" d="M{LEFT},{frame.y(reference[1]):.1f} H{WIDTH - RIGHT}"/>')
     for index, points in enumerate(finite.values()):
         every = max(1, len(points) // MOST_POINTS)
         shown = [*points[::every], points[-1]]
@@ -59,7 +76,7 @@ def scatter_chart(
     if not finite:
         return _figure(f"{title}: nothing yet", "")
     inside = [] if limit is None else [(limit[1], next(iter(finite.values()))[1])]
-    frame = _Frame([*finite.values(), *inside], margin=0.12)
+    frame = _Frame(*(_range(values, 0.12) for values in zip(*finite.values(), *inside)))
     parts = [frame.axes(x_name, y_name)]
     if limit is not None:
         at_x, bottom = frame.x(limit[1]), HEIGHT - BOTTOM
@@ -83,9 +100,9 @@ def scatter_chart(
 class _Frame:
     """The part of the chart that the values fill."""
 
-    def __init__(self, points: Sequence[tuple[float, float]], margin: float = 0.04):
-        self.x_low, self.x_high = _range([x for x, _ in points], margin if margin > 0.1 else 0)
-        self.y_low, self.y_high = _range([y for _, y in points], margin)
+    def __init__(self, x_range: tuple[float, float], y_range: tuple[float, float]):
+        self.x_low, self.x_high = x_range
+        self.y_low, self.y_high = y_range
 
     def x(self, value: float) -> float:
         return LEFT + (value - self.x_low) / (self.x_high - self.x_low) * (WIDTH - LEFT - RIGHT)
@@ -116,8 +133,11 @@ def _finite(xs: Sequence[float], ys: Sequence[float]) -> list[tuple[float, float
     return [(x, y) for x, y in zip(xs, ys) if math.isfinite(x) and math.isfinite(y)]
 
 
-def _range(values: Sequence[float], margin: float) -> tuple[float, float]:
+def _range(values: Sequence[float], margin: float, least: float = 0) -> tuple[float, float]:
+    """The ends of an axis: the values with a margin, around their middle if that is shorter than ``least``."""
     low, high = min(values), max(values)
+    if (high - low) * (1 + 2 * margin) < least:
+        return (low + high - least) / 2, (low + high + least) / 2
     if low == high:
         return low - (abs(low) * 0.1 or 0.5), high + (abs(high) * 0.1 or 0.5)
     return low - margin * (high - low), high + margin * (high - low)

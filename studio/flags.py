@@ -5,6 +5,7 @@ Nothing is listed twice: names, types, explanations, defaults and groups are tho
 
 import argparse
 import dataclasses
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,6 +46,9 @@ NOT_OFFERED = (
     *("concepts_list", "subjects_file"),  # files that name folders anywhere
     *("push_to_hub", "hub_model_id", "hub_token"),  # for which there is a command
 )
+
+DEFAULT_PART = re.compile(r"(?:^|; )default: [^;]*")
+"""The part of a flag's help that names its default."""
 
 Kind = Literal["text", "int", "float", "bool", "choice", "list", "path"]
 
@@ -110,6 +114,11 @@ def _field(action: argparse.Action, group: str) -> Field:
     text = (action.help or "") % vars(action) if action.help else ""
     basic = action.dest in BASIC
     return Field(action.dest, action.option_strings[0], text, kind, choices, action.default, group, basic)
+
+
+def without_default(text: str) -> str:
+    """A flag's help for a form that shows the default in another place."""
+    return DEFAULT_PART.sub("", text).removeprefix("; ")
 
 
 def _defaults(values: Mapping[str, Any]) -> dict[str, Any]:

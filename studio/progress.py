@@ -35,6 +35,9 @@ TITLES = {
 }
 """The curves that training logs, by tag."""
 SCORE_TITLES = {"dino": "DINO: similarity to the photos", "clip_t": "CLIP-T: similarity to the prompt"}
+OF_PHOTOS, FIRST_SAMPLES = "photos among themselves", "first samples"
+"""What the scores are compared with: DINO of the photos, which samples that are like them reach, and CLIP-T of the
+first samples, which later ones fall below if the model forgets what prompts say."""
 SAMPLES_FOLDER, LISTING_NAME, SCORES_NAME = "samples", "samples.json", "scores.json"
 UNNAMED = {
     "dino": "DINO is not computed: name a DINO model to compare the images with the photos.",
@@ -47,12 +50,17 @@ _scoring, _reading = threading.Lock(), threading.Lock()
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """A value over the steps of training."""
+    """A value over the steps of training.
+
+    Attributes:
+        reference: the name and the value of what to compare it with.
+    """
 
     tag: str
     title: str
     steps: list[int]
     values: list[float]
+    reference: tuple[str, float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +71,7 @@ class Samples:
         images: (file, prompt, seed); empty if the run's prompts have changed since.
         dino, clip_t: their mean scores, None if they are not scored.
         grid: all of them with their prompts, as training wrote it.
+        photos_dino: DINO of the photos among themselves, None for a single photo.
     """
 
     step: int
@@ -70,6 +79,7 @@ class Samples:
     dino: float | None
     clip_t: float | None
     grid: Path
+    photos_dino: float | None = None
 
 
 def curves(run: Path) -> list[Curve]:
@@ -80,8 +90,17 @@ def curves(run: Path) -> list[Curve]:
     for name, title in SCORE_TITLES.items():
         scored = {sample.step: value for sample in of_samples if (value := getattr(sample, name)) is not None}
         if scored:
-            logged.append(Curve(name, title, *_sorted(scored)))
+            logged.append(Curve(name, title, *_sorted(scored), _reference(name, of_samples)))
     return logged
+
+
+def _reference(name: str, of_samples: Sequence[Samples]) -> tuple[str, float] | None:
+    if name == "dino":
+        return next(
+            ((OF_PHOTOS, sample.photos_dino) for sample in reversed(of_samples) if sample.photos_dino is not None), None
+        )
+    scored = [sample.clip_t for sample in of_samples if sample.clip_t is not None]
+    return (FIRST_SAMPLES, scored[0]) if len(scored) > 1 else None
 
 
 def samples(run: Path) -> list[Samples]:
@@ -93,7 +112,8 @@ def samples(run: Path) -> list[Samples]:
             continue
         with suppress(FileNotFoundError, ValueError), _reading:
             step, known = int(grid.stem.removeprefix("step-")), scores.get(_version(grid), {})
-            found.append(Samples(step, _images(run, grid, step), known.get("dino"), known.get("clip_t"), grid))
+            images = _images(run, grid, step)
+            found.append(Samples(step, images, known.get("dino"), known.get("clip_t"), grid, known.get("photos_dino")))
     return found
 
 
@@ -138,15 +158,16 @@ def _score(run: Path, photos: Path, dino: str | None, clip: str | None) -> None:
 def _scores_of(
     images: Sequence[tuple[Path, str, int]], references: Sequence[Path], dino: str | None, clip: str | None
 ) -> dict[str, float | None]:
-    """The mean scores of the images of one validation."""
+    """The mean scores of the images of one validation, and DINO of the photos among themselves."""
     from eval.metrics.embedding import embed
-    from eval.metrics.scores import pair_scores, text_scores, without_identifier
+    from eval.metrics.scores import pair_scores, real_score, text_scores, without_identifier
 
     paths, prompts, _ = zip(*images)
     scores: dict[str, float | None] = {"dino": None, "clip_t": None}
     if dino is not None:
         features = embed([*paths, *references], {"dino": _dino(dino)}, workers=0)["dino"]
-        scores["dino"] = float(pair_scores(features[: len(paths)], features[len(paths) :]).mean())
+        generated, real = features[: len(paths)], features[len(paths) :]
+        scores |= {"dino": float(pair_scores(generated, real).mean()), "photos_dino": real_score(real)}
     if clip is not None:
         encoder = _clip(clip)
         features = embed(paths, {"clip": encoder}, workers=0)["clip"]

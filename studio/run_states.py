@@ -32,6 +32,12 @@ STOPPED = re.compile(r"^stopped after step (\d+)", re.MULTILINE)
 ERROR = re.compile(r"^(?:\S+\.py: )?error: (.+)$", re.MULTILINE)
 EXCEPTION = re.compile(r"^Traceback \(most recent call last\):\n(?:[ \t].*\n|\n)*(\S.*)$", re.MULTILINE)
 
+DEFAULTS_OF_LAUNCHER = re.compile(
+    r"^The following values were not passed to `accelerate launch`.*\n(?:\t.*\n)*To avoid this warning .*\n?", re.M
+)
+"""What `accelerate launch` warns of if it is not configured, which it need not be. Flags would say the same against the
+settings of those who did configure it."""
+
 
 @dataclasses.dataclass(frozen=True)
 class RunState:
@@ -70,11 +76,13 @@ def state_of(run: Path, record: Record | None, processes: Mapping[str, list[psut
         status: Status = "starting" if progress is None else "training"
         message = f"Training: {step} of {record.steps} steps are done."
         if progress is None:
-            message = "Starting: the model is loaded and the photos are encoded."
+            message = "Loading the model and encoding the photos."
+        elif step >= int(progress[2]):
+            message = "Making the last samples and saving." if _has_samples(record) else "Saving the adapter."
         if record.stop_requested is not None:
             status = "stopping"
             message = "Stopping after the current step, with a checkpoint. Stop again to end at once, without one."
-        elif progress is not None:
+        elif progress is not None and step < int(progress[2]):
             seconds_left = _seconds_left(progress, record.first_step)
     else:
         status, message, step = _ended(run, record, text, step, checkpoints)
@@ -90,6 +98,10 @@ def state_of(run: Path, record: Record | None, processes: Mapping[str, list[psut
         record.started,
         running[0].pid if running else None,
     )
+
+
+def _has_samples(record: Record) -> bool:
+    return any(word.partition("=")[0] == "--validation_prompt" for word in record.command)
 
 
 def _ended(run: Path, record: Record, text: str, step: int, checkpoints: list[int]) -> tuple[Status, str, int]:
@@ -162,7 +174,7 @@ def _read_log(file: Path, start: int) -> str:
 
 def _lines(text: str) -> str:
     """The last lines, of each progress bar only the last one, as text that does nothing to a terminal."""
-    lines = [line.rstrip() for line in text.split("\n") if line.strip()]
+    lines = [line.rstrip() for line in DEFAULTS_OF_LAUNCHER.sub("", text).split("\n") if line.strip()]
     bar = re.compile(r"(.*?:) +\d+%\|")
     kept: list[str] = []
     for line in lines:

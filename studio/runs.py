@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -91,7 +92,10 @@ def start(workspace: Workspace, name: str, values: Mapping[str, Any]) -> RunStat
     with _held(run):
         _refuse_running(run)
         if (run / WEIGHTS_NAME).exists() or list_checkpoints(run):
-            raise InputError(f"there is a run {name} already; choose another name, or resume that run.")
+            other = "" if (run / WEIGHTS_NAME).exists() else ", or resume that run"
+            raise InputError(
+                f"there is a run {name} already; choose another name, such as {free_name(workspace, name)}{other}."
+            )
         flags.check(words)
         _launch(run, dict(values), words)
     return state(workspace, name)
@@ -155,15 +159,31 @@ def state(workspace: Workspace, name: str) -> RunState:
 
 def states(workspace: Workspace) -> list[RunState]:
     """What is known of all runs, the newest first."""
+    records = {name: read_record(workspace.run(name)) for name in sorted(_names(workspace))}
+    processes = processes_of({record.token for record in records.values() if record is not None})
+    found = [state_of(workspace.run(name), record, processes) for name, record in records.items()]
+    return sorted(found, key=lambda state: -state.started)
+
+
+def free_name(workspace: Workspace, name: str) -> str:
+    """The name, or with the next number after it, as in dog-2, if there is a run of this name."""
+    taken, number = _names(workspace), 2
+    if name not in taken:
+        return name
+    stem = re.sub(r"-\d+$", "", name) or name
+    while f"{stem}-{number}" in taken:
+        number += 1
+    return f"{stem}-{number}"
+
+
+def _names(workspace: Workspace) -> set[str]:
+    """The names of all runs, also of those that have no folder yet."""
     names = set(workspace.run_names())
     for file in (workspace.runs / STUDIO_FOLDER).glob(f"*/{RECORD_NAME}"):
         with suppress(InputError):
             workspace.run(file.parent.name)
             names.add(file.parent.name)
-    records = {name: read_record(workspace.run(name)) for name in sorted(names)}
-    processes = processes_of({record.token for record in records.values() if record is not None})
-    found = [state_of(workspace.run(name), record, processes) for name, record in records.items()]
-    return sorted(found, key=lambda state: -state.started)
+    return names
 
 
 def estimate(workspace: Workspace, values: Mapping[str, Any]) -> str:

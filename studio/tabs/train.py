@@ -1,5 +1,6 @@
 """Train: what to train with, start, stop and resume, and whether it works: curves, samples, progress and the log."""
 
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from studio import charts, flags, markup, progress, runs
 from studio.player import Player
 from studio.scorer import Scorer
 from studio.tabs.common import choices, command_box, reported, set_choices
-from studio.workspace import Workspace
+from studio.workspace import FIRST_SET, Workspace
 
 SECONDS = 2.0
 """Between two looks at the run."""
@@ -19,7 +20,16 @@ NEW_RUN = "my-subject"
 DEPENDED_ON = ("pretrained_model_name_or_path", "recipe", "method", "optimizer")
 """Flags that change the defaults of others."""
 FIRST = {"instance_prompt": "a photo of sks mug", "validation_prompt": "a photo of sks mug on the beach"}
-"""What a form says at first, for the toy that is there at the first start."""
+"""The prompts for the toy that is there at the first start; photos of another subject need other ones."""
+EXAMPLES = {
+    "instance_prompt": "for example: a photo of sks dog",
+    "validation_prompt": "one per line, for example: a photo of sks dog on the beach",
+}
+"""Placeholders of the prompts, which have no default."""
+SCORE_SPAN = 0.1
+"""Shorter differences of DINO and CLIP-T are not drawn larger."""
+SHOW_RUN = "() => document.getElementById('run').scrollIntoView()"
+SHOW_MEMORY = "() => document.getElementById('memory').scrollIntoView({block: 'nearest'})"
 
 
 def build(workspace: Workspace, player: Player, scorer: Scorer):
@@ -35,13 +45,17 @@ def build(workspace: Workspace, player: Player, scorer: Scorer):
         with gr.Column(scale=4, min_width=320):
             gr.HTML('<h2>New run</h2><p class="narrow"><a href="#run">Go to the runs and their curves</a></p>')
             name = gr.Textbox(NEW_RUN, label="Name of the run", info="A folder of this name is created.")
+            sets = workspace.photo_sets()
+            first_set = sets[0] if sets else None
             photo_set = gr.Dropdown(
-                workspace.photo_sets(), label="Photo set", info="See the tab Photos.", elem_id="train-photos"
+                sets, value=first_set, label="Photo set", info="See the tab Photos.", elem_id="train-photos"
             )
             with gr.Group(), gr.Row(elem_classes="fields"):
                 for field in offered:
                     if field.basic:
                         components[field.name] = component_of(field, defaults[field.name])
+            for field_name, text in FIRST.items() if first_set == FIRST_SET else ():
+                components[field_name].value = text
             with gr.Accordion("All other flags of the training script", open=False):
                 for group in dict.fromkeys(field.group for field in offered if not field.basic):
                     with gr.Accordion(group.capitalize(), open=False):
@@ -80,9 +94,10 @@ def build(workspace: Workspace, player: Player, scorer: Scorer):
 
     @reported
     def begin(run_name: str, chosen_set: str | None, *given: Any):
-        state = runs.start(workspace, run_name, filled(chosen_set, *given))
+        runs.start(workspace, run_name, filled(chosen_set, *given))
         player.close()  # the memory of the GPU is for training, which takes seconds until it needs it
-        return run_choices(workspace, run_name), markup.command(state.command), None
+        warn_of_others(workspace, run_name)
+        return run_choices(workspace, run_name), runs.free_name(workspace, run_name), None
 
     def show_command(run_name: str, chosen_set: str | None, *given: Any):
         try:
@@ -106,8 +121,9 @@ def build(workspace: Workspace, player: Player, scorer: Scorer):
 
     @reported
     def estimated(run_name: str, chosen_set: str | None, *given: Any):
+        yield ""  # not that of other flags
         text = runs.estimate(workspace, filled(chosen_set, *given))
-        return markup.text_block(text, "memory estimate")
+        yield markup.text_block(text, "memory estimate")
 
     @reported
     def end(run_name: str | None):
@@ -117,6 +133,7 @@ def build(workspace: Workspace, player: Player, scorer: Scorer):
     def go_on(run_name: str | None):
         runs.resume(workspace, _chosen(run_name))
         player.close()
+        warn_of_others(workspace, run_name)
 
     def look(run_name: str | None, download: bool, before: Any):
         return looked(workspace, scorer, run_name, download, before)
@@ -127,7 +144,9 @@ def build(workspace: Workspace, player: Player, scorer: Scorer):
         "outputs": [status, curves, samples, log, stop, resume, seen],
     }
     hidden: dict[str, Any] = {"show_progress": "hidden"}
-    start.click(begin, inputs, [run, command, seen], scroll_to_output=True).success(**looking, **hidden)
+    begun = start.click(begin, inputs, [run, name, seen])
+    begun.success(**looking, **hidden)
+    begun.success(None, js=SHOW_RUN)
     gr.on([box.change for box in inputs], show_command, inputs, command, trigger_mode="always_last", **hidden)
     gr.on(
         [components[name].change for name in DEPENDED_ON],
@@ -137,7 +156,12 @@ def build(workspace: Workspace, player: Player, scorer: Scorer):
         trigger_mode="always_last",
         **hidden,
     )
-    estimate.click(estimated, inputs, memory)
+    prompts = [components[name] for name in FIRST]
+    photo_set.change(prompts_for, [photo_set, *prompts], prompts, **hidden)
+    estimating = estimate.click(estimated, inputs, memory)
+    estimating.success(None, js=SHOW_MEMORY)
+    changes = [box.change for box in components.values()]
+    gr.on(changes, None, None, memory, js="() => ''", cancels=estimating, **hidden)
     stop.click(end, run).success(**looking, **hidden)
     resume.click(go_on, run).success(**looking, **hidden)
     run.change(**looking, **hidden)
@@ -145,7 +169,9 @@ def build(workspace: Workspace, player: Player, scorer: Scorer):
     blocks = gr.context.Context.root_block
     assert blocks is not None
     # Whoever opens the page finds the run that trains, or the latest.
-    loaded = blocks.load(lambda: run_choices(workspace, None), None, run, **hidden)
+    loaded = blocks.load(
+        lambda: (run_choices(workspace, None), runs.free_name(workspace, NEW_RUN)), None, [run, name], **hidden
+    )
     loaded.then(show_command, inputs, command, **hidden)
 
     def refresh(run_name: str | None, chosen_set: str | None, shown_set: str | None, followed: str | None):
@@ -162,28 +188,48 @@ def _chosen(name: str | None) -> str:
     return name
 
 
+def prompts_for(chosen_set: str | None, *prompts: str) -> list[Any]:
+    """The prompts for a set of photos: those of the toy are there with the toy only; what was typed stays."""
+    if chosen_set == FIRST_SET:
+        return [prompt or text for prompt, text in zip(prompts, FIRST.values())]
+    return ["" if prompt == text else gr.skip() for prompt, text in zip(prompts, FIRST.values())]
+
+
+def warn_of_others(workspace: Workspace, name: str | None) -> None:
+    """Say which other runs train while this one starts."""
+    others = [state.name for state in runs.states(workspace) if state.status in ACTIVE and state.name != name]
+    if others:
+        are, all_of_them = ("is", "both") if len(others) == 1 else ("are", "all of them")
+        gr.Warning(
+            f"{escape(' and '.join(others))} {are} training too; {all_of_them} share the machine's memory.", duration=20
+        )
+
+
 def component_of(field: flags.Field, default: Any) -> Any:
     """The form's part for one flag: empty stands for the default, which is shown in grey."""
     label = field.name.replace("_", " ").capitalize()
-    settings = {"label": label, "info": field.help, "min_width": 150, "elem_id": f"flag-{field.name}"}
+    settings = {"label": label, "min_width": 150, "elem_id": f"flag-{field.name}"}
     settings |= hint_of(field, default)
     if field.kind == "bool":
         return gr.Checkbox(bool(field.default), **settings)
     if field.kind == "choice":
         return gr.Dropdown(value="", **settings)
-    return gr.Textbox(FIRST.get(field.name, ""), lines=2 if field.name == "validation_prompt" else 1, **settings)
+    return gr.Textbox("", lines=2 if field.name == "validation_prompt" else 1, **settings)
 
 
 def hint_of(field: flags.Field, default: Any) -> dict[str, Any]:
-    """How the form's part for a flag shows its default."""
+    """How the form's part for a flag explains it and shows its default, which the explanation then leaves out."""
     shown = text_of(default)
+    info = flags.without_default(field.help) if shown else field.help
     if field.kind == "bool":
-        return {}
+        return {"info": field.help}
     if field.kind == "choice":
         empty = "default" if shown in ("", "default") else f"{shown} (default)"
-        return {"choices": [(empty, ""), *((choice, choice) for choice in field.choices or ())]}
-    hint = "one per line; " if field.name == "validation_prompt" else ""
-    return {"placeholder": f"{hint}default: {shown}" if shown else f"{hint}default"}
+        return {"choices": [(empty, ""), *((choice, choice) for choice in field.choices or ())], "info": info}
+    if shown:
+        return {"placeholder": f"default: {shown}", "info": info}
+    explained = info != flags.without_default(info)  # the default, which is not a value
+    return {"placeholder": EXAMPLES.get(field.name, "default" if explained else ""), "info": info}
 
 
 def text_of(value: Any) -> str:
@@ -215,8 +261,8 @@ def looked(workspace: Workspace, scorer: Scorer, name: str | None, download: boo
         folder = workspace.run(name)
         samples = progress.samples(folder)
         parts = [
-            status_of(state),
-            curves_of(progress.curves(folder), scorer.look(folder, samples, download)),
+            status_of(state, samples),
+            curves_of(progress.curves(folder), scorer.look(folder, samples, download), state.steps),
             samples_of(workspace, samples),
             markup.text_block(state.log_tail, "last lines of the log", "tail") if state.log_tail else "",
             *buttons_of(state.status),
@@ -235,9 +281,11 @@ def buttons_of(status: str | None) -> list[Any]:
     return [gr.update(interactive=status in ACTIVE), gr.update(interactive=status in ("stopped", "failed", "lost"))]
 
 
-def status_of(state: runs.RunState) -> str:
-    """What happens, how far it is and the time left, for people who look once in a while."""
+def status_of(state: runs.RunState, samples: list[progress.Samples]) -> str:
+    """What happens, how far it is and the time left, for people who look once in a while; at the end, what came out."""
     left = ""
+    if state.status == "finished":
+        left = verdict_of(samples)
     if state.seconds_left is not None and state.status in ACTIVE:
         left = f" About {markup.duration(state.seconds_left)} left."
     kind = {"failed": "failed", "lost": "failed", "finished": "done"}.get(state.status, "")
@@ -248,11 +296,31 @@ def status_of(state: runs.RunState) -> str:
     )
 
 
-def curves_of(curves: list[progress.Curve], note: str) -> str:
-    """The curves of the log and of the samples' scores, and a note about scoring."""
+def verdict_of(samples: list[progress.Samples]) -> str:
+    """How close the last samples come to the photos, and where to go on."""
+    verdict = ""
+    if samples and samples[-1].dino is not None:
+        verdict = f" DINO {samples[-1].dino:.2f}"
+        if samples[-1].photos_dino is not None:
+            verdict += f", {progress.OF_PHOTOS} {samples[-1].photos_dino:.2f}"
+        verdict += "."
+    return f"{verdict} Try it in the tab Play."
+
+
+def curves_of(curves: list[progress.Curve], note: str, steps: int) -> str:
+    """The curves of the log and of the samples' scores over all steps of the run, and a note about scoring."""
     if not curves:
         return markup.paragraph("The curves begin with the first logged step.")
-    parts = [charts.line_chart(curve.title, {curve.title: (curve.steps, curve.values)}) for curve in curves]
+    parts = [
+        charts.line_chart(
+            curve.title,
+            {curve.title: (curve.steps, curve.values)},
+            x_end=steps,
+            least=SCORE_SPAN if curve.tag in progress.SCORE_TITLES else 0,
+            reference=curve.reference,
+        )
+        for curve in curves
+    ]
     return f'<div class="charts">{"".join(parts)}</div>' + markup.paragraph(note)
 
 

@@ -446,7 +446,7 @@ def main_path(watched: Watched, axe: str | None, workspace: Path) -> None:
     shown = watched.wait("#train-command", "logging_steps 2")
     assert "--max_train_steps 40" in shown and "accelerate launch train_dreambooth_delora.py" in shown
     watched.button("Start training").click()
-    watched.wait("#status", "starting")
+    watched.wait("#status", "loading the model")
     other = Watched(page.context.browser, watched.server)  # finds the run, and cannot start it again
     other.open("Train")
     other.field("Name of the run").fill("mug")

@@ -96,6 +96,20 @@ def test_defaults_are_those_of_the_base_model_and_left_out_of_the_command():
     ]
 
 
+@pytest.mark.parametrize(
+    ("text", "without"),
+    [
+        ("default: 16", ""),
+        ("side in pixels; with several, at each; default: 512", "side in pixels; with several, at each"),
+        ("default: adamw; docs/training.md compares them", "docs/training.md compares them"),
+        ("of a GPU; default: off; slower", "of a GPU; slower"),
+        ("a copy of the start (default), or B = 0", "a copy of the start (default), or B = 0"),
+    ],
+)
+def test_a_form_that_shows_a_default_does_not_name_another(text, without):
+    assert flags.without_default(text) == without
+
+
 def test_what_the_script_would_use_depends_on_the_method():
     assert effective({})["learning_rate"] == 1e-2 and effective({"method": "lora"})["learning_rate"] == 6e-4
     assert effective({"resolution": "256 128"})["resolution"] == [128, 256]

@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 from delora_diffusers import InputError
 from delora_diffusers.image_grid import images_of_grid, labelled_grid
 from delora_diffusers.training.validation import grid_file
-from studio import progress
+from studio import charts, progress
 from studio.progress import curves, samples, score_samples
 from studio.run_records import studio_folder
 from tests.helpers import run_in_child, train, training_flags, write_photos
@@ -104,6 +104,22 @@ def test_curves_grow_and_a_continued_run_replaces_its_points(tmp_path):
     assert held_out.title == "loss on held-out photos" and held_out.values == [3.0]
 
 
+def test_a_chart_begins_at_step_0_and_does_not_enlarge_noise():
+    def heights(html: str) -> list[float]:
+        points = html.partition('points="')[2].partition('"')[0].split()
+        return [float(point.split(",")[1]) for point in points]
+
+    high = charts.HEIGHT - charts.TOP - charts.BOTTOM
+    noise = charts.line_chart("lambda", {"lambda": ([10, 20], [2.9644, 2.9662])}, x_end=40)
+    assert abs(heights(noise)[0] - heights(noise)[1]) < 0.02 * high and ">0<" in noise and ">40<" in noise
+    close = charts.line_chart("DINO", {"DINO": ([10, 20], [0.5, 0.55])}, least=0.1, reference=("photos <b>", 0.52))
+    assert abs(heights(close)[0] - heights(close)[1]) == pytest.approx(0.5 * high, abs=0.2)
+    assert "dashed: photos &lt;b&gt; 0.52" in close and close.count('class="axis dashed"') == 1
+    assert "NaN" not in charts.line_chart("loss", {"loss": ([0], [0.0])})
+    apart = heights(charts.line_chart("loss", {"loss": ([0, 10], [1.0, 3.0])}))
+    assert apart[0] - apart[1] > 0.9 * high
+
+
 def test_without_names_of_models_nothing_is_scored_and_it_is_said(run, tmp_path):
     sentence = score_samples(run, write_photos(tmp_path / "photos", 2), None, None)
     assert sentence is not None and "name a DINO model" in sentence and "name a CLIP model" in sentence
@@ -128,7 +144,12 @@ def test_scores_are_those_of_eval_and_are_computed_once(run, tmp_path, tiny_scor
         references = sorted(photos.glob("*.png"))
         expected = score_subject(generated, references, protocol, encoders, ["sks"], 8)["scores"]
         assert sample.dino == pytest.approx(expected["dino"]) and sample.clip_t == pytest.approx(expected["clip_t"])
-    assert [(curve.tag, curve.steps) for curve in curves(run)] == [("dino", [2, 4]), ("clip_t", [2, 4])]
+    of_dino, of_clip = curves(run)
+    assert (of_dino.tag, of_dino.steps) == ("dino", [2, 4]) and (of_clip.tag, of_clip.steps) == ("clip_t", [2, 4])
+    real = score_subject([(file, "") for file in references], references, protocol, encoders, [], 8)["scores"]["dino"]
+    # Of all pairs, also of each photo with itself, whose cosine is 1.
+    assert of_dino.reference == (progress.OF_PHOTOS, pytest.approx((3 * real - 1) / 2))
+    assert of_clip.reference == (progress.FIRST_SAMPLES, of_clip.values[0])
 
     calls = []
     scores_of = progress._scores_of

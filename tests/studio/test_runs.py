@@ -108,7 +108,7 @@ def test_the_life_of_a_run(workspace, tiny_sd, tmp_path, monkeypatch):
     assert state.message == f"Stopped after step {state.step}, which is saved: resume to continue."
     with pytest.raises(InputError, match="the run dog is not running; there is nothing to stop"):
         runs.stop(workspace, "dog")
-    with pytest.raises(InputError, match="there is a run dog already"):
+    with pytest.raises(InputError, match="there is a run dog already; choose another name, such as dog-2, or resume"):
         runs.start(workspace, "dog", given)
 
     monkeypatch.setattr(runs, "LAUNCHER", [sys.executable])  # which starts faster
@@ -129,6 +129,8 @@ def test_the_life_of_a_run(workspace, tiny_sd, tmp_path, monkeypatch):
     finished = wait(workspace, "dog", has_ended)
     assert finished.status == "finished" and finished.step == 300
     assert (workspace.run("dog") / WEIGHTS_NAME).read_bytes() == (alone / WEIGHTS_NAME).read_bytes()
+    with pytest.raises(InputError, match=r"there is a run dog already; choose another name, such as dog-2\.$"):
+        runs.start(workspace, "dog", given)
     assert [state.name for state in runs.states(workspace)] == ["dog"]
 
 
@@ -339,6 +341,35 @@ def test_the_log_shows_the_last_state_of_each_bar_and_nothing_that_changes_a_ter
         file.write(b"\x1b[31mred <b>\xff\n")
     lines = run_states._lines(run_states._read_log(log, 4)).splitlines()
     assert lines == ["encoding:  100%|##| 5/5", "training: 20%|# | 2/9", "\\x1b[31mred <b>\N{REPLACEMENT CHARACTER}"]
+
+
+def test_a_free_name_follows_the_names_of_runs(workspace):
+    assert runs.free_name(workspace, "dog") == "dog"
+    for name in ("dog", "dog-2", "cat-7"):
+        workspace.run(name).mkdir()
+    run_records.write_record(workspace.run("dog-3"), run_records.Record(values(), ["a"], "none", 0, 0, 9, 0))
+    assert runs.free_name(workspace, "dog") == runs.free_name(workspace, "dog-2") == "dog-4"
+    assert runs.free_name(workspace, "cat-7") == "cat-2" and runs.free_name(workspace, "cat") == "cat"
+
+
+def test_the_launcher_s_defaults_are_left_out_of_the_log():
+    warned = (
+        "The following values were not passed to `accelerate launch` and had defaults used instead:\n"
+        "\t`--num_processes` was set to a value of `0`\n\t`--dynamo_backend` was set to a value of `'no'`\n"
+        "To avoid this warning pass in values for each of the problematic parameters or run `accelerate config`.\n"
+    )
+    assert run_states._lines(f"$ accelerate launch a\n{warned}training\n") == "$ accelerate launch a\ntraining"
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("prompt", "message"), [("a sks toy", "Making the last samples and saving."), ("", "Saving the adapter.")]
+)
+def test_after_the_last_step_no_time_is_left_to_tell(workspace, script, prompt, message):
+    script.write_text(f"import time\nprint({BAR.format(300, 21)!r}, flush=True)\ntime.sleep(600)\n")
+    runs.start(workspace, "dog", values(validation_prompt=prompt, max_train_steps=300))
+    state = wait(workspace, "dog", at_step(300))
+    assert (state.status, state.message, state.seconds_left) == ("training", message, None)
 
 
 @pytest.mark.integration
