@@ -21,9 +21,17 @@ SCENES = ("on the beach", "in the snow", "in the jungle", "on a wooden floor")
 
 def default_prompts(workspace: Workspace, label: str | None) -> str:
     """The instance prompt of a run in a few scenes, one per line."""
-    run = workspace.run(label.partition("/")[0]) if label else None
-    prompt = (adapters.settings_of(run).get("instance_prompt") if run else None) or "a photo of sks mug"
+    prompt = adapters.prompt_of(workspace, label) or "a photo of sks mug"
     return "\n".join(f"{prompt} {scene}" for scene in SCENES)
+
+
+def other_subject(workspace: Workspace, labels: Sequence[str], name: str | None) -> str:
+    """A sentence about the adapters that were not trained on this set of photos; empty without any."""
+    trained = {label: adapters.photos_of(workspace, label) for label in labels}
+    others = [f"{label} was trained on {photos}" for label, photos in trained.items() if photos not in (None, name)]
+    if not name or not others:
+        return ""
+    return f"{' and '.join(others)}, not on {name}: with these photos the scores may be about another subject."
 
 
 def requests(workspace: Workspace, labels: Sequence[str], prompts: Sequence[str], flags: Sequence[str]) -> Path:

@@ -18,7 +18,7 @@ STOPPED = "Stopped, by the button Stop or by a training run that needs the memor
 
 
 def build(workspace: Workspace, player: Player):
-    """Build the tab; returns the lists of adapters and of photo sets, and the handler that fills them again."""
+    """Build the tab; returns what is looked at when it is opened, what is filled in then besides, and the handler."""
     names = adapters.adapters(workspace)
     with gr.Row():
         labels = gr.Dropdown(
@@ -29,6 +29,8 @@ def build(workspace: Workspace, player: Player):
             ["toybox", "dreambooth", "delora"], value="toybox", label="Protocol", scale=1,
             info="toybox has the miniature's encoders; the others download theirs.",
         )  # fmt: skip
+    other_subject = gr.HTML(elem_id="other-subject")
+    filled = gr.State()
     prompts = gr.Textbox(
         comparison.default_prompts(workspace, names[0] if names else None),
         label="Prompts",
@@ -149,14 +151,38 @@ def build(workspace: Workspace, player: Player):
     stop.click(end, None, result, cancels=running, queue=False)
     report.click(write_report, benchmarks, [report_command, report_link], **hidden)
 
-    def refresh(chosen: list[str], name: str | None):
+    @reported
+    def follow(chosen: list[str], name: str | None, text: str, run: str | None):
+        """The photos and the prompts of the first adapter, and a warning.
+
+        Args:
+            run: for which they were filled in the last time; what was chosen since then is kept.
+        """
+        first = chosen[0] if chosen else None
+        if first is not None and first.partition("/")[0] != run:
+            if not text.strip() or text in (comparison.default_prompts(workspace, label) for label in (run, None)):
+                text = comparison.default_prompts(workspace, first)
+            trained = adapters.photos_of(workspace, first)
+            name, run = trained if trained in workspace.photo_sets() else name, first.partition("/")[0]
+        sets = set_choices(workspace, name)
+        return sets, text, run, warned(chosen, sets["value"])
+
+    @reported
+    def warned(chosen: list[str], name: str | None) -> str:
+        return markup.notes(list(filter(None, [comparison.other_subject(workspace, chosen or [], name)])))
+
+    followed = [photo_set, prompts, filled, other_subject]
+    labels.change(follow, [labels, *followed[:3]], followed, **hidden)
+    photo_set.change(warned, [labels, photo_set], other_subject, **hidden)
+
+    def refresh(chosen: list[str], name: str | None, text: str, run: str | None):
         now = adapters.adapters(workspace)
         of_runs = {label.partition("/")[0]: label for label in reversed(now)}
         kept = [label for label in chosen or [] if label in now] or list(of_runs.values())[::-1][:2]
         of_benchmarks = gr.update(choices=comparison.benchmarks(workspace))
-        return gr.update(choices=now, value=kept), set_choices(workspace, name), of_benchmarks
+        return gr.update(choices=now, value=kept), *follow(kept, name, text, run), of_benchmarks
 
-    return [labels, photo_set], [benchmarks], refresh
+    return [labels, *followed[:3]], [other_subject, benchmarks], refresh
 
 
 def results_of(scores: dict[str, dict[str, Any]], differences: list[tuple[str, str, dict]]) -> str:

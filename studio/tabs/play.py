@@ -11,19 +11,20 @@ from studio.player import Player, StoppedError
 from studio.tabs.common import DEFAULT, MOST_ADAPTERS, NONE, PRECISIONS, choices, command_box, more_adapters, reported
 from studio.workspace import Workspace
 
-FIRST_PROMPT = "a photo of sks mug on the beach"
+PLACE = "on the beach"
 NOTHING_YET = "Press Generate, or turn the dial: the images appear here."
 STOPPED = "Stopped, by the button Stop or by a training run that needs the memory. Press Generate to go on."
 
 
-def build(workspace: Workspace, player: Player) -> tuple[list[gr.Dropdown], Any]:
-    """Build the tab; returns the lists of adapters, and the handler that fills them again."""
+def build(workspace: Workspace, player: Player) -> tuple[list[Any], Any]:
+    """Build the tab; returns the lists of adapters and the prompts, and the handler that fills them again."""
     with gr.Row():
         with gr.Column(scale=1, min_width=320):
             first = gr.Dropdown([NONE], value=None, label="Adapter", info="None is the base model.")
             others, weights = more_adapters()
+            filled = gr.State("")
             prompts = gr.Textbox(
-                FIRST_PROMPT, label="Prompts", lines=3, info="One per line. The dial uses the first.", elem_id="prompts"
+                "", label="Prompts", lines=3, info="One per line. The dial uses the first.", elem_id="prompts"
             )
             dial = gr.Slider(
                 0, 1.5, 1.0, step=0.05, label="Strength", elem_id="strength",
@@ -142,13 +143,25 @@ def build(workspace: Workspace, player: Player) -> tuple[list[gr.Dropdown], Any]
     ]
     stop.click(end, None, result, cancels=running, queue=False)
 
-    def refresh(*chosen: str | None):
+    @reported
+    def follow(label: str | None, text: str, filled: str):
+        """The prompt of an adapter in a place, unless another than that of the last one was written meanwhile."""
+        prompt = adapters.prompt_of(workspace, label) or ("" if filled else "a photo of sks mug")
+        if not prompt or text.strip() not in ("", filled):
+            return text, filled
+        return (f"{prompt} {PLACE}",) * 2
+
+    first.change(follow, [first, prompts, filled], [prompts, filled], show_progress="hidden")
+
+    def refresh(*given: str | None):
+        *chosen, text, filled = given
         now = adapters.adapters(workspace)
         # Nothing has been chosen before the tab is opened; an empty choice is the base model.
         first = chosen[0] if chosen[0] is not None else (now[0] if now else None)
-        return [choices(["", *now], name or "", NONE[0]) for name in (first, *chosen[1:])]
+        lists = [choices(["", *now], name or "", NONE[0]) for name in (first, *chosen[1:])]
+        return [*lists, *follow(first, text or "", filled or "")]
 
-    return used, refresh
+    return [*used, prompts, filled], refresh
 
 
 def results_of(workspace: Workspace, finished: list[tuple]) -> str:

@@ -6,7 +6,7 @@ import pytest
 
 from delora_diffusers.errors import InputError
 from delora_diffusers.names import CONFIG_NAME, WEIGHTS_NAME
-from studio import adapters, jobs
+from studio import adapters, comparison, jobs
 from studio.workspace import Workspace
 
 
@@ -26,6 +26,19 @@ def test_the_finished_adapter_comes_first_and_late_checkpoints_before_early_ones
     assert adapters.adapters(workspace) == ["dog", "dog/best", "dog/checkpoint-100", "dog/checkpoint-20"]
     assert adapters.settings_of(workspace.run("dog")) == {"rank": 8}
     assert adapters.settings_of(workspace.run("started")) == {}
+
+
+def test_photos_and_prompts_are_those_of_the_run(workspace):
+    settings = {"instance_prompt": "a sks dog", "instance_data_dir": str(workspace.photo_set("My dog"))}
+    (workspace.runs / "dog" / CONFIG_NAME).write_text(json.dumps({"arguments": settings}))
+    assert adapters.photos_of(workspace, "dog/best") == "My dog"
+    assert adapters.prompt_of(workspace, "dog/best") == "a sks dog"
+    assert comparison.default_prompts(workspace, "dog").startswith("a sks dog on the beach\n")
+    assert comparison.other_subject(workspace, ["dog", "started"], "My dog") == ""
+    assert "dog was trained on My dog, not on toy" in comparison.other_subject(workspace, ["started", "dog"], "toy")
+    for elsewhere in ("/etc", "../../..", str(workspace.photos), 3, None):
+        (workspace.runs / "dog" / CONFIG_NAME).write_text(json.dumps({"arguments": {"instance_data_dir": elsewhere}}))
+        assert adapters.photos_of(workspace, "dog") is None
 
 
 @pytest.mark.parametrize("label", ["dog/..", "../dog", "dog/../../..", "cat", "started", "", "dog/checkpoint-7.part"])
