@@ -95,7 +95,7 @@ def build(workspace: Workspace, player: Player, scorer: Scorer) -> gr.Blocks:
 def create_app(workspace: Workspace, host: str = "127.0.0.1", password: str | None = None) -> FastAPI:
     """The whole server; see ``server.create_app``."""
     # Uploads and what gradio copies stay in the workspace.
-    os.environ["GRADIO_TEMP_DIR"] = str(workspace.root / ".uploads")
+    os.environ["GRADIO_TEMP_DIR"] = str(workspace.root / server.UPLOADS)
     player, scorer = Player(), Scorer(workspace)
     atexit.register(player.close)
     atexit.register(scorer.close)

@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 
 from delora_diffusers.errors import InputError
+from studio.uploads import FULL, is_full
 from studio.workspace import Workspace
 
 
@@ -27,6 +28,8 @@ def reported(function: Callable) -> Callable:
                 yield from function(*arguments, **named)
             except InputError as error:
                 raise shown(error) from error
+            except OSError as error:
+                raise shown(_full_disk(error)) from error
 
         return generator
 
@@ -36,8 +39,17 @@ def reported(function: Callable) -> Callable:
             return function(*arguments, **named)
         except InputError as error:
             raise shown(error) from error
+        except OSError as error:
+            raise shown(_full_disk(error)) from error
 
     return handler
+
+
+def _full_disk(error: OSError) -> InputError:
+    """The sentence for a full disk; any other error is a fault of the program, and raised again."""
+    if not is_full(error):
+        raise error
+    return InputError(FULL)
 
 
 COPY = """
