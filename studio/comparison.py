@@ -13,7 +13,8 @@ from delora_diffusers.json_lines import write_json_lines
 from studio import adapters, jobs
 from studio.workspace import Workspace
 
-BASE = "base model"
+BASE = "base model (no adapter)"
+"""Its label, which no run can have as a name."""
 BENCHMARK_FILES = ("settings.json", "summary.json", "scores.parquet", "subjects.csv")
 """By which the output folder of a finished ``eval benchmark`` is recognized."""
 SCENES = ("on the beach", "in the snow", "in the jungle", "on a wooden floor")
@@ -62,12 +63,12 @@ def requests(workspace: Workspace, labels: Sequence[str], prompts: Sequence[str]
 
 
 def images_of(folder: Path, label: str) -> Path:
-    """The images of one adapter in a comparison."""
-    return folder / label.replace("/", "-").replace(" ", "-")
+    """The images of one adapter in a comparison; ``@`` is in no name, so that no two adapters share a folder."""
+    return folder / ("@base" if label == BASE else label.replace("/", "@"))
 
 
 def scores_file(folder: Path, label: str, photos: Path, protocol: str) -> Path:
-    return folder / f"{images_of(folder, label).name}-{photos.name}-{protocol}.json"
+    return folder / f"{images_of(folder, label).name}@{photos.name}@{protocol}.json"
 
 
 def score_words(folder: Path, label: str, photos: Path, protocol: str) -> list[str]:
@@ -80,7 +81,7 @@ def score_words(folder: Path, label: str, photos: Path, protocol: str) -> list[s
 
 def page_words(folder: Path, label: str, photos: Path, protocol: str, run: Path) -> tuple[list[str], Path]:
     """The command that writes the page of one adapter, and the page."""
-    output = folder / f"{images_of(folder, label).name}-{photos.name}.html"
+    output = folder / f"{images_of(folder, label).name}@{photos.name}.html"
     words = ["page", "--generated_dir", images_of(folder, label), "--base_dir", images_of(folder, BASE)]
     words += ["--reference_dir", photos, "--training_dir", run]
     words = [jobs.short(word) if isinstance(word, Path) else word for word in words]

@@ -12,6 +12,8 @@ from studio.tabs.common import DEFAULT, MOST_ADAPTERS, NONE, PRECISIONS, choices
 from studio.workspace import Workspace
 
 PLACE = "on the beach"
+FIRST_PROMPT = f"a photo of sks mug {PLACE}"
+"""Until an adapter is chosen."""
 NOTHING_YET = "Press Generate, or turn the dial: the images appear here."
 STOPPED = "Stopped, by the button Stop or by a training run that needs the memory. Press Generate to go on."
 
@@ -22,9 +24,9 @@ def build(workspace: Workspace, player: Player) -> tuple[list[Any], Any]:
         with gr.Column(scale=1, min_width=320):
             first = gr.Dropdown([NONE], value=None, label="Adapter", info="None is the base model.")
             others, weights = more_adapters()
-            filled = gr.State("")
+            filled = gr.State(FIRST_PROMPT)
             prompts = gr.Textbox(
-                "", label="Prompts", lines=3, info="One per line. The dial uses the first.", elem_id="prompts"
+                FIRST_PROMPT, label="Prompts", lines=3, info="One per line. The dial uses the first.", elem_id="prompts"
             )
             dial = gr.Slider(
                 0, 1.5, 1.0, step=0.05, label="Strength", elem_id="strength",
@@ -146,8 +148,8 @@ def build(workspace: Workspace, player: Player) -> tuple[list[Any], Any]:
     @reported
     def follow(label: str | None, text: str, filled: str):
         """The prompt of an adapter in a place, unless another than that of the last one was written meanwhile."""
-        prompt = adapters.prompt_of(workspace, label) or ("" if filled else "a photo of sks mug")
-        if not prompt or text.strip() not in ("", filled):
+        prompt = adapters.prompt_of(workspace, label)
+        if prompt is None or text.strip() not in ("", filled):
             return text, filled
         return (f"{prompt} {PLACE}",) * 2
 

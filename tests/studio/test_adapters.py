@@ -47,6 +47,23 @@ def test_only_adapters_of_the_list_are_used(workspace, label):
         adapters.adapter(workspace, label)
 
 
+def test_adapters_of_similar_names_do_not_share_a_folder(workspace):
+    names = ["dog 1", "dog-1", "base-model", "base model", "dog-best"]
+    for name in names:
+        (workspace.runs / name).mkdir()
+        (workspace.runs / name / WEIGHTS_NAME).write_bytes(b"")
+    labels = [*names, "dog/best"]
+    folder = comparison.requests(workspace, labels, ["a dog"], [])
+    records = [json.loads(line) for line in (folder / "requests.jsonl").read_text().splitlines()]
+    assert len({record["output_dir"] for record in records}) == len(labels) + 1
+    scores = [
+        comparison.scores_file(folder, label, workspace.photo_set(name), "toybox")
+        for label in [comparison.BASE, *labels]
+        for name in ("toy", "best", "1-toy")
+    ]
+    assert len(set(scores)) == len(scores)
+
+
 def test_equal_requests_have_one_folder_and_others_another(workspace):
     def folder(strength="1", weight=1.0, prompts=("a dog",), seed=0):
         return adapters.generate_words(workspace, [("dog", weight)], prompts, [strength], {"seed": seed})[1]
