@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 
 from delora_diffusers.errors import InputError
+from studio import markup
 from studio.uploads import FULL, is_full
 from studio.workspace import Workspace
 
@@ -43,6 +44,36 @@ def reported(function: Callable) -> Callable:
             raise shown(_full_disk(error)) from error
 
     return handler
+
+
+def traced(function: Callable, place: int, outputs: int) -> Callable:
+    """A generating event handler whose mistakes stay in one of its outputs, after the message on the page is gone."""
+
+    @functools.wraps(function)
+    def generator(*arguments: Any):
+        try:
+            yield from function(*arguments)
+        except InputError as error:
+            text = str(error)
+            updates: list[Any] = [gr.skip()] * outputs
+            updates[place] = markup.notes([text[:1].upper() + text[1:]])
+            yield updates
+            raise
+
+    return generator
+
+
+def click(button: gr.Button, function: Callable, inputs: Any, outputs: Any, **settings: Any) -> Any:
+    """An event of a button that cannot be pressed again until the handler has ended; returns it, to be cancelled.
+
+    Whatever cancels it has to enable the button, too.
+    """
+    quick: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
+    event = button.click(lambda: gr.update(interactive=False), None, button, **quick).then(
+        function, inputs, outputs, show_progress="hidden", **settings
+    )
+    event.then(lambda: gr.update(interactive=True), None, button, **quick)
+    return event
 
 
 def _full_disk(error: OSError) -> InputError:

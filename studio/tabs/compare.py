@@ -1,15 +1,17 @@
 """Compare: several adapters at the same prompts and seeds, their scores beside real images, and paired differences."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from delora_diffusers.errors import InputError
+from delora_diffusers.names import METADATA_NAME
 from eval.metrics.protocols import PROTOCOLS
 from studio import adapters, charts, comparison, jobs, markup
 from studio.player import Player, StoppedError
-from studio.tabs.common import PRECISIONS, command_box, reported, set_choices
+from studio.tabs.common import PRECISIONS, click, command_box, reported, set_choices, traced
 from studio.workspace import Workspace
 
 SCORES = {"dino": "DINO", "clip_i": "CLIP-I", "clip_t": "CLIP-T"}
@@ -83,6 +85,7 @@ def build(workspace: Workspace, player: Player):
         )
 
     @reported
+    @functools.partial(traced, place=1, outputs=3)
     def compare(chosen: list[str], name: str | None, kind: str, text: str, *settings: Any):
         folder, photos, words = prepared(chosen, name, text, *settings)
         compared = [comparison.BASE, *chosen]
@@ -112,10 +115,12 @@ def build(workspace: Workspace, player: Player):
         yield shown, results_of(scores, comparison.write_differences(folder, scores)) + grid, ""
 
     @reported
+    @functools.partial(traced, place=1, outputs=2)
     def write_pages(chosen: list[str], name: str | None, kind: str, text: str, *settings: Any):
         folder, photos, words = prepared(chosen, name, text, *settings)
-        if not (comparison.images_of(folder, chosen[-1]) / "metadata.jsonl").is_file():
-            raise InputError("there are no images of this comparison yet; press Compare first.")
+        for label in (comparison.BASE, *chosen):
+            if not (comparison.images_of(folder, label) / METADATA_NAME).is_file():
+                raise InputError(f"this comparison has no images of {label} yet; press Compare first.")
         requests = [
             comparison.page_words(folder, label, photos, kind, workspace.run(label.partition("/")[0]))
             for label in chosen
@@ -131,6 +136,7 @@ def build(workspace: Workspace, player: Player):
         yield shown, links
 
     @reported
+    @functools.partial(traced, place=1, outputs=2)
     def write_report(names: list[str]):
         words, page = comparison.report_words(workspace, names or [])
         shown = markup.command(jobs.shown(words))
@@ -141,15 +147,15 @@ def build(workspace: Workspace, player: Player):
 
     def end():
         player.close()
-        return markup.paragraph(STOPPED)
+        return markup.paragraph(STOPPED), *[gr.update(interactive=True)] * 2
 
     hidden: dict[str, Any] = {"show_progress": "hidden"}
     running: list[Any] = [
-        go.click(compare, inputs, [command, result, links], **hidden),
-        pages.click(write_pages, inputs, [command, links], **hidden),
+        click(go, compare, inputs, [command, result, links]),
+        click(pages, write_pages, inputs, [command, links]),
     ]
-    stop.click(end, None, result, cancels=running, queue=False)
-    report.click(write_report, benchmarks, [report_command, report_link], **hidden)
+    stop.click(end, None, [result, go, pages], cancels=running, queue=False)
+    click(report, write_report, benchmarks, [report_command, report_link])
 
     @reported
     def follow(chosen: list[str], name: str | None, text: str, run: str | None):

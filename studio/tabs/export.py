@@ -12,7 +12,7 @@ from delora_diffusers.errors import InputError
 from delora_diffusers.names import NOT_UPLOADED, WEIGHTS_NAME
 from delora_diffusers.text_files import read_text
 from studio import adapters, jobs, markup
-from studio.tabs.common import MOST_ADAPTERS, NONE, choices, command_box, more_adapters, reported
+from studio.tabs.common import MOST_ADAPTERS, NONE, choices, click, command_box, more_adapters, reported
 from studio.workspace import Workspace
 
 MERGES = {
@@ -87,11 +87,11 @@ def build(workspace: Workspace):
 
     hidden: dict[str, Any] = {"show_progress": "hidden"}
     kind.change(lambda kind: gr.update(visible=kind not in MERGES), kind, of_adapters, **hidden)
-    go.click(export, [kind, dtype, rank, name, label, *others, *weights], [command, message], **hidden)
+    click(go, export, [kind, dtype, rank, name, label, *others, *weights], [command, message])
     gr.on(
         [label.change, repository.change], show_card, [label, repository], [card, push_command], show_progress="hidden"
     )
-    push.click(upload, [label, repository, sure], [push_command, push_message], **hidden)
+    click(push, upload, [label, repository, sure], [push_command, push_message])
 
     def refresh(chosen: str | None, repository: str, *more: str | None):
         now = adapters.adapters(workspace)

@@ -8,7 +8,17 @@ from delora_diffusers.commands.generate import SCHEDULERS
 from delora_diffusers.errors import InputError
 from studio import adapters, jobs, markup
 from studio.player import Player, StoppedError
-from studio.tabs.common import DEFAULT, MOST_ADAPTERS, NONE, PRECISIONS, choices, command_box, more_adapters, reported
+from studio.tabs.common import (
+    DEFAULT,
+    MOST_ADAPTERS,
+    NONE,
+    PRECISIONS,
+    choices,
+    click,
+    command_box,
+    more_adapters,
+    reported,
+)
 from studio.workspace import Workspace
 
 PLACE = "on the beach"
@@ -128,22 +138,21 @@ def build(workspace: Workspace, player: Player) -> tuple[list[Any], Any]:
 
     def end():
         player.close()
-        return markup.paragraph(STOPPED)
+        return markup.paragraph(STOPPED), *[gr.update(interactive=True)] * 3
 
     result_of: dict[str, Any] = {
         "outputs": [command, result],
         "concurrency_id": "play",
         "concurrency_limit": 4,
-        "show_progress": "hidden",
     }
     running: list[Any] = [
-        go.click(generate, inputs, **result_of),
+        click(go, generate, inputs, **result_of),
         # While an image is being generated, the last position counts. The event `release` is not for the keyboard.
-        dial.input(turn, inputs, trigger_mode="always_last", **result_of),
-        sheet.click(strengths, inputs, **result_of),
-        beside.click(side_by_side, inputs, **result_of),
+        dial.input(turn, inputs, trigger_mode="always_last", show_progress="hidden", **result_of),
+        click(sheet, strengths, inputs, **result_of),
+        click(beside, side_by_side, inputs, **result_of),
     ]
-    stop.click(end, None, result, cancels=running, queue=False)
+    stop.click(end, None, [result, go, sheet, beside], cancels=running, queue=False)
 
     @reported
     def follow(label: str | None, text: str, filled: str):
