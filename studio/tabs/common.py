@@ -63,17 +63,25 @@ def traced(function: Callable, place: int, outputs: int) -> Callable:
     return generator
 
 
-def click(button: gr.Button, function: Callable, inputs: Any, outputs: Any, **settings: Any) -> Any:
-    """An event of a button that cannot be pressed again until the handler has ended; returns it, to be cancelled.
+def click(button: gr.Button, function: Callable, inputs: Any, outputs: list[Any], **settings: Any) -> Any:
+    """An event of a button that cannot be pressed again until its generating handler has ended.
 
-    Whatever cancels it has to enable the button, too.
+    Whatever cancels the event has to enable the button, too.
     """
-    quick: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
-    event = button.click(lambda: gr.update(interactive=False), None, button, **quick).then(
-        function, inputs, outputs, show_progress="hidden", **settings
-    )
-    event.then(lambda: gr.update(interactive=True), None, button, **quick)
-    return event
+    kept: list[Any] = [gr.skip()] * len(outputs)
+
+    @functools.wraps(function)
+    def generator(*arguments: Any):
+        yield *kept, gr.update(interactive=False)
+        try:
+            for updates in function(*arguments):
+                yield *updates, gr.skip()
+        except Exception:
+            yield *kept, gr.update(interactive=True)
+            raise
+        yield *kept, gr.update(interactive=True)
+
+    return button.click(generator, inputs, [*outputs, button], show_progress="hidden", **settings)
 
 
 def _full_disk(error: OSError) -> InputError:
