@@ -14,12 +14,17 @@ from studio.uploads import FULL, is_full
 from studio.workspace import Workspace
 
 
+def sentence(error: InputError) -> str:
+    """Its message, which begins with a small letter for the command line."""
+    text = str(error)
+    return text[:1].upper() + text[1:]
+
+
 def reported(function: Callable) -> Callable:
     """An event handler whose ``InputError`` the page shows; gradio renders messages as HTML, so this escapes it."""
 
     def shown(error: InputError) -> gr.Error:
-        text = str(error)  # which begins with a small letter, for the command line
-        return gr.Error(escape(text[:1].upper() + text[1:]), duration=20, print_exception=False)
+        return gr.Error(escape(sentence(error)), duration=20, print_exception=False)
 
     if inspect.isgeneratorfunction(function):
 
@@ -54,9 +59,8 @@ def traced(function: Callable, place: int, outputs: int) -> Callable:
         try:
             yield from function(*arguments)
         except InputError as error:
-            text = str(error)
             updates: list[Any] = [gr.skip()] * outputs
-            updates[place] = markup.notes([text[:1].upper() + text[1:]])
+            updates[place] = markup.notes([sentence(error)])
             yield updates
             raise
 
@@ -68,18 +72,18 @@ def click(button: gr.Button, function: Callable, inputs: Any, outputs: list[Any]
 
     Whatever cancels the event has to enable the button, too.
     """
-    kept: list[Any] = [gr.skip()] * len(outputs)
 
     @functools.wraps(function)
     def generator(*arguments: Any):
-        yield *kept, gr.update(interactive=False)
+        updates: Any = [gr.skip()] * len(outputs)
+        yield *updates, gr.update(interactive=False)
         try:
             for updates in function(*arguments):
                 yield *updates, gr.skip()
         except Exception:
-            yield *kept, gr.update(interactive=True)
+            yield *updates, gr.update(interactive=True)
             raise
-        yield *kept, gr.update(interactive=True)
+        yield *updates, gr.update(interactive=True)
 
     return button.click(generator, inputs, [*outputs, button], show_progress="hidden", **settings)
 

@@ -293,7 +293,7 @@ def test_a_run_is_pushed_by_the_command_that_is_shown(client, workspace, tmp_pat
     with serve_hub({"me/toy": pushed}) as (endpoint, _):
         for name, value in {"HF_ENDPOINT": endpoint, "HF_TOKEN": "hf_x", "HF_HUB_OFFLINE": "0"}.items():
             monkeypatch.setenv(name, value)
-        shown, _ = call(client, "upload", "mine", "me/toy", True)["data"]
+        shown, *_ = call(client, "upload", "mine", "me/toy", True)["data"]
         assert f"hf upload me/toy {run}" in shown
         error = call(client, "upload", "mine", "me/nothing", True)["error"]
         assert error and "Traceback" not in error
