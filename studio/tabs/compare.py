@@ -10,13 +10,13 @@ from delora_diffusers.errors import InputError
 from delora_diffusers.names import METADATA_NAME
 from eval.metrics.protocols import PROTOCOLS
 from studio import adapters, charts, comparison, jobs, markup
-from studio.player import Player, StoppedError
+from studio.player import BY_BUTTON, Player, StoppedError
 from studio.tabs.common import PRECISIONS, click, command_box, reported, set_choices, traced
 from studio.workspace import Workspace
 
 SCORES = {"dino": "DINO", "clip_i": "CLIP-I", "clip_t": "CLIP-T"}
 REAL = "real images"
-STOPPED = "Stopped, by the button Stop or by a training run that needs the memory. Press Compare to go on."
+GO_ON = "Press Compare to go on."
 
 
 def build(workspace: Workspace, player: Player):
@@ -46,7 +46,7 @@ def build(workspace: Workspace, player: Player):
         precision = gr.Dropdown(PRECISIONS, value="", label="Precision")
     with gr.Row(equal_height=True):
         go = gr.Button("Compare", variant="primary", elem_id="compare")
-        pages = gr.Button("Write a page for each")
+        pages = gr.Button("Write a report of each adapter")
         stop = gr.Button("Stop", variant="stop")
     command = command_box("compare-command")
     links = gr.HTML(elem_id="compare-pages")
@@ -103,8 +103,8 @@ def build(workspace: Workspace, player: Player):
         try:
             for html in jobs.while_running(lambda: player.generate(words), progress):
                 yield shown, html, ""
-        except StoppedError:
-            yield shown, markup.paragraph(STOPPED), ""
+        except StoppedError as stopped:
+            yield shown, markup.paragraph(f"{stopped} {GO_ON}"), ""
             return
         grid = images_of(workspace, folder, compared)
         for label, command in scoring.items():
@@ -131,8 +131,8 @@ def build(workspace: Workspace, player: Player):
         for (words, page), label in zip(requests, chosen):
             if not page.exists():
                 for _ in jobs.run(words):
-                    yield shown, markup.paragraph(f"Writing the page of {label} ...") + links
-            links += markup.link(workspace, page, f"Page of {label}")
+                    yield shown, markup.paragraph(f"Writing the report of {label} ...") + links
+            links += markup.link(workspace, page, f"Report of {label}")
         yield shown, links
 
     @reported
@@ -146,8 +146,8 @@ def build(workspace: Workspace, player: Player):
         yield shown, markup.link(workspace, page, f"Report of {' and '.join(names)}")
 
     def end():
-        player.close()
-        return markup.paragraph(STOPPED), *[gr.update(interactive=True)] * 2
+        player.close(BY_BUTTON)
+        return markup.paragraph(f"{BY_BUTTON} {GO_ON}"), *[gr.update(interactive=True)] * 2
 
     hidden: dict[str, Any] = {"show_progress": "hidden"}
     running: list[Any] = [
@@ -216,7 +216,9 @@ def results_of(scores: dict[str, dict[str, Any]], differences: list[tuple[str, s
     if rows:
         header = ["adapters", "score", "difference", "95% interval", "prompts where the first is higher"]
         parts.append(
-            markup.table(header, rows, "Paired differences over prompts; an interval with 0 is not significant")
+            markup.table(
+                header, rows, "Paired differences over prompts; an interval that contains 0 is not significant"
+            )
         )
     return "".join(parts)
 

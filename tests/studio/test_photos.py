@@ -204,7 +204,7 @@ def test_unreadable_photos_are_named_with_the_reason(workspace, toys):
     assert [photo.problem is None for photo in info.photos] == [True, False, False, True]
     assert all(str(folder) not in (photo.problem or "") for photo in info.photos)
     assert "02.png is not a readable image" in (info.photos[2].problem or "")
-    assert any("because of 01.png, 02.png" in text for text in info.warnings)
+    assert f"Training will not start: {info.photos[1].problem} 02.png cannot be used either." in info.warnings
     assert any("03.psd cannot be read" in text for text in info.warnings)
     with pytest.raises(InputError, match="not a readable image"):
         preview(workspace, "dog", "02.png")
