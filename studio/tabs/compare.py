@@ -178,7 +178,7 @@ def build(workspace: Workspace, player: Player):
         return markup.notes(list(filter(None, [comparison.other_subject(workspace, chosen or [], name)])))
 
     followed = [photo_set, prompts, filled, other_subject]
-    labels.change(follow, [labels, *followed[:3]], followed, **hidden)
+    labels.input(follow, [labels, *followed[:3]], followed, **hidden)
     photo_set.change(warned, [labels, photo_set], other_subject, **hidden)
 
     def refresh(chosen: list[str], name: str | None, text: str, run: str | None):

@@ -176,7 +176,7 @@ def build(workspace: Workspace, player: Player) -> tuple[list[Any], Any]:
             return text, filled
         return (f"{prompt} {PLACE}",) * 2
 
-    first.change(follow, [first, prompts, filled], [prompts, filled], show_progress="hidden")
+    first.input(follow, [first, prompts, filled], [prompts, filled], show_progress="hidden")
 
     def refresh(*given: str | None):
         *chosen, text, filled = given
