@@ -1,7 +1,9 @@
 """``python -m studio``: a page in the browser for training, generating, comparing and exporting."""
 
 import argparse
+import contextlib
 import getpass
+import logging
 import os
 import sys
 from importlib.util import find_spec
@@ -87,7 +89,10 @@ def main(arguments: list[str] | None = None) -> None:
     host = f"[{options.host}]" if ":" in options.host else options.host
     print(f"studio: http://{host}:{connection.getsockname()[1]}  (workspace {workspace.root})", flush=True)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
-    server.run(sockets=[connection])
+    # Ctrl-C cancels the streams of open pages, which uvicorn reports as errors, and is then raised again.
+    logging.getLogger("uvicorn.error").addFilter(lambda record: not server.should_exit)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run(sockets=[connection])
 
 
 if __name__ == "__main__":

@@ -72,6 +72,22 @@ def settings_of(run: Path) -> dict[str, Any]:
     return settings if isinstance(settings, dict) else {}
 
 
+def prompt_of(workspace: Workspace, label: str | None) -> str | None:
+    """The instance prompt with which an adapter was trained; None without an adapter, or if it is not recorded."""
+    prompt = settings_of(workspace.run(label.partition("/")[0])).get("instance_prompt") if label else None
+    return prompt if isinstance(prompt, str) and prompt else None
+
+
+def photos_of(workspace: Workspace, label: str) -> str | None:
+    """The set of photos on which an adapter was trained; None if its run does not record one of the workspace."""
+    recorded = settings_of(workspace.run(label.partition("/")[0])).get("instance_data_dir")
+    try:
+        folder = workspace.within(ROOT / recorded) if isinstance(recorded, str) else None
+    except InputError:
+        return None
+    return folder.name if folder is not None and folder.parent == workspace.photos else None
+
+
 def on_miniature(run: Path) -> bool:
     """Whether a run trained the included miniature."""
     return is_miniature(settings_of(run).get("pretrained_model_name_or_path"))

@@ -79,7 +79,7 @@ def build(workspace: Workspace, player: Player, scorer: Scorer) -> gr.Blocks:
             with gr.Tab("Play") as playing:
                 played, refresh_played = play.build(workspace, player)
             with gr.Tab("Compare") as comparing:
-                compared, benchmarks, refresh_compared = compare.build(workspace, player)
+                compared, besides, refresh_compared = compare.build(workspace, player)
             with gr.Tab("Export") as exporting:
                 refresh_exported = export.build(workspace)
         # What was added in one tab, or on another page, is in the lists of a tab when it is opened.
@@ -87,7 +87,7 @@ def build(workspace: Workspace, player: Player, scorer: Scorer) -> gr.Blocks:
             refresh_train, [run, photo_set, shown_set, followed], [run, photo_set, followed], show_progress="hidden"
         )
         playing.select(refresh_played, played, played, show_progress="hidden")
-        comparing.select(refresh_compared, compared, [*compared, *benchmarks], show_progress="hidden")
+        comparing.select(refresh_compared, compared, [*compared, *besides], show_progress="hidden")
         exporting.select(**refresh_exported, show_progress="hidden")
     return page
 
@@ -95,7 +95,7 @@ def build(workspace: Workspace, player: Player, scorer: Scorer) -> gr.Blocks:
 def create_app(workspace: Workspace, host: str = "127.0.0.1", password: str | None = None) -> FastAPI:
     """The whole server; see ``server.create_app``."""
     # Uploads and what gradio copies stay in the workspace.
-    os.environ["GRADIO_TEMP_DIR"] = str(workspace.root / ".uploads")
+    os.environ["GRADIO_TEMP_DIR"] = str(workspace.root / server.UPLOADS)
     player, scorer = Player(), Scorer(workspace)
     atexit.register(player.close)
     atexit.register(scorer.close)

@@ -13,7 +13,8 @@ from delora_diffusers.json_lines import write_json_lines
 from studio import adapters, jobs
 from studio.workspace import Workspace
 
-BASE = "base model"
+BASE = "base model (no adapter)"
+"""Its label, which no run can have as a name."""
 BENCHMARK_FILES = ("settings.json", "summary.json", "scores.parquet", "subjects.csv")
 """By which the output folder of a finished ``eval benchmark`` is recognized."""
 SCENES = ("on the beach", "in the snow", "in the jungle", "on a wooden floor")
@@ -21,9 +22,17 @@ SCENES = ("on the beach", "in the snow", "in the jungle", "on a wooden floor")
 
 def default_prompts(workspace: Workspace, label: str | None) -> str:
     """The instance prompt of a run in a few scenes, one per line."""
-    run = workspace.run(label.partition("/")[0]) if label else None
-    prompt = (adapters.settings_of(run).get("instance_prompt") if run else None) or "a photo of sks mug"
+    prompt = adapters.prompt_of(workspace, label) or "a photo of sks mug"
     return "\n".join(f"{prompt} {scene}" for scene in SCENES)
+
+
+def other_subject(workspace: Workspace, labels: Sequence[str], name: str | None) -> str:
+    """A sentence about the adapters that were not trained on this set of photos; empty without any."""
+    trained = {label: adapters.photos_of(workspace, label) for label in labels}
+    others = [f"{label} was trained on {photos}" for label, photos in trained.items() if photos not in (None, name)]
+    if not name or not others:
+        return ""
+    return f"{' and '.join(others)}, not on {name}: with these photos the scores may be about another subject."
 
 
 def requests(workspace: Workspace, labels: Sequence[str], prompts: Sequence[str], flags: Sequence[str]) -> Path:
@@ -54,12 +63,12 @@ def requests(workspace: Workspace, labels: Sequence[str], prompts: Sequence[str]
 
 
 def images_of(folder: Path, label: str) -> Path:
-    """The images of one adapter in a comparison."""
-    return folder / label.replace("/", "-").replace(" ", "-")
+    """The images of one adapter in a comparison; ``@`` is in no name, so that no two adapters share a folder."""
+    return folder / ("@base" if label == BASE else label.replace("/", "@"))
 
 
 def scores_file(folder: Path, label: str, photos: Path, protocol: str) -> Path:
-    return folder / f"{images_of(folder, label).name}-{photos.name}-{protocol}.json"
+    return folder / f"{images_of(folder, label).name}@{photos.name}@{protocol}.json"
 
 
 def score_words(folder: Path, label: str, photos: Path, protocol: str) -> list[str]:
@@ -72,7 +81,7 @@ def score_words(folder: Path, label: str, photos: Path, protocol: str) -> list[s
 
 def page_words(folder: Path, label: str, photos: Path, protocol: str, run: Path) -> tuple[list[str], Path]:
     """The command that writes the page of one adapter, and the page."""
-    output = folder / f"{images_of(folder, label).name}-{photos.name}.html"
+    output = folder / f"{images_of(folder, label).name}@{photos.name}.html"
     words = ["page", "--generated_dir", images_of(folder, label), "--base_dir", images_of(folder, BASE)]
     words += ["--reference_dir", photos, "--training_dir", run]
     words = [jobs.short(word) if isinstance(word, Path) else word for word in words]

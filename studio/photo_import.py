@@ -1,6 +1,7 @@
 """Add uploaded photos to a set, with their captions and masks. No torch."""
 
 import dataclasses
+import filecmp
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ class Imported:
 
 def import_photos(workspace: Workspace, name: str, files: Sequence[Path]) -> Imported:
     """Add uploaded photos to a set, which is created if necessary. Nothing is overwritten: names that are taken get a
-    number.
+    number, unless the photo of that name is the same file.
 
     Args:
         files: images and zip archives of them, with captions (``01.txt`` for ``01.jpg``, or ``metadata.jsonl``) and
@@ -62,12 +63,23 @@ def import_photos(workspace: Workspace, name: str, files: Sequence[Path]) -> Imp
         written: list[Path] = []
         with locked_folder(folder, wait=True):
             try:
-                names = [_add(folder, photo, captions.get(photo), masks.get(photo), written) for photo in photos]
+                names = []
+                for photo in photos:
+                    if _is_there(folder, photo):
+                        refused.append(f"{photo.shown} was skipped, because the set already has this photo.")
+                    else:
+                        names.append(_add(folder, photo, captions.get(photo), masks.get(photo), written))
             except InputError:  # the disk is full
                 for path in written:
                     path.unlink(missing_ok=True)
                 raise
     return Imported(names, refused)
+
+
+def _is_there(folder: Path, photo: Upload) -> bool:
+    """Whether a set has this very file under this name."""
+    earlier = folder / photo.name
+    return earlier.is_file() and not earlier.is_symlink() and filecmp.cmp(earlier, photo.path, shallow=False)
 
 
 def _is_image(upload: Upload) -> bool:

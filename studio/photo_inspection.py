@@ -217,12 +217,13 @@ def _set_warnings(folder: Path, name: str, photos: Sequence[PhotoInfo], captions
     if len(usable) < FEW_PHOTOS:
         count = "no photos" if not usable else "1 photo" if len(usable) == 1 else f"{len(usable)} photos"
         warnings.append(
-            f"{name} has {count} to train on; add some until there are 3 to 6, from different sides and in different "
-            "places."
+            f"{name} has {count} to train on, which is too few; three to six work best, from different sides and in "
+            "different places."
         )
     if len(usable) < len(photos):
-        broken = ", ".join(photo.file for photo in photos if photo.problem is not None)
-        warnings.append(f"training refuses {name} because of {broken}; replace or remove what it names.")
+        first, *others = [photo for photo in photos if photo.problem is not None]
+        also = f" {', '.join(photo.file for photo in others)} cannot be used either." if others else ""
+        warnings.append(f"Training will not start: {first.problem}{also}")
     warnings += [
         f"the name of {path.name} is not UTF-8; rename the file."
         for path in list_images(folder)

@@ -1,6 +1,9 @@
 """Sets of photos in the workspace: captions, masks and previews; what adds and inspects photos is found here too."""
 
+import os
+import shutil
 import tempfile
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -41,6 +44,9 @@ from studio.photo_inspection import SetInfo as SetInfo
 from studio.photo_inspection import inspect_set as inspect_set
 from studio.uploads import copied
 from studio.workspace import Workspace
+
+REMOVED = ".removed"
+"""The folder of the workspace to which removed photos are moved; nothing in it is shown or served."""
 
 
 def save_caption(workspace: Workspace, name: str, file: str, text: str) -> None:
@@ -97,7 +103,7 @@ def save_mask(workspace: Workspace, name: str, file: str, image: Path) -> None:
 
 
 def remove_photo(workspace: Workspace, name: str, file: str) -> None:
-    """Remove a photo with its caption and its mask.
+    """Move a photo with its caption and its mask to a hidden folder, from which ``restore_photo`` brings them back.
 
     Raises:
         InputError: there is no such photo.
@@ -109,12 +115,53 @@ def remove_photo(workspace: Workspace, name: str, file: str) -> None:
         kept = [record for record in records if record["file_name"] != file]
         shared = any(other.stem == path.stem and other != path for other in list_images(folder))
         beside = [] if shared else [entry for entry in folder.iterdir() if belongs(entry.name, path)]
-        path.unlink()
-        for other in beside:
-            if not other.is_dir():
-                other.unlink(missing_ok=True)
-        if len(kept) < len(records):
+        removed = _removed(workspace, name) / str(time.time_ns())
+        removed.mkdir(parents=True)
+        lines = [record for record in records if record["file_name"] == file]
+        if lines:
+            write_json_lines(removed / METADATA_NAME, lines)
+        for moved in (path, *(other for other in beside if not other.is_dir())):
+            shutil.move(moved, removed / moved.name)
+        if lines:
             write_json_lines(folder / METADATA_NAME, kept)
+
+
+def has_removed(workspace: Workspace, name: str) -> bool:
+    """Whether ``restore_photo`` has something to restore."""
+    folder = _removed(workspace, name)
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def restore_photo(workspace: Workspace, name: str) -> str:
+    """Bring back what the last ``remove_photo`` removed from a set; returns the name of the photo.
+
+    Raises:
+        InputError: nothing was removed, or the set has other files of these names now.
+    """
+    if not has_removed(workspace, name):
+        raise InputError(f"nothing was removed from {name}; there is nothing to restore.")
+    folder = workspace.photo_set(name)
+    with locked_folder(folder, wait=True):
+        removed = max(_removed(workspace, name).iterdir(), key=lambda path: path.name)
+        lines = records_of(workspace, removed)
+        files = [path for path in removed.iterdir() if path.name != METADATA_NAME]
+        taken = [path.name for path in files if os.path.lexists(folder / path.name)]
+        if taken:
+            raise InputError(f"{name} has another {min(taken)} now; remove it first, then restore the earlier one.")
+        photo = next((path.name for path in list_images(removed)), "the photo")
+        for path in files:
+            shutil.move(path, folder / path.name)
+        if lines:
+            write_json_lines(folder / METADATA_NAME, [*records_of(workspace, folder), *lines])
+        shutil.rmtree(removed)
+    return photo
+
+
+def _removed(workspace: Workspace, name: str) -> Path:
+    """Where removed photos of a set are, one folder for each removal."""
+    folder = workspace.root / REMOVED / workspace.photo_set(name).name
+    workspace.within(folder)
+    return folder
 
 
 def preview(workspace: Workspace, name: str, file: str, side: int = 384, crop: Box | None = None) -> Image.Image:

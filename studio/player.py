@@ -18,8 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 """The repository, in which commands run."""
 
 
+BY_BUTTON = "Stopped by the button Stop."
+FOR_TRAINING = "Stopped, because a training run started and needs the memory."
+
+
 class StoppedError(Exception):
-    """The images were not generated, because ``close`` was called meanwhile."""
+    """The images were not generated, because ``close`` was called meanwhile; the message is its reason."""
 
 
 class Player:
@@ -28,6 +32,7 @@ class Player:
     def __init__(self, idle_seconds: float = IDLE_SECONDS):
         self._idle_seconds = idle_seconds
         self._lock = threading.Lock()
+        self._reason = ""
         self._process: subprocess.Popen[str] | None = None
 
     def generate(self, words: list[str]) -> None:
@@ -54,13 +59,18 @@ class Player:
                     return
                 code = process.wait()
                 if process is not self._process:
-                    raise StoppedError
+                    raise StoppedError(self._reason)
                 # It may have ended, idle, in the moment in which the command was sent; that is no fault.
                 if code or attempt:
                     raise InputError(_ended(code))
 
-    def close(self) -> None:
-        """End the process, also while it generates; the next command starts a new one."""
+    def close(self, reason: str = FOR_TRAINING) -> None:
+        """End the process, also while it generates; the next command starts a new one.
+
+        Args:
+            reason: a sentence for whoever waits for images.
+        """
+        self._reason = reason
         process, self._process = self._process, None
         if process is not None:
             process.kill()

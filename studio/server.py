@@ -18,11 +18,12 @@ from fastapi.responses import FileResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from delora_diffusers.errors import InputError
 from studio import photos
 from studio.run_records import STUDIO_FOLDER
+from studio.uploads import FULL, is_full
 from studio.workspace import Workspace
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -37,6 +38,10 @@ REPORT_POLICY = (
     "frame-ancestors 'none'"
 )
 """For the pages that `eval` writes, which contain their images: they cannot reach this server."""
+UPLOADS = ".uploads"
+"""Where gradio keeps uploads, in the workspace."""
+PARTIAL = "tmp*"
+"""What the files are called that gradio has not finished writing; finished ones are in folders."""
 SHOWN = {".png", ".jpg", ".jpeg", ".webp", ".html", ".md", ".json", ".txt", ".safetensors"}
 """Files that the page links to."""
 
@@ -62,8 +67,39 @@ class Guard:
         if refusal is not None:
             await refusal(scope, receive, send)
             return
+        if scope["path"].endswith("/upload"):
+            await self._upload(scope, receive, send)
+        else:
+            await self._answer(scope, receive, send)
 
-        async def send_with_policy(message) -> None:
+    async def _upload(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let gradio write an upload; if the disk is full, remove what was written of it and say so."""
+        uploads = self.workspace.root / UPLOADS
+        before = set(uploads.glob(PARTIAL))
+        failure: list[Message] = []
+
+        async def send_unless_failed(message: Message) -> None:
+            if failure or (message["type"] == "http.response.start" and message["status"] == 500):
+                failure.append(message)  # it is sent before the error is raised
+            else:
+                await send(message)
+
+        try:
+            await self._answer(scope, receive, send_unless_failed)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            for part in set(uploads.glob(PARTIAL)) - before:
+                part.unlink(missing_ok=True)
+            await PlainTextResponse(FULL, 507)(scope, receive, send)
+            failure.clear()
+        finally:
+            for message in failure:
+                await send(message)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+
+        async def send_with_policy(message: Message) -> None:
             if message["type"] == "http.response.start":
                 names = {name.lower() for name, _ in message["headers"]}
                 for name, value in (

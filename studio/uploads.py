@@ -32,6 +32,8 @@ LONGEST_STEM = 80
 """Bytes; leaves room for a number, the ending of a mask and the name of a temporary file."""
 CHUNK = 2**20
 
+FULL = "the disk of the workspace is full; free some space."
+"""What is said of any upload that does not fit."""
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, struct.error)
 """What ``zipfile`` raises for damaged or hostile archives."""
 
@@ -102,8 +104,15 @@ def copied(files: Sequence[Path], folder: Path) -> tuple[list[Upload], list[str]
         except InputError as error:
             refused.append(str(error))
         except OSError as error:
+            if is_full(error):
+                raise InputError(FULL) from error
             refused.append(str(InputError(f"{file.name} could not be copied ({error.strerror}); try again.")))
     return uploads, refused
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a file could not be written for lack of space."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def safe_name(name: str) -> str:

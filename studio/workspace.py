@@ -121,7 +121,9 @@ def checked_name(name: str) -> str:
     Raises:
         InputError
     """
-    if not NAME.fullmatch(name) or RESERVED.fullmatch(name):
+    if RESERVED.fullmatch(name):
+        raise InputError(f"the name {name!r} cannot be used, because Windows reserves it; choose another.")
+    if not NAME.fullmatch(name):
         raise InputError(
             f"the name {name!r} cannot be used; take letters, digits, spaces and . _ - + only, with a letter or digit "
             "at the start and the end."

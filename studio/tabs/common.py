@@ -9,15 +9,22 @@ from typing import Any
 import gradio as gr
 
 from delora_diffusers.errors import InputError
+from studio import markup
+from studio.uploads import FULL, is_full
 from studio.workspace import Workspace
+
+
+def sentence(error: InputError) -> str:
+    """Its message, which begins with a small letter for the command line."""
+    text = str(error)
+    return text[:1].upper() + text[1:]
 
 
 def reported(function: Callable) -> Callable:
     """An event handler whose ``InputError`` the page shows; gradio renders messages as HTML, so this escapes it."""
 
     def shown(error: InputError) -> gr.Error:
-        text = str(error)  # which begins with a small letter, for the command line
-        return gr.Error(escape(text[:1].upper() + text[1:]), duration=20, print_exception=False)
+        return gr.Error(escape(sentence(error)), duration=20, print_exception=False)
 
     if inspect.isgeneratorfunction(function):
 
@@ -27,6 +34,8 @@ def reported(function: Callable) -> Callable:
                 yield from function(*arguments, **named)
             except InputError as error:
                 raise shown(error) from error
+            except OSError as error:
+                raise shown(_full_disk(error)) from error
 
         return generator
 
@@ -36,8 +45,54 @@ def reported(function: Callable) -> Callable:
             return function(*arguments, **named)
         except InputError as error:
             raise shown(error) from error
+        except OSError as error:
+            raise shown(_full_disk(error)) from error
 
     return handler
+
+
+def traced(function: Callable, place: int, outputs: int) -> Callable:
+    """A generating event handler whose mistakes stay in one of its outputs, after the message on the page is gone."""
+
+    @functools.wraps(function)
+    def generator(*arguments: Any):
+        try:
+            yield from function(*arguments)
+        except InputError as error:
+            updates: list[Any] = [gr.skip()] * outputs
+            updates[place] = markup.notes([sentence(error)])
+            yield updates
+            raise
+
+    return generator
+
+
+def click(button: gr.Button, function: Callable, inputs: Any, outputs: list[Any], **settings: Any) -> Any:
+    """An event of a button that cannot be pressed again until its generating handler has ended.
+
+    Whatever cancels the event has to enable the button, too.
+    """
+
+    @functools.wraps(function)
+    def generator(*arguments: Any):
+        updates: Any = [gr.skip()] * len(outputs)
+        yield *updates, gr.update(interactive=False)
+        try:
+            for updates in function(*arguments):
+                yield *updates, gr.skip()
+        except Exception:
+            yield *updates, gr.update(interactive=True)
+            raise
+        yield *updates, gr.update(interactive=True)
+
+    return button.click(generator, inputs, [*outputs, button], show_progress="hidden", **settings)
+
+
+def _full_disk(error: OSError) -> InputError:
+    """The sentence for a full disk; any other error is a fault of the program, and raised again."""
+    if not is_full(error):
+        raise error
+    return InputError(FULL)
 
 
 COPY = """

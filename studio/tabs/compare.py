@@ -1,24 +1,26 @@
 """Compare: several adapters at the same prompts and seeds, their scores beside real images, and paired differences."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from delora_diffusers.errors import InputError
+from delora_diffusers.names import METADATA_NAME
 from eval.metrics.protocols import PROTOCOLS
 from studio import adapters, charts, comparison, jobs, markup
-from studio.player import Player, StoppedError
-from studio.tabs.common import PRECISIONS, command_box, reported, set_choices
+from studio.player import BY_BUTTON, Player, StoppedError
+from studio.tabs.common import PRECISIONS, click, command_box, reported, set_choices, traced
 from studio.workspace import Workspace
 
 SCORES = {"dino": "DINO", "clip_i": "CLIP-I", "clip_t": "CLIP-T"}
 REAL = "real images"
-STOPPED = "Stopped, by the button Stop or by a training run that needs the memory. Press Compare to go on."
+GO_ON = "Press Compare to go on."
 
 
 def build(workspace: Workspace, player: Player):
-    """Build the tab; returns the lists of adapters and of photo sets, and the handler that fills them again."""
+    """Build the tab; returns what is looked at when it is opened, what is filled in then besides, and the handler."""
     names = adapters.adapters(workspace)
     with gr.Row():
         labels = gr.Dropdown(
@@ -29,6 +31,8 @@ def build(workspace: Workspace, player: Player):
             ["toybox", "dreambooth", "delora"], value="toybox", label="Protocol", scale=1,
             info="toybox has the miniature's encoders; the others download theirs.",
         )  # fmt: skip
+    other_subject = gr.HTML(elem_id="other-subject")
+    filled = gr.State()
     prompts = gr.Textbox(
         comparison.default_prompts(workspace, names[0] if names else None),
         label="Prompts",
@@ -42,7 +46,7 @@ def build(workspace: Workspace, player: Player):
         precision = gr.Dropdown(PRECISIONS, value="", label="Precision")
     with gr.Row(equal_height=True):
         go = gr.Button("Compare", variant="primary", elem_id="compare")
-        pages = gr.Button("Write a page for each")
+        pages = gr.Button("Write a report of each adapter")
         stop = gr.Button("Stop", variant="stop")
     command = command_box("compare-command")
     links = gr.HTML(elem_id="compare-pages")
@@ -81,6 +85,7 @@ def build(workspace: Workspace, player: Player):
         )
 
     @reported
+    @functools.partial(traced, place=1, outputs=3)
     def compare(chosen: list[str], name: str | None, kind: str, text: str, *settings: Any):
         folder, photos, words = prepared(chosen, name, text, *settings)
         compared = [comparison.BASE, *chosen]
@@ -98,8 +103,8 @@ def build(workspace: Workspace, player: Player):
         try:
             for html in jobs.while_running(lambda: player.generate(words), progress):
                 yield shown, html, ""
-        except StoppedError:
-            yield shown, markup.paragraph(STOPPED), ""
+        except StoppedError as stopped:
+            yield shown, markup.paragraph(f"{stopped} {GO_ON}"), ""
             return
         grid = images_of(workspace, folder, compared)
         for label, command in scoring.items():
@@ -110,10 +115,12 @@ def build(workspace: Workspace, player: Player):
         yield shown, results_of(scores, comparison.write_differences(folder, scores)) + grid, ""
 
     @reported
+    @functools.partial(traced, place=1, outputs=2)
     def write_pages(chosen: list[str], name: str | None, kind: str, text: str, *settings: Any):
         folder, photos, words = prepared(chosen, name, text, *settings)
-        if not (comparison.images_of(folder, chosen[-1]) / "metadata.jsonl").is_file():
-            raise InputError("there are no images of this comparison yet; press Compare first.")
+        for label in (comparison.BASE, *chosen):
+            if not (comparison.images_of(folder, label) / METADATA_NAME).is_file():
+                raise InputError(f"this comparison has no images of {label} yet; press Compare first.")
         requests = [
             comparison.page_words(folder, label, photos, kind, workspace.run(label.partition("/")[0]))
             for label in chosen
@@ -124,11 +131,12 @@ def build(workspace: Workspace, player: Player):
         for (words, page), label in zip(requests, chosen):
             if not page.exists():
                 for _ in jobs.run(words):
-                    yield shown, markup.paragraph(f"Writing the page of {label} ...") + links
-            links += markup.link(workspace, page, f"Page of {label}")
+                    yield shown, markup.paragraph(f"Writing the report of {label} ...") + links
+            links += markup.link(workspace, page, f"Report of {label}")
         yield shown, links
 
     @reported
+    @functools.partial(traced, place=1, outputs=2)
     def write_report(names: list[str]):
         words, page = comparison.report_words(workspace, names or [])
         shown = markup.command(jobs.shown(words))
@@ -138,25 +146,49 @@ def build(workspace: Workspace, player: Player):
         yield shown, markup.link(workspace, page, f"Report of {' and '.join(names)}")
 
     def end():
-        player.close()
-        return markup.paragraph(STOPPED)
+        player.close(BY_BUTTON)
+        return markup.paragraph(f"{BY_BUTTON} {GO_ON}"), *[gr.update(interactive=True)] * 2
 
     hidden: dict[str, Any] = {"show_progress": "hidden"}
     running: list[Any] = [
-        go.click(compare, inputs, [command, result, links], **hidden),
-        pages.click(write_pages, inputs, [command, links], **hidden),
+        click(go, compare, inputs, [command, result, links]),
+        click(pages, write_pages, inputs, [command, links]),
     ]
-    stop.click(end, None, result, cancels=running, queue=False)
-    report.click(write_report, benchmarks, [report_command, report_link], **hidden)
+    stop.click(end, None, [result, go, pages], cancels=running, queue=False)
+    click(report, write_report, benchmarks, [report_command, report_link])
 
-    def refresh(chosen: list[str], name: str | None):
+    @reported
+    def follow(chosen: list[str], name: str | None, text: str, run: str | None):
+        """The photos and the prompts of the first adapter, and a warning.
+
+        Args:
+            run: for which they were filled in the last time; what was chosen since then is kept.
+        """
+        first = chosen[0] if chosen else None
+        if first is not None and first.partition("/")[0] != run:
+            if not text.strip() or text in (comparison.default_prompts(workspace, label) for label in (run, None)):
+                text = comparison.default_prompts(workspace, first)
+            trained = adapters.photos_of(workspace, first)
+            name, run = trained if trained in workspace.photo_sets() else name, first.partition("/")[0]
+        sets = set_choices(workspace, name)
+        return sets, text, run, warned(chosen, sets["value"])
+
+    @reported
+    def warned(chosen: list[str], name: str | None) -> str:
+        return markup.notes(list(filter(None, [comparison.other_subject(workspace, chosen or [], name)])))
+
+    followed = [photo_set, prompts, filled, other_subject]
+    labels.input(follow, [labels, *followed[:3]], followed, **hidden)
+    photo_set.change(warned, [labels, photo_set], other_subject, **hidden)
+
+    def refresh(chosen: list[str], name: str | None, text: str, run: str | None):
         now = adapters.adapters(workspace)
         of_runs = {label.partition("/")[0]: label for label in reversed(now)}
         kept = [label for label in chosen or [] if label in now] or list(of_runs.values())[::-1][:2]
         of_benchmarks = gr.update(choices=comparison.benchmarks(workspace))
-        return gr.update(choices=now, value=kept), set_choices(workspace, name), of_benchmarks
+        return gr.update(choices=now, value=kept), *follow(kept, name, text, run), of_benchmarks
 
-    return [labels, photo_set], [benchmarks], refresh
+    return [labels, *followed[:3]], [other_subject, benchmarks], refresh
 
 
 def results_of(scores: dict[str, dict[str, Any]], differences: list[tuple[str, str, dict]]) -> str:
@@ -184,7 +216,9 @@ def results_of(scores: dict[str, dict[str, Any]], differences: list[tuple[str, s
     if rows:
         header = ["adapters", "score", "difference", "95% interval", "prompts where the first is higher"]
         parts.append(
-            markup.table(header, rows, "Paired differences over prompts; an interval with 0 is not significant")
+            markup.table(
+                header, rows, "Paired differences over prompts; an interval that contains 0 is not significant"
+            )
         )
     return "".join(parts)
 

@@ -12,7 +12,7 @@ from delora_diffusers.errors import InputError
 from delora_diffusers.names import NOT_UPLOADED, WEIGHTS_NAME
 from delora_diffusers.text_files import read_text
 from studio import adapters, jobs, markup
-from studio.tabs.common import MOST_ADAPTERS, NONE, choices, command_box, more_adapters, reported
+from studio.tabs.common import MOST_ADAPTERS, NONE, choices, click, command_box, more_adapters, reported
 from studio.workspace import Workspace
 
 MERGES = {
@@ -27,17 +27,22 @@ def build(workspace: Workspace):
     readers = {**FORMATS, **MERGES}
     with gr.Row():
         label = gr.Dropdown([], label="Adapter", elem_id="export-adapter")
-        name = gr.Textbox("", label="Name of the export", placeholder="the adapter's name with the format's")
+        name = gr.Textbox("", label="Name of the export", placeholder="adapter and format, such as mug-kohya")
     others, weights = more_adapters()
     kind = gr.Radio(
         [(f"{name}: {reader}", name) for name, reader in readers.items()],
         value="diffusers",
-        label="Format: who reads it",
+        label="Format, and what reads it",
         elem_id="format",
     )
     with gr.Row() as of_adapters:
         dtype = gr.Dropdown(list(DTYPES), value=DTYPES[0], label="Precision")
-        rank = gr.Textbox("", label="Rank", placeholder="full rank, without loss", info="Truncates to this rank.")
+        rank = gr.Textbox(
+            "",
+            label="Rank",
+            placeholder="full rank, without loss",
+            info="A lower rank makes a smaller file, which is less exact.",
+        )
     go = gr.Button("Export", variant="primary", elem_id="export")
     command = command_box("export-command")
     message = gr.HTML(elem_id="export-message")
@@ -46,7 +51,9 @@ def build(workspace: Workspace):
     gr.HTML("<h2>Push to the hub</h2>")
     with gr.Row():
         repository = gr.Textbox("", label="Repository", placeholder="me/my-adapter", info="Needs `hf auth login`.")
-        sure = gr.Checkbox(False, label="Upload this run; others may be able to download it")
+        sure = gr.Checkbox(
+            False, label="Yes, upload this run to the Hugging Face Hub, where others may be able to download it"
+        )
     push = gr.Button("Push to the hub")
     push_command = command_box("push-command")
     push_message = gr.HTML(elem_id="push-message")
@@ -87,11 +94,11 @@ def build(workspace: Workspace):
 
     hidden: dict[str, Any] = {"show_progress": "hidden"}
     kind.change(lambda kind: gr.update(visible=kind not in MERGES), kind, of_adapters, **hidden)
-    go.click(export, [kind, dtype, rank, name, label, *others, *weights], [command, message], **hidden)
+    click(go, export, [kind, dtype, rank, name, label, *others, *weights], [command, message])
     gr.on(
         [label.change, repository.change], show_card, [label, repository], [card, push_command], show_progress="hidden"
     )
-    push.click(upload, [label, repository, sure], [push_command, push_message], **hidden)
+    click(push, upload, [label, repository, sure], [push_command, push_message])
 
     def refresh(chosen: str | None, repository: str, *more: str | None):
         now = adapters.adapters(workspace)

@@ -7,7 +7,7 @@ import gradio as gr
 
 from delora_diffusers.errors import InputError
 from studio import markup, photos
-from studio.tabs.common import reported, set_choices
+from studio.tabs.common import reported, sentence, set_choices
 from studio.workspace import Workspace
 
 
@@ -43,6 +43,7 @@ def build(workspace: Workspace, resolution: int, bucket_step: int) -> gr.Dropdow
             scale=2,
         )
         folder = gr.UploadButton("Choose a folder of photos", file_count="directory", scale=1)
+    uploaded = gr.HTML(elem_id="photos-message")
     overview = gr.HTML(elem_id="photos-overview")
     with gr.Accordion("Edit a photo: caption, mask, remove", open=True), gr.Row():
         with gr.Column():
@@ -55,18 +56,30 @@ def build(workspace: Workspace, resolution: int, bucket_step: int) -> gr.Dropdow
             save = gr.Button("Save caption", variant="primary")
         with gr.Column():
             mask = gr.File(label="Mask (white on the subject)", file_count="single", file_types=["image"], height=170)
-            remove = gr.Button("Remove this photo", variant="stop")
-            message = gr.HTML(elem_id="photos-message")
+            with gr.Row():
+                remove = gr.Button("Remove this photo", variant="stop")
+                undo = gr.Button("Undo the last removal", visible=False)
+            message = gr.HTML(elem_id="edit-message")
 
     @reported
     def show(name: str, side: int, step: int, square: bool, chosen: str | None):
         if not name or name not in workspace.photo_sets():
-            note = f"{name} is a new set: add photos to create it." if name else "Choose a photo set."
-            return markup.paragraph(note), gr.update(choices=[], value=None), ""
+            return new_set(workspace, name), gr.update(choices=[], value=None), "", removable(name)
         info = photos.inspect_set(workspace, name, int(side or 0), square, int(step or 0))
         names = [photo.file for photo in info.photos]
         selected = chosen if chosen in names else names[0] if names else None
-        return overview_of(workspace, info), gr.update(choices=names, value=selected), caption_of(info, selected)
+        return (
+            overview_of(workspace, info),
+            gr.update(choices=names, value=selected),
+            caption_of(info, selected),
+            removable(name),
+        )
+
+    def removable(name: str) -> Any:
+        try:
+            return gr.update(visible=bool(name) and photos.has_removed(workspace, name))
+        except InputError:
+            return gr.update(visible=False)
 
     @reported
     def choose(name: str, side: int, step: int, square: bool, chosen: str | None):
@@ -78,8 +91,11 @@ def build(workspace: Workspace, resolution: int, bucket_step: int) -> gr.Dropdow
     def add(name: str, paths: list[str] | None):
         if not name:
             raise InputError("the set has no name; type one, then add the photos again.")
-        added = photos.import_photos(workspace, name, [Path(path) for path in paths or []])
-        done = markup.paragraph(f"Added {', '.join(added.files)} to {name}.", "done")
+        try:
+            added = photos.import_photos(workspace, name, [Path(path) for path in paths or []])
+        except InputError as error:
+            return set_choices(workspace, name), None, markup.notes([sentence(error)])
+        done = markup.paragraph(f"Added {', '.join(added.files)} to {name}." if added.files else "", "done")
         return set_choices(workspace, name), None, done + markup.notes(added.refused)
 
     @reported
@@ -89,28 +105,36 @@ def build(workspace: Workspace, resolution: int, bucket_step: int) -> gr.Dropdow
 
     @reported
     def store_mask(name: str, file: str | None, path: str | None):
-        photos.save_mask(workspace, name, _chosen(file), Path(path or ""))
+        try:
+            photos.save_mask(workspace, name, _chosen(file), Path(path or ""))
+        except InputError as error:
+            return None, markup.notes([sentence(error)])
         return None, markup.paragraph(f"Saved the mask of {file}; train with --use_masks.", "done")
 
     @reported
     def discard(name: str, file: str | None):
         photos.remove_photo(workspace, name, _chosen(file))
-        return markup.paragraph(f"Removed {file}.", "done")
+        return markup.paragraph(f"Removed {file}, with its caption and mask.", "done")
+
+    @reported
+    def restore(name: str):
+        return markup.paragraph(f"Restored {photos.restore_photo(workspace, name)}.", "done")
 
     shape = [name, side, step, square]
     shown: dict[str, Any] = {
         "fn": show,
         "inputs": [*shape, file],
-        "outputs": [overview, file, caption],
+        "outputs": [overview, file, caption, undo],
         "show_progress": "hidden",
     }
     gr.on([name.change, side.change, step.change, square.change], **shown)
     file.input(choose, [*shape, file], caption, show_progress="hidden")
-    files.upload(add, [name, files], [name, files, message]).then(**shown)
-    folder.upload(add, [name, folder], [name, folder, message]).then(**shown)
+    files.upload(add, [name, files], [name, files, uploaded]).then(**shown)
+    folder.upload(add, [name, folder], [name, folder, uploaded]).then(**shown)
     save.click(store, [name, file, caption], message).success(**shown)
     mask.upload(store_mask, [name, file, mask], [mask, message]).success(**shown)
     remove.click(discard, [name, file], message).success(**shown)
+    undo.click(restore, name, message).success(**shown)
     blocks = gr.context.Context.root_block
     assert blocks is not None
     blocks.load(lambda chosen: set_choices(workspace, chosen), name, name, show_progress="hidden").then(**shown)
@@ -121,6 +145,17 @@ def _chosen(file: str | None) -> str:
     if not file:
         raise InputError("no photo is chosen; choose one in the list.")
     return file
+
+
+def new_set(workspace: Workspace, name: str) -> str:
+    """What is shown of a set that does not exist: that photos create it, unless its name cannot be used."""
+    if not name:
+        return markup.paragraph("Choose a photo set.")
+    try:
+        workspace.photo_set(name)
+    except InputError as error:
+        return markup.notes([sentence(error)])
+    return markup.paragraph(f"{name} is a new set: add photos to create it.")
 
 
 def caption_of(info: photos.SetInfo, file: str | None) -> str:

@@ -1,5 +1,6 @@
 """Play: generate with adapters at any strength, in a process that keeps the model."""
 
+import functools
 from typing import Any
 
 import gradio as gr
@@ -7,21 +8,35 @@ import gradio as gr
 from delora_diffusers.commands.generate import SCHEDULERS
 from delora_diffusers.errors import InputError
 from studio import adapters, jobs, markup
-from studio.player import Player, StoppedError
-from studio.tabs.common import DEFAULT, MOST_ADAPTERS, NONE, PRECISIONS, choices, command_box, more_adapters, reported
+from studio.player import BY_BUTTON, Player, StoppedError
+from studio.tabs.common import (
+    DEFAULT,
+    MOST_ADAPTERS,
+    NONE,
+    PRECISIONS,
+    choices,
+    click,
+    command_box,
+    more_adapters,
+    reported,
+    traced,
+)
 from studio.workspace import Workspace
 
-FIRST_PROMPT = "a photo of sks mug on the beach"
+PLACE = "on the beach"
+FIRST_PROMPT = f"a photo of sks mug {PLACE}"
+"""Until an adapter is chosen."""
 NOTHING_YET = "Press Generate, or turn the dial: the images appear here."
-STOPPED = "Stopped, by the button Stop or by a training run that needs the memory. Press Generate to go on."
+GO_ON = "Press Generate to go on."
 
 
-def build(workspace: Workspace, player: Player) -> tuple[list[gr.Dropdown], Any]:
-    """Build the tab; returns the lists of adapters, and the handler that fills them again."""
+def build(workspace: Workspace, player: Player) -> tuple[list[Any], Any]:
+    """Build the tab; returns the lists of adapters and the prompts, and the handler that fills them again."""
     with gr.Row():
         with gr.Column(scale=1, min_width=320):
             first = gr.Dropdown([NONE], value=None, label="Adapter", info="None is the base model.")
             others, weights = more_adapters()
+            filled = gr.State(FIRST_PROMPT)
             prompts = gr.Textbox(
                 FIRST_PROMPT, label="Prompts", lines=3, info="One per line. The dial uses the first.", elem_id="prompts"
             )
@@ -51,6 +66,7 @@ def build(workspace: Workspace, player: Player) -> tuple[list[gr.Dropdown], Any]
                 beside = gr.Button("Checkpoints side by side", min_width=120)
                 stop = gr.Button("Stop", variant="stop", min_width=80)
             command = command_box("play-command")
+            status = gr.HTML(elem_id="play-status")
             result = gr.HTML(markup.paragraph(NOTHING_YET), elem_id="play-result")
 
     used = [first, *others]
@@ -74,41 +90,51 @@ def build(workspace: Workspace, player: Player) -> tuple[list[gr.Dropdown], Any]
         }
         return adapters.generate_words(workspace, pairs, written, strengths or [f"{strength:g}"], settings)
 
-    def played(requests: list[tuple]):
-        """Run the commands one after the other, and show what there is."""
+    def played(requests: list[tuple], note: str = ""):
+        """Run the commands one after the other, and show what there is; until then the earlier images stay."""
         commands = [[*jobs.words_of("delora_diffusers", "generate"), *words] for _, words, _ in requests]
         shown = markup.command(jobs.shown(*commands))
-        yield shown, markup.paragraph("Loading ...")
+        waiting = "Generating ..." if player.pid is not None else "Loading the model, then generating ..."
         finished: list[tuple] = []
+
+        def images() -> Any:
+            return results_of(workspace, finished) if finished else gr.skip()
+
+        yield shown, markup.paragraph(waiting), images()
         for title, words, folder in requests:
 
-            def report(title=title, folder=folder) -> str:
+            def report(title=title, folder=folder, waiting=waiting) -> str:
                 made = adapters.count_images(folder)
-                note = f"Generating {title}: {made} images done." if made else "Loading the model, then generating ..."
-                return markup.paragraph(note) + results_of(workspace, finished)
+                what = " ".join(filter(None, ["Generating", title]))
+                return markup.paragraph(f"{what}: {made} images done." if made else waiting)
 
             try:
                 for text in jobs.while_running(lambda words=words: player.generate(words), report):
-                    yield shown, text
-            except StoppedError:
-                yield shown, markup.paragraph(STOPPED) + results_of(workspace, finished)
+                    yield shown, text, images()
+            except StoppedError as stopped:
+                yield shown, markup.paragraph(f"{stopped} {GO_ON}"), images()
                 return
             finished.append((title, folder))
-        yield shown, results_of(workspace, finished)
+            waiting = "Generating ..."
+        yield shown, markup.paragraph(note), images()
 
     @reported
+    @functools.partial(traced, place=1, outputs=3)
     def generate(*given: Any):
         yield from played([("", *request(given))])
 
     @reported
+    @functools.partial(traced, place=1, outputs=3)
     def turn(*given: Any):
         yield from played([("", *request(given, one=True))])
 
     @reported
+    @functools.partial(traced, place=1, outputs=3)
     def strengths(*given: Any):
         yield from played([("", *request(given, strengths=list(adapters.SHEET)))])
 
     @reported
+    @functools.partial(traced, place=1, outputs=3)
     def side_by_side(*given: Any):
         run = (given[0] or "").partition("/")[0]
         labels = adapters.adapters_of(workspace, run)[::-1] if run else []
@@ -120,35 +146,47 @@ def build(workspace: Workspace, player: Player) -> tuple[list[gr.Dropdown], Any]
                 else "no adapter is chosen; choose one of the run whose checkpoints to compare."
             )
         yield from played(
-            [(label.partition("/")[2] or "finished", *request(given, one=True, only=label)) for label in labels]
+            [(label.partition("/")[2] or "finished", *request(given, one=True, only=label)) for label in labels],
+            f"Each at strength {given[2 * MOST_ADAPTERS + 1]:g}, that of the dial.",
         )
 
     def end():
-        player.close()
-        return markup.paragraph(STOPPED)
+        player.close(BY_BUTTON)
+        return markup.paragraph(f"{BY_BUTTON} {GO_ON}"), *[gr.update(interactive=True)] * 3
 
     result_of: dict[str, Any] = {
-        "outputs": [command, result],
+        "outputs": [command, status, result],
         "concurrency_id": "play",
         "concurrency_limit": 4,
-        "show_progress": "hidden",
     }
     running: list[Any] = [
-        go.click(generate, inputs, **result_of),
+        click(go, generate, inputs, **result_of),
         # While an image is being generated, the last position counts. The event `release` is not for the keyboard.
-        dial.input(turn, inputs, trigger_mode="always_last", **result_of),
-        sheet.click(strengths, inputs, **result_of),
-        beside.click(side_by_side, inputs, **result_of),
+        dial.input(turn, inputs, trigger_mode="always_last", show_progress="hidden", **result_of),
+        click(sheet, strengths, inputs, **result_of),
+        click(beside, side_by_side, inputs, **result_of),
     ]
-    stop.click(end, None, result, cancels=running, queue=False)
+    stop.click(end, None, [status, go, sheet, beside], cancels=running, queue=False)
 
-    def refresh(*chosen: str | None):
+    @reported
+    def follow(label: str | None, text: str, filled: str):
+        """The prompt of an adapter in a place, unless another than that of the last one was written meanwhile."""
+        prompt = adapters.prompt_of(workspace, label)
+        if prompt is None or text.strip() not in ("", filled):
+            return text, filled
+        return (f"{prompt} {PLACE}",) * 2
+
+    first.input(follow, [first, prompts, filled], [prompts, filled], show_progress="hidden")
+
+    def refresh(*given: str | None):
+        *chosen, text, filled = given
         now = adapters.adapters(workspace)
         # Nothing has been chosen before the tab is opened; an empty choice is the base model.
         first = chosen[0] if chosen[0] is not None else (now[0] if now else None)
-        return [choices(["", *now], name or "", NONE[0]) for name in (first, *chosen[1:])]
+        lists = [choices(["", *now], name or "", NONE[0]) for name in (first, *chosen[1:])]
+        return [*lists, *follow(first, text or "", filled or "")]
 
-    return used, refresh
+    return [*used, prompts, filled], refresh
 
 
 def results_of(workspace: Workspace, finished: list[tuple]) -> str:
@@ -165,6 +203,9 @@ def results_of(workspace: Workspace, finished: list[tuple]) -> str:
             figure = markup.figure(url, f"generated image of {record['prompt']}", shown, link=url)
             groups.setdefault(image if several else "", []).append(figure)
     return "".join(
-        (markup.heading(image, 2) if image else "") + markup.grid(figures, "generated images", 120 if image else 200)
+        (markup.heading(image, 2) if image else "")
+        + markup.grid(
+            figures, "generated images", 200 if not image else 90 if len(figures) == len(adapters.SHEET) else 120
+        )
         for image, figures in groups.items()
     )

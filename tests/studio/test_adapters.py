@@ -6,7 +6,7 @@ import pytest
 
 from delora_diffusers.errors import InputError
 from delora_diffusers.names import CONFIG_NAME, WEIGHTS_NAME
-from studio import adapters, jobs
+from studio import adapters, comparison, jobs
 from studio.workspace import Workspace
 
 
@@ -28,10 +28,40 @@ def test_the_finished_adapter_comes_first_and_late_checkpoints_before_early_ones
     assert adapters.settings_of(workspace.run("started")) == {}
 
 
+def test_photos_and_prompts_are_those_of_the_run(workspace):
+    settings = {"instance_prompt": "a sks dog", "instance_data_dir": str(workspace.photo_set("My dog"))}
+    (workspace.runs / "dog" / CONFIG_NAME).write_text(json.dumps({"arguments": settings}))
+    assert adapters.photos_of(workspace, "dog/best") == "My dog"
+    assert adapters.prompt_of(workspace, "dog/best") == "a sks dog"
+    assert comparison.default_prompts(workspace, "dog").startswith("a sks dog on the beach\n")
+    assert comparison.other_subject(workspace, ["dog", "started"], "My dog") == ""
+    assert "dog was trained on My dog, not on toy" in comparison.other_subject(workspace, ["started", "dog"], "toy")
+    for elsewhere in ("/etc", "../../..", str(workspace.photos), 3, None):
+        (workspace.runs / "dog" / CONFIG_NAME).write_text(json.dumps({"arguments": {"instance_data_dir": elsewhere}}))
+        assert adapters.photos_of(workspace, "dog") is None
+
+
 @pytest.mark.parametrize("label", ["dog/..", "../dog", "dog/../../..", "cat", "started", "", "dog/checkpoint-7.part"])
 def test_only_adapters_of_the_list_are_used(workspace, label):
     with pytest.raises(InputError):
         adapters.adapter(workspace, label)
+
+
+def test_adapters_of_similar_names_do_not_share_a_folder(workspace):
+    names = ["dog 1", "dog-1", "base-model", "base model", "dog-best"]
+    for name in names:
+        (workspace.runs / name).mkdir()
+        (workspace.runs / name / WEIGHTS_NAME).write_bytes(b"")
+    labels = [*names, "dog/best"]
+    folder = comparison.requests(workspace, labels, ["a dog"], [])
+    records = [json.loads(line) for line in (folder / "requests.jsonl").read_text().splitlines()]
+    assert len({record["output_dir"] for record in records}) == len(labels) + 1
+    scores = [
+        comparison.scores_file(folder, label, workspace.photo_set(name), "toybox")
+        for label in [comparison.BASE, *labels]
+        for name in ("toy", "best", "1-toy")
+    ]
+    assert len(set(scores)) == len(scores)
 
 
 def test_equal_requests_have_one_folder_and_others_another(workspace):

@@ -24,6 +24,7 @@ from studio.photos import (
     inspect_set,
     preview,
     remove_photo,
+    restore_photo,
     save_caption,
     save_mask,
 )
@@ -203,7 +204,7 @@ def test_unreadable_photos_are_named_with_the_reason(workspace, toys):
     assert [photo.problem is None for photo in info.photos] == [True, False, False, True]
     assert all(str(folder) not in (photo.problem or "") for photo in info.photos)
     assert "02.png is not a readable image" in (info.photos[2].problem or "")
-    assert any("because of 01.png, 02.png" in text for text in info.warnings)
+    assert f"Training will not start: {info.photos[1].problem} 02.png cannot be used either." in info.warnings
     assert any("03.psd cannot be read" in text for text in info.warnings)
     with pytest.raises(InputError, match="not a readable image"):
         preview(workspace, "dog", "02.png")
@@ -295,6 +296,12 @@ def test_a_mask_is_saved_as_training_reads_it(workspace, toys, tmp_path):
     assert (folder / "00.mask.png").read_bytes() == before
 
 
+def mask_of(folder: Path) -> Path:
+    mask = folder.parent.parent / "white.png"
+    Image.new("L", (128, 128), 255).save(mask)
+    return mask
+
+
 def test_removing_a_photo_leaves_a_set_that_training_takes(workspace, toys):
     folder = write(workspace, toys[:3])
     save_caption(workspace, "dog", "00.png", "a toy")
@@ -304,6 +311,24 @@ def test_removing_a_photo_leaves_a_set_that_training_takes(workspace, toys):
     remove_photo(workspace, "dog", "00.png")
     assert sorted(path.name for path in folder.iterdir()) == ["01.png", "02.png", "metadata.jsonl"]
     assert [photo.caption for photo in find_photographs(folder)] == ["a toy", None]
+
+
+def test_a_removed_photo_comes_back_with_its_caption_and_mask(workspace, toys):
+    folder = write(workspace, toys[:3])
+    save_mask(workspace, "dog", "00.png", mask_of(folder))
+    (folder / "metadata.jsonl").write_text('{"file_name": "00.png", "text": "a toy"}\n')
+    save_caption(workspace, "dog", "01.png", "beside it")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for file in ("00.png", "01.png"):
+        remove_photo(workspace, "dog", file)
+    toys[3].save(folder / "01.png")
+    with pytest.raises(InputError, match="another 01.png now"):
+        restore_photo(workspace, "dog")
+    (folder / "01.png").unlink()
+    assert [restore_photo(workspace, "dog"), restore_photo(workspace, "dog")] == ["01.png", "00.png"]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    with pytest.raises(InputError, match="nothing was removed"):
+        restore_photo(workspace, "dog")
 
 
 def test_the_preview_darkens_what_is_not_trained_on_and_outlines_the_mask(workspace):

@@ -1,6 +1,8 @@
 """What the server refuses: other pages, other hosts, no password, and every way out of the workspace."""
 
 import base64
+import errno
+import functools
 import json
 import re
 import shutil
@@ -95,6 +97,28 @@ def test_a_link_among_the_uploads_leads_nowhere(client, workspace):
     (uploads / "link.txt").symlink_to(workspace.root.parent / "secret.txt")
     assert client.get(f"/gradio_api/file={uploads / 'own.txt'}").text == "own"
     assert client.get(f"/gradio_api/file={uploads / 'link.txt'}").status_code == 403
+
+
+@pytest.mark.parametrize(("number", "status"), [(errno.ENOSPC, 507), (errno.EIO, 500)])
+def test_an_upload_to_a_full_disk_is_one_sentence_and_leaves_nothing(client, workspace, monkeypatch, number, status):
+    uploads = workspace.root / ".uploads"
+    uploads.mkdir(exist_ok=True)
+    (uploads / "tmpother").write_bytes(b"of another page")
+
+    async def write(file, data):
+        Path(file.file.name).write_bytes(b"half")
+        raise OSError(number, "no")
+
+    monkeypatch.setattr("starlette.datastructures.UploadFile.write", write)
+    send = functools.partial(client.post, "/gradio_api/upload", files={"files": ("a.png", b"1234", "image/png")})
+    if status == 507:
+        answer = send()
+        assert (answer.status_code, answer.text) == (507, "the disk of the workspace is full; free some space.")
+        assert [path.name for path in uploads.glob("tmp*")] == ["tmpother"]
+    else:
+        with pytest.raises(OSError):
+            send()
+    (uploads / "tmpother").unlink()
 
 
 def test_files_are_served_as_what_they_are(client):
@@ -269,7 +293,7 @@ def test_a_run_is_pushed_by_the_command_that_is_shown(client, workspace, tmp_pat
     with serve_hub({"me/toy": pushed}) as (endpoint, _):
         for name, value in {"HF_ENDPOINT": endpoint, "HF_TOKEN": "hf_x", "HF_HUB_OFFLINE": "0"}.items():
             monkeypatch.setenv(name, value)
-        shown, _ = call(client, "upload", "mine", "me/toy", True)["data"]
+        shown, *_ = call(client, "upload", "mine", "me/toy", True)["data"]
         assert f"hf upload me/toy {run}" in shown
         error = call(client, "upload", "mine", "me/nothing", True)["error"]
         assert error and "Traceback" not in error

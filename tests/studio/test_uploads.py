@@ -87,14 +87,15 @@ def test_photos_of_a_folder_come_with_captions_and_masks(workspace, tmp_path):
     Image.new("L", (112, 112), 255).save(source / "00.mask.png")
     (source / ".DS_Store").write_bytes(b"\0")
     files = sorted(source.iterdir())
-    first = import_photos(workspace, "dog", files)
-    again = import_photos(workspace, "dog", files)
-    assert first.files == [f"{number:02}.png" for number in range(5)] and first.refused == again.refused == []
-    assert again.files == [f"{number:02}-2.png" for number in range(5)]
-    imported = {photo.path.name: photo for photo in find_photographs(workspace.photo_set("dog"), Masks(use=True))}
-    for names in (first.files, again.files):
-        for name, photo in zip(names, find_photographs(source, Masks(use=True))):
-            copy = imported[name]
+    write_zip(tmp_path / "others.zip", {f"{number:02}.png": png() for number in range(5)})
+    import_photos(workspace, "cat", [tmp_path / "others.zip"])
+    for name, ending in (("dog", ""), ("cat", "-2")):
+        added = import_photos(workspace, name, files)
+        assert added.files == [f"{number:02}{ending}.png" for number in range(5)] and added.refused == []
+        found = find_photographs(workspace.photo_set(name), Masks(use=True, required=False))
+        imported = {photo.path.name: photo for photo in found}
+        for file, photo in zip(added.files, find_photographs(source, Masks(use=True))):
+            copy = imported[file]
             assert copy.path.read_bytes() == photo.path.read_bytes() and copy.caption == photo.caption
             assert (copy.mask is None) == (photo.mask is None)
 
@@ -143,6 +144,15 @@ def test_photos_never_become_masks_captions_or_contact_sheets_of_others(workspac
     assert all(
         photo.mask is None for photo in find_photographs(workspace.photo_set("dog"), Masks(True, required=False))
     )
+
+
+def test_a_photo_that_is_uploaded_again_is_skipped(workspace, tmp_path):
+    (tmp_path / "01.png").write_bytes(png())
+    assert import_photos(workspace, "dog", [tmp_path / "01.png"]).files == ["01.png"]
+    again = import_photos(workspace, "dog", [tmp_path / "01.png"])
+    assert again.files == [] and again.refused == ["01.png was skipped, because the set already has this photo."]
+    (tmp_path / "01.png").write_bytes(png("blue"))
+    assert import_photos(workspace, "dog", [tmp_path / "01.png"]).files == ["01-2.png"]
 
 
 def test_refused_files_are_named_and_the_others_imported(workspace, tmp_path):
