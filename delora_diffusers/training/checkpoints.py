@@ -222,7 +222,7 @@ def keep_earlier_defaults(args: argparse.Namespace) -> None:
         args.square = args.square or "square" not in before
         if "recipe" not in before and getattr(args, "recipe", "paper") != "paper":
             args.recipe = "paper"
-            if args.relative_bound == RECIPES["default"]:  # the checkpoint has its boundaries anyway
+            if args.relative_bound is None:  # the checkpoint has its boundaries anyway
                 args.relative_bound = RECIPES["paper"]
 
 

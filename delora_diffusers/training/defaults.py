@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from delora_diffusers.errors import InputError
 from delora_diffusers.families.checks import check_prompt_chunks
-from delora_diffusers.methods.config import EVERYTHING, RELATIVE_BOUND
+from delora_diffusers.methods.config import EVERYTHING
 from delora_diffusers.methods.table import METHODS
 from delora_diffusers.names import is_miniature
 from delora_diffusers.training.optimizer_flags import with_optimizer_defaults
@@ -28,9 +28,10 @@ DENSITIES = ("none", "logit_normal", "mode")
 """The ``--weighting_scheme`` that only sample times, which DDPMs can use too."""
 
 
-RECIPES = {"default": RELATIVE_BOUND, "paper": 0.35}
-"""DeLoRA's relative bound by ``--recipe``. The paper (Bini et al., ICLR 2025) prints no initial boundary for images;
-0.35 was the default before. Rank, targets and, on real models, learning rates are the paper's in both."""
+RECIPES: dict[str, float | None] = {"default": None, "paper": 0.35}
+"""DeLoRA's relative bound by ``--recipe``; None is ``methods.config.RELATIVE_BOUND``. The paper (Bini et al., ICLR
+2025) prints no initial boundary for images; 0.35 was the default before. Rank, targets and, on real models, learning
+rates are the paper's in both."""
 
 MINIATURE_RATE = 1e-2
 """DeLoRA's learning rate on the included miniature, half of the paper's; see docs/miniature.md."""

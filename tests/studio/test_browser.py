@@ -147,6 +147,7 @@ class Watched:
         return self.page.get_by_role("button", name=name, exact=True)
 
     def choose(self, label: str, value: str) -> None:
+        self.settle()  # a list that is filled again while it is open stays open
         self.field(label).click()
         self.page.get_by_role("option", name=value, exact=True).click()
 
