@@ -9,7 +9,7 @@ import gradio as gr
 
 from delora_diffusers.commands.export import DTYPES, FORMATS
 from delora_diffusers.errors import InputError
-from delora_diffusers.names import NOT_UPLOADED, WEIGHTS_NAME
+from delora_diffusers.names import CONFIG_NAME, NOT_UPLOADED, WEIGHTS_NAME
 from delora_diffusers.text_files import read_text
 from studio import adapters, jobs, markup
 from studio.tabs.common import MOST_ADAPTERS, NONE, choices, click, command_box, more_adapters, reported
@@ -177,4 +177,5 @@ def push_words(workspace: Workspace, label: str | None, repository: str) -> list
     if repository.startswith("-"):
         raise InputError(f"{repository} is not the name of a repository; give one, such as me/my-adapter.")
     folder = adapters.adapter(workspace, label.partition("/")[0])
-    return ["hf", "upload", repository, str(folder), *(word for p in NOT_UPLOADED for word in ("--exclude", p))]
+    kept_here = (*NOT_UPLOADED, CONFIG_NAME)  # config.json names folders of this machine
+    return ["hf", "upload", repository, str(folder), *(word for p in kept_here for word in ("--exclude", p))]
