@@ -212,7 +212,8 @@ def test_a_training_process_is_found_when_its_launcher_is_killed(workspace, scri
     script.write_text(
         "import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
     )
-    launcher = runs.start(workspace, "dog", values()).pid
+    runs.start(workspace, "dog", values())  # its process may not have begun to run yet
+    launcher = wait(workspace, "dog", lambda state: state.pid is not None).pid
     wait(workspace, "dog", lambda _: psutil.Process(launcher).children())
     os.kill(launcher, signal.SIGKILL)
     state = wait(workspace, "dog", lambda state: state.pid != launcher)
