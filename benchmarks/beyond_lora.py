@@ -17,7 +17,7 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.miniature_runs import run_all
+from benchmarks.miniature_runs import run_all, toy_number
 from benchmarks.reporting import print_and_save
 from benchmarks.strength_dial import (
     CHOOSING,
@@ -32,6 +32,7 @@ from benchmarks.strength_dial import (
 )
 from delora_diffusers.dispatch import exit_on_bad_input
 from delora_diffusers.methods.table import METHODS
+from delora_diffusers.outputs import check_writable
 from delora_diffusers.training.arguments import positive_int
 from eval.benchmark.tables import markdown
 
@@ -178,11 +179,12 @@ def slug(name: str) -> str:
     return "".join(letter if letter.isalnum() or letter in ".-" else "-" for letter in name)
 
 
-def report(rows: pd.DataFrame, names: dict[str, str]) -> str:
+def report(rows: pd.DataFrame, names: dict[str, str], reference: str = REFERENCE) -> str:
     """A row per try, the best first, as Markdown.
 
     Args:
-        names: titles of the tries that finished, by the ``name`` in the rows.
+        names: titles of the tries that finished, by the ``name`` in the rows. reference: the title of the try that the
+            others are compared with.
     """
     base = pd.DataFrame(rows[rows["name"] == slug(BASE)])
     values = {title: at_equal_clip_t(pd.DataFrame(rows[rows["name"] == name]), base) for name, title in names.items()}
@@ -190,12 +192,12 @@ def report(rows: pd.DataFrame, names: dict[str, str]) -> str:
     for name, title in sorted(names.items(), key=lambda item: -values[item[1]][0]):
         full = rows[(rows["name"] == name) & (rows["strength"] == 1)]
         against = ""
-        if REFERENCE in values and title != REFERENCE:
-            change, low, high = difference(values[title], values[REFERENCE])
+        if reference in values and title != reference:
+            change, low, high = difference(values[title], values[reference])
             against = f"{change:+.3f} [{low:+.3f}, {high:+.3f}]"
         scores = [f"{full['dino'].mean():.3f}", f"{full['clip_t'].mean():.3f}"]
         cells.append([title, f"{values[title][0]:.3f}", against, *scores])
-    header = ["", "DINO at equal CLIP-T", "minus the reference", "DINO at strength 1", "CLIP-T at strength 1"]
+    header = ["", "DINO at equal CLIP-T", f"minus {reference}", "DINO at strength 1", "CLIP-T at strength 1"]
     subjects, seeds = rows["subject"].nunique(), rows["seed"].nunique()
     counts = f"{subjects} toys, {seeds} seed{'s' if seeds > 1 else ''}"
     return (
@@ -213,13 +215,17 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("out_dir", type=Path)
     parser.add_argument("--tries", nargs="+", choices=list(TRIES), metavar="NAME", help="default: all")
+    parser.add_argument(
+        "--reference", choices=list(TRIES), default=REFERENCE, metavar="NAME", help="compare with this try"
+    )
     parser.add_argument("--finalists", action="store_true", help="judge the finalists on ten other toys")
-    parser.add_argument("--subjects", type=int, nargs="+", help="numbers of unseen toys")
+    parser.add_argument("--subjects", type=toy_number, nargs="+", help="numbers of unseen toys")
     parser.add_argument("--seeds", type=positive_int, default=1)
     parser.add_argument("--steps", type=positive_int, default=300, help="of the tries that do not set their own")
     parser.add_argument("--precision", choices=("no", "bf16"), default="bf16", help="mixed precision of training")
     parser.add_argument("--workers", type=positive_int, default=16, help="runs at the same time")
     options = parser.parse_args(argv)
+    check_writable(options.out_dir / "runs", "OUT")
     chosen = list(options.tries or (FINALISTS if options.finalists else TRIES))
     subjects = tuple(options.subjects or (JUDGING if options.finalists else CHOOSING))
     shared = {"max_train_steps": options.steps, "mixed_precision": options.precision}
@@ -245,7 +251,7 @@ def main(argv: list[str] | None = None) -> None:
     finished = {name: title for name, title in titles.items() if complete.get(name, False)}
     failed = [title for title in titles.values() if title not in finished.values()]
     finished.pop(slug(BASE))
-    text = report(rows, finished)
+    text = report(rows, finished, options.reference)
     print_and_save(text + (f"\n\nFailed: {', '.join(failed)}." if failed else ""), options.out_dir / "table.md")
 
 

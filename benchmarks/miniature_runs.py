@@ -1,5 +1,6 @@
 """What the benchmarks on the miniature share: training and generating in this process, and a pool of such runs."""
 
+import argparse
 import functools
 import multiprocessing
 import os
@@ -22,6 +23,14 @@ def flags(values: dict[str, Any]) -> list[str]:
         values_of_flag = [] if value is True else value if isinstance(value, list) else [value]
         arguments += [f"--{name}", *map(str, values_of_flag)]
     return arguments
+
+
+def toy_number(text: str) -> int:
+    """The number of an unseen toy, for argparse."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number} is negative; toys have numbers from 0 on")
+    return number
 
 
 def prepare(folder: Path, *outputs: str) -> None:

@@ -26,10 +26,13 @@ from benchmarks.miniature_runs import (
     prepare,
     run_all,
     score,
+    toy_number,
     train,
 )
 from benchmarks.reporting import print_and_save
 from delora_diffusers.atomic import write_text
+from delora_diffusers.dispatch import exit_on_bad_input
+from delora_diffusers.outputs import check_writable
 from delora_diffusers.training.arguments import positive_int
 from eval.benchmark.results import bootstrap_interval
 from eval.benchmark.tables import markdown
@@ -173,12 +176,15 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--earlier", action="store_true", help="compare the default with the earlier one")
     parser.add_argument("--seeds", type=positive_int, default=1)
-    parser.add_argument("--subjects", type=int, nargs="+", help="numbers of unseen subjects")
+    parser.add_argument("--subjects", type=toy_number, nargs="+", help="numbers of unseen subjects")
     parser.add_argument("--settings", nargs="+", choices=list(SEARCH), help="run only these settings of the search")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at the same time")
     options = parser.parse_args(argv)
     if options.settings and not options.search:
         parser.error("--settings selects settings of the search; give --search too.")
+    if options.earlier and options.search:
+        parser.error("--earlier and --search are two comparisons; give one of them.")
+    check_writable(options.out_dir / "base", "OUT_DIR")
     settings = {"default": {}} | ({"earlier default": EARLIER} if options.earlier else {})
     if options.search:
         settings = {name: SEARCH[name] for name in options.settings or SEARCH}
@@ -205,4 +211,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_bad_input():
+        main()

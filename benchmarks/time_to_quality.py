@@ -26,7 +26,7 @@ from unittest.mock import patch
 
 import pandas as pd
 
-from benchmarks.miniature_runs import flags, prepare, run_all, train
+from benchmarks.miniature_runs import flags, prepare, run_all, toy_number, train
 from benchmarks.reporting import print_and_save
 from benchmarks.strength_dial import (
     CHOOSING,
@@ -43,6 +43,7 @@ from delora_diffusers.atomic import atomic_write, write_text
 from delora_diffusers.dispatch import exit_on_bad_input
 from delora_diffusers.errors import InputError
 from delora_diffusers.methods.table import METHODS
+from delora_diffusers.outputs import check_writable
 from delora_diffusers.training.arguments import positive_int
 from eval.benchmark.tables import markdown
 from eval.benchmark.tasks import flag_values
@@ -328,7 +329,7 @@ def main(argv: list[str] | None = None) -> None:
         "--train", nargs="+", default=[], metavar="FLAG=VALUE", help="flags of the training script for every run"
     )
     parser.add_argument("--pretrained_model_name_or_path", help="default: the miniature")
-    parser.add_argument("--subjects", type=int, nargs="+", default=CHOOSING, help="numbers of unseen subjects")
+    parser.add_argument("--subjects", type=toy_number, nargs="+", default=CHOOSING, help="numbers of unseen subjects")
     parser.add_argument("--seeds", type=positive_int, default=1)
     parser.add_argument("--timed_steps", type=positive_int, default=TIMED_STEPS)
     parser.add_argument("--workers", type=positive_int, default=12, help="runs at the same time; default: 12")
@@ -336,6 +337,7 @@ def main(argv: list[str] | None = None) -> None:
     wrong = next((rate for rate in options.rates if not 0 < rate < float("inf")), None)
     if wrong is not None:
         raise InputError(f"--rates {wrong:g} is not positive; give positive numbers, 1 for the default.")
+    check_writable(options.out_dir / "runs", "OUT")
     timing_runs, runs = all_runs(options)
     check_settings(options, timing_runs)
     write_photos(options.out_dir / "photos", options.subjects)

@@ -32,7 +32,7 @@ FEW_PHOTOS = 3
 LEAST_SHOWN = 0.5
 """A view that shows less of its photo's area is worth a warning."""
 LARGEST_SIDE = 8192
-"""Nobody trains at more pixels, and the list of buckets grows with them."""
+"""Larger resolutions are refused, since the list of buckets grows with them."""
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom in pixels."""
 

@@ -133,7 +133,7 @@ class Guard:
             )
         _, is_file, path = unquote(scope["path"]).partition("file=")
         if is_file:
-            # Gradio fetches addresses that it is asked for. It checks paths itself, with rules of its own.
+            # Gradio fetches addresses that it is asked for. It checks paths itself.
             try:
                 self.workspace.within(path)
             except InputError:

@@ -27,7 +27,7 @@ EXAMPLES = {
 }
 """Placeholders of the prompts, which have no default."""
 SCORE_SPAN = 0.1
-"""Shorter differences of DINO and CLIP-T are not drawn larger."""
+"""The least length of the axes of DINO and CLIP-T, so that small differences look small."""
 SHOW_RUN = "() => document.getElementById('run').scrollIntoView()"
 SHOW_MEMORY = "() => document.getElementById('memory').scrollIntoView({block: 'nearest'})"
 

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from benchmarks import beyond_lora, miniature_runs, strength_dial
+from benchmarks import beyond_lora, miniature_runs, miniature_subjects, strength_dial, time_to_quality
 from benchmarks.beyond_lora import BASE, FINALISTS, REFERENCE, TRIES, report, slug
 from benchmarks.strength_dial import CLIP_T_LOSS, Toys, at_equal_clip_t
+from delora_diffusers.errors import InputError
 from tests.helpers import run_in_child
 from train_dreambooth_delora import parse_arguments
 
@@ -57,8 +58,21 @@ def test_the_table_ranks_tries_by_what_they_keep():
     names = {slug(REFERENCE): REFERENCE, slug("900 steps"): "900 steps"}
     lines = report(pd.concat([base, better, worse]), names).splitlines()
     assert lines[2] == "| 900 steps | 0.600 | +0.150 [+0.150, +0.150] | 0.600 | 0.710 |"
+    other = report(pd.concat([base, better, worse]), names, "900 steps").splitlines()
+    assert other[0].count("minus 900 steps") == 1 and "| -0.150 [-0.150, -0.150] |" in other[3]
     assert lines[3] == f"| {REFERENCE} | 0.450 |  | 0.700 | 0.700 |"
     assert "3 toys, 1 seed. " in lines[-1]
+
+
+@pytest.mark.parametrize("module", [beyond_lora, miniature_subjects, time_to_quality])
+def test_bad_input_is_refused_before_anything_is_rendered(module, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file is a file; choose another folder"):
+        module.main([str(tmp_path / "file")])
+    with pytest.raises(SystemExit):
+        module.main([str(tmp_path / "out"), "--subjects", "-1"])
+    assert "-1 is negative; toys have numbers from 0 on" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def _train_with_a_growing_boundary(folder) -> None:
