@@ -54,11 +54,10 @@ class Variant:
     bound: str | None = None
 
 
-BOUNDS = (0.1, 0.15, 0.2, 0.3)
+BOUNDS = (0.15, 0.2, 0.3, 0.45)
 DELORA = (
-    Grid((0.25, 1.0, 4.0), ("cosine",), (1.0,), BOUNDS),
-    Grid((0.25,), ("constant",), (1.0,), BOUNDS),  # a constant high rate does not settle
-    Grid((1.0,), ("cosine",), (3.0,), BOUNDS),
+    Grid((0.25, 1.0), ("cosine",), (1.0, 3.0), BOUNDS),
+    Grid((0.5,), ("constant",), (1.0,), BOUNDS),  # a constant higher rate does not settle
 )
 FROBENIUS, ZERO = {"weight_norm": "frobenius"}, {"start": "zero"}
 COFT_BOUNDS = (6e-5, 6e-4)
