@@ -1,8 +1,9 @@
 """The largest changes of DINO and CLIP-T over rates and steps, of every method on several base models.
 
-    python -m benchmarks.flatness_table studies-a/flatness.parquet studies-b/flatness.parquet [--output TABLE.md]
+    python -m benchmarks.flatness_table ROWS.parquet [ROWS.parquet ...] [--output_dir OUT]
 
-Joins the rows of ``python -m eval study flatness`` on several base models.
+Joins the rows of ``python -m eval study flatness``; a file may have several base models, and a base model several
+files. Writes ``flatness.md``, and ``flatness.png`` and ``.svg`` with all settings, to OUT.
 """
 
 import argparse
@@ -11,8 +12,28 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks.reporting import print_and_save
+from delora_diffusers.dispatch import exit_on_bad_input
+from delora_diffusers.errors import InputError
+from delora_diffusers.outputs import check_writable
 from eval.benchmark.tables import markdown
-from eval.study.flatness import joint_table
+from eval.study.flatness import joint_table, plot_joint
+
+
+def read_rows(file: Path) -> pd.DataFrame:
+    """Rows of the study.
+
+    Raises:
+        InputError: the file does not exist, or has other rows.
+    """
+    if not file.is_file():
+        raise InputError(f"{file} does not exist; give the flatness.parquet of a finished study.")
+    try:
+        rows = pd.read_parquet(file)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} is not a parquet file ({error}); give the flatness.parquet of a study.") from error
+    if not {"model", "step_multiplier"} <= set(rows.columns):
+        raise InputError(f"{file} has rows of another study; give the flatness.parquet of a finished study.")
+    return rows
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -21,14 +42,17 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("rows", type=Path, nargs="+", help="flatness.parquet of each base model")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("rows", type=Path, nargs="+", help="flatness.parquet of a study")
+    parser.add_argument("--output_dir", type=Path)
     options = parser.parse_args(argv)
-    missing = [file for file in options.rows if not file.is_file()]
-    if missing:
-        parser.error(f"{missing[0]} does not exist; give the flatness.parquet of a finished study.")
-    print_and_save(markdown(*joint_table([pd.read_parquet(file) for file in options.rows])), options.output)
+    tables = [read_rows(file) for file in options.rows]
+    out: Path | None = options.output_dir
+    if out is not None:
+        check_writable(out / "flatness.md", "--output_dir")
+        plot_joint(tables, out / "flatness")
+    print_and_save(markdown(*joint_table(tables), left=2), None if out is None else out / "flatness.md")
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_bad_input():
+        main()

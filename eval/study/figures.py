@@ -1,8 +1,9 @@
 """The figures of studies, as PNG and SVG."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 
@@ -83,6 +84,47 @@ def plot_grid(table: pd.DataFrame, axis: str, path: Path) -> None:
     for panel, (_, title) in zip(panels[:, 0], DINO_AND_CLIP_T):
         panel.set_ylabel(title)
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+    save(figure, path)
+
+
+STEP_STYLES: tuple[Any, ...] = (":", "-", "--")
+
+
+def plot_models(tables: Mapping[str, pd.DataFrame], axis: str, path: Path) -> None:
+    """DINO above CLIP-T, a column of panels per base model: a colour per method, a line style per number of steps.
+
+    Args:
+        tables: as for ``plot_grid``, by name of the base model. axis: what x is. path: without a suffix.
+    """
+    import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
+
+    everything = pd.concat(tables.values())
+    colours = dict(zip(everything["method"].unique(), COLOURS))
+    styles = dict(zip(sorted(everything["step_multiplier"].unique()), itertools.cycle(STEP_STYLES)))
+    ticks = sorted(everything["x"].unique())
+    size = (0.8 + 2.6 * len(tables), 5.6)
+    figure, panels = plt.subplots(2, len(tables), figsize=size, layout="constrained", sharey="row", squeeze=False)
+    for column, (model, table) in zip(panels.T, tables.items()):
+        column[0].set_title(model, fontsize=10)
+        for panel, (name, _) in zip(column, DINO_AND_CLIP_T):
+            for setting, rows in table.groupby(["method", "step_multiplier"], sort=False):
+                method, multiplier = cast(tuple, setting)
+                style = {"color": colours[method], "linestyle": styles[multiplier]}
+                panel.plot(rows["x"], rows[name], marker="o", markersize=4, **style)
+            panel.set_xscale("log", base=2)
+            panel.set_xticks(ticks, [multiple(x) for x in ticks])
+            panel.minorticks_off()
+            panel.spines[["top", "right"]].set_visible(False)
+        column[-1].set_xlabel(axis, fontsize=9)
+    for panel, (_, title) in zip(panels[:, 0], DINO_AND_CLIP_T):
+        panel.set_ylabel(title)
+    handles = [Line2D([], [], color=colour, label=METHODS[method].title) for method, colour in colours.items()]
+    handles += [
+        Line2D([], [], color="#666", linestyle=style, label=f"{multiple(value)}x the default steps")
+        for value, style in styles.items()
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False)
     save(figure, path)
 
 

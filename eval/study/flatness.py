@@ -133,9 +133,7 @@ def write(path: Path, rows: pd.DataFrame, settings: int, missing: str) -> Path:
     """
     model = rows["model"].iloc[0]
     rows = captions.first_protocol(rows)
-    table = captions.tabulate(rows)
-    steps = rows.drop_duplicates("label").set_index("label")["step_multiplier"]
-    table["step_multiplier"] = table["label"].map(steps)
+    table = with_steps(rows)
     figures.plot_grid(table, RATE_AXIS, path)
     seeds, subjects, methods = (rows[name].nunique() for name in ("seed", "subject", "method"))
     parts = [
@@ -153,23 +151,53 @@ def write(path: Path, rows: pd.DataFrame, settings: int, missing: str) -> Path:
     return file
 
 
-def joint_table(tables: Sequence[pd.DataFrame]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: the largest changes of DINO and CLIP-T of each method (the rows) on each base model.
+def with_steps(rows: pd.DataFrame) -> pd.DataFrame:
+    """A row per setting, see ``captions.tabulate``, with its ``step_multiplier``."""
+    table = captions.tabulate(rows)
+    steps = rows.drop_duplicates("label").set_index("label")["step_multiplier"]
+    table["step_multiplier"] = table["label"].map(steps)
+    return table
+
+
+def plot_joint(tables: Sequence[pd.DataFrame], path: Path) -> None:
+    """DINO and CLIP-T of every setting, a column of panels per base model, as PNG and SVG.
 
     Args:
-        tables: the rows of this study, of one base model each.
+        tables: as for ``joint_table``. path: without a suffix.
     """
-    tables = [captions.first_protocol(rows) for rows in tables]
-    models = [str(rows["model"].iloc[0]) for rows in tables]
+    rows = captions.first_protocol(pd.concat(tables))
+    by_model = {str(model): with_steps(of_model) for model, of_model in rows.groupby("model", sort=False)}
+    figures.plot_models(by_model, RATE_AXIS, path)
+
+
+def joint_table(tables: Sequence[pd.DataFrame]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: the largest changes of DINO and CLIP-T of each method on each base model, over the whole grid
+    and over the learning rates alone, at the default number of steps.
+
+    Args:
+        tables: the rows of this study; the rows of one base model may be in several.
+    """
+    rows = captions.first_protocol(pd.concat(tables))
     scores = ("dino", "clip_t")
-    header = ["", *(f"{model}: {SCORES[score]}" for model in models for score in scores)]
+    spans = ("rates and steps", "rates")
+    header = ["", "", *(f"{SCORES[score]} over {span}" for span in spans for score in scores), "failed"]
     cells = []
-    for method in dict.fromkeys(method for rows in tables for method in rows["method"]):
-        line = [METHODS[method].title]
-        for rows in tables:
-            of_method, failed = captions.where(rows, "method", method), failed_settings(rows, method)
-            note = f", {len(failed)} failed" if failed else ""
-            for score in scores:
-                line.append(with_brackets(largest_changes(of_method, score)["change"]) + note if len(of_method) else "")
-        cells.append(line)
+    for model, of_model in rows.groupby("model", sort=False):
+        grid = of_model[list(KEYS)].drop_duplicates()
+        for method, of_method in of_model.groupby("method", sort=False):
+            at_default_steps = pd.DataFrame(of_method[np.isclose(of_method["step_multiplier"], DEFAULT[1])])
+            changes = [
+                with_brackets(largest_changes(group, score)["change"]) if len(group) else ""
+                for group in (of_method, at_default_steps)
+                for score in scores
+            ]
+            failed = len(failed_settings(of_model, str(method)))
+            cells.append(
+                [
+                    str(model),
+                    METHODS[str(method)].title,
+                    *changes,
+                    f"{failed} of {len(grid)} settings" if failed else "",
+                ]
+            )
     return header, cells

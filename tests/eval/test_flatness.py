@@ -79,9 +79,17 @@ def test_a_joint_table_counts_settings_that_failed_for_one_method():
     failed[1, 0] = np.nan
     rows = [table_of(scores, [1.0, 2.0], [1.0, 3.0]), table_of(failed, [1.0, 2.0], [1.0, 3.0], "delora")]
     header, cells = joint_table([pd.concat(rows), pd.concat(rows).assign(model="n")])
-    assert header == ["", "m: DINO", "m: CLIP-T", "n: DINO", "n: CLIP-T"]
-    assert [line[0] for line in cells] == ["LoRA", "DeLoRA"]
-    assert cells[0][1] == "0.500 [0.500, 0.500]" and cells[1][1] == "0.500 [0.500, 0.500], 1 failed"
+    assert header[2:] == [
+        "DINO over rates and steps",
+        "CLIP-T over rates and steps",
+        "DINO over rates",
+        "CLIP-T over rates",
+        "failed",
+    ]
+    assert [line[:2] for line in cells] == [["m", "LoRA"], ["m", "DeLoRA"], ["n", "LoRA"], ["n", "DeLoRA"]]
+    moved, still = "0.500 [0.500, 0.500]", "0.000 [0.000, 0.000]"  # the scores rise only at 3 times the steps
+    assert cells[0][2] == cells[1][2] == moved and cells[0][4] == cells[1][4] == still
+    assert [line[6] for line in cells] == ["", "1 of 4 settings"] * 2
 
 
 def brute_force_crossing(bounds: np.ndarray, curve: np.ndarray) -> float:
@@ -195,9 +203,9 @@ def test_both_studies_on_a_tiny_model(tiny_sd, tiny_scorers, tmp_path):
     assert f"| {means[1, 1]:.3f} | {means.min():.3f} | {means.max():.3f} | {means.max() - means.min():.3f} [" in caption
     commands = [file.read_text() for file in out.glob("runs/*-max_train_steps-3/*/*/adapter/config.json")]
     assert len(commands) == 2 and all("checkpoint-1" not in command for command in commands)
-    flatness_table.main([str(out / "flatness.parquet"), "--output", str(out / "joint.md")])
-    assert f"| DeLoRA | {rows.groupby(['x', 'step_multiplier'])['dino'].mean().agg(np.ptp):.3f} [" in (
-        (out / "joint.md").read_text()
+    flatness_table.main([str(out / "flatness.parquet"), "--output_dir", str(out / "joint")])
+    assert f"| tiny-sd | DeLoRA | {rows.groupby(['x', 'step_multiplier'])['dino'].mean().agg(np.ptp):.3f} [" in (
+        (out / "joint/flatness.md").read_text()
     )
 
     result = run_eval("study", "boundary", *flags, "--bounds", "0.05", "0.2", "--multipliers", "1")
@@ -209,7 +217,7 @@ def test_both_studies_on_a_tiny_model(tiny_sd, tiny_scorers, tmp_path):
     expected = mean_relative_distance(tiny_sd, adapter)
     (reached,) = rows[(rows["x"] == 0.2) & (rows["subject"] == "car")]["relative_distance"]
     assert reached == pytest.approx(relative_distance(adapter)) == pytest.approx(expected, rel=1e-4)
-    for name in ("flatness.png", "boundary.png", "boundary-pictures.png"):
+    for name in ("flatness.png", "joint/flatness.png", "boundary.png", "boundary-pictures.png"):
         with Image.open(out / name) as figure:
             assert figure.width > 200
 

@@ -59,7 +59,7 @@ def test_every_variant_has_the_same_number_of_distinct_settings():
     assert len(set(slugs)) == len(slugs)
     replaced = settings_of("delora", {"multipliers": [1, 2], "bounds": [0.2], "schedules": ["cosine"]})
     assert [(s.x, s.train["relative_bound"], s.train["steps"]) for s in replaced] == [
-        (rate, 0.2, steps) for steps in (1, 3) for rate in (1, 2)
+        (rate, 0.2, steps) for rate in (1, 2) for steps in (1, 3)
     ]
     assert {s.train["coft_eps"] for s in settings_of("coft", {"bounds": [0.2]})} == {6e-5, 6e-4}
 
