@@ -106,7 +106,7 @@ def _has_samples(record: Record) -> bool:
 
 def _ended(run: Path, record: Record, text: str, step: int, checkpoints: list[int]) -> tuple[Status, str, int]:
     """The status, the message and the step of a run that has no process."""
-    if (run / WEIGHTS_NAME).exists():
+    if is_finished(run, record):
         return "finished", f"Finished: the adapter is saved after {record.steps} steps.", record.steps
     if checkpoints:
         kept = f"its last checkpoint is at step {checkpoints[-1]}: resume to continue."
@@ -127,21 +127,39 @@ def _ended(run: Path, record: Record, text: str, step: int, checkpoints: list[in
     return "lost", f"The training process ended without a message {when}; {kept}", step
 
 
-def _state_of_other(run: Path, checkpoints: list[int]) -> RunState:
-    """The state of a run that was not started here."""
+def is_finished(run: Path, record: Record) -> bool:
+    """Whether the adapter of all steps is saved; while a finished run is prolonged, it is that of fewer."""
+    return (run / WEIGHTS_NAME).exists() and (_saved_steps(run) or record.steps) >= record.steps
+
+
+def _saved_steps(run: Path) -> int:
+    """``--max_train_steps`` of the saved adapter; 0 if unknown."""
+    steps = _arguments(run).get("max_train_steps")
+    return steps if isinstance(steps, int) else 0
+
+
+def _arguments(run: Path) -> dict[str, Any]:
+    """The flags of the saved adapter; empty if they cannot be read."""
+    arguments = _config(run).get("arguments")
+    return arguments if isinstance(arguments, dict) else {}
+
+
+def _config(run: Path) -> dict[str, Any]:
     config: Any = None
     with suppress(InputError, OSError):
         config = read_json(run / CONFIG_NAME)
-    config = config if isinstance(config, dict) else {}
-    arguments = config.get("arguments")
-    steps = arguments.get("max_train_steps") if isinstance(arguments, dict) else None
-    steps = steps if isinstance(steps, int) else 0
+    return config if isinstance(config, dict) else {}
+
+
+def _state_of_other(run: Path, checkpoints: list[int]) -> RunState:
+    """The state of a run that was not started here."""
+    steps = _saved_steps(run)
     step = checkpoints[-1] if checkpoints else 0
     status: Status = "stopped" if checkpoints else "lost"
     message = f"This run was not started on this page, and is not finished; it has {len(checkpoints)} checkpoints."
     if (run / WEIGHTS_NAME).exists():
         status, message, step = "finished", "Finished: the adapter is saved.", steps
-    command, started = config.get("command"), run.stat().st_mtime
+    command, started = _config(run).get("command"), run.stat().st_mtime
     return RunState(
         run.name, status, step, steps, None, message, command if isinstance(command, str) else "", "", started, None
     )

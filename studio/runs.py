@@ -31,7 +31,7 @@ from studio.run_records import (
     studio_folder,
     write_record,
 )
-from studio.run_states import ERROR, RunState, state_of
+from studio.run_states import ERROR, RunState, is_finished, state_of
 from studio.workspace import Workspace
 
 LAUNCHER = [sys.executable, "-m", "accelerate.commands.launch"]
@@ -101,11 +101,15 @@ def start(workspace: Workspace, name: str, values: Mapping[str, Any]) -> RunStat
     return state(workspace, name)
 
 
-def resume(workspace: Workspace, name: str) -> RunState:
+def resume(workspace: Workspace, name: str, steps: int | None = None) -> RunState:
     """Continue a run from its last checkpoint, or from the beginning if it has none.
 
+    Args:
+        steps: how many it takes in all from now on, more than before; None for as many as before. A finished run can
+            only be prolonged.
+
     Raises:
-        InputError: it is running or finished, was started elsewhere, or cannot be continued.
+        InputError: it is running, is finished and not prolonged, was started elsewhere, or cannot be continued.
     """
     run = workspace.run(name)
     with _held(run):
@@ -116,11 +120,17 @@ def resume(workspace: Workspace, name: str) -> RunState:
                 f"the run {name} was not started on this page; continue it in a terminal, with "
                 "--resume_from_checkpoint latest at the end of its command."
             )
-        if (run / WEIGHTS_NAME).exists():
-            raise InputError(f"the run {name} is finished; start a new one to train longer.")
-        words = planned(workspace, name, record.values) | {"resume_from_checkpoint": "latest"}
+        if steps is not None and steps <= record.steps:
+            raise InputError(f"the run {name} has {record.steps} steps; give a later one, or leave the field empty.")
+        finished = is_finished(run, record)
+        if finished and steps is None:
+            raise InputError(f"the run {name} is finished; to train it for longer, resume up to a later step.")
+        if finished and not list_checkpoints(run):
+            raise InputError(f"the run {name} has no checkpoint to continue from; start a new one with more steps.")
+        values = record.values if steps is None else record.values | {"max_train_steps": str(steps)}
+        words = planned(workspace, name, values) | {"resume_from_checkpoint": "latest"}
         flags.check(words)
-        _launch(run, record.values, words)
+        _launch(run, values, words)
     return state(workspace, name)
 
 
@@ -184,6 +194,18 @@ def _names(workspace: Workspace) -> set[str]:
             workspace.run(file.parent.name)
             names.add(file.parent.name)
     return names
+
+
+def form_values(workspace: Workspace, name: str) -> dict[str, Any]:
+    """The values of the form that a run was started with.
+
+    Raises:
+        InputError: it was started elsewhere.
+    """
+    record = read_record(workspace.run(name))
+    if record is None:
+        raise InputError(f"the run {name} was not started on this page, which does not know its settings.")
+    return record.values
 
 
 def estimate(workspace: Workspace, values: Mapping[str, Any]) -> str:

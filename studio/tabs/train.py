@@ -1,21 +1,20 @@
 """Train: what to train with, start, stop and resume, and whether it works: curves, samples, progress and the log."""
 
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from delora_diffusers.errors import InputError
-from studio import charts, flags, markup, progress, runs
+from studio import flags, markup, runs
 from studio.player import Player
 from studio.scorer import Scorer
+from studio.tabs import run_view
 from studio.tabs.common import choices, command_box, reported, set_choices
 from studio.workspace import FIRST_SET, Workspace
 
 SECONDS = 2.0
 """Between two looks at the run."""
-ACTIVE = ("starting", "training", "stopping")
 NEW_RUN = "my-subject"
 DEPENDED_ON = ("pretrained_model_name_or_path", "recipe", "method", "optimizer")
 """Flags that change the defaults of others."""
@@ -26,8 +25,7 @@ EXAMPLES = {
     "validation_prompt": "one per line, for example: a photo of sks dog on the beach",
 }
 """Placeholders of the prompts, which have no default."""
-SCORE_SPAN = 0.1
-"""The least length of the axes of DINO and CLIP-T, so that small differences look small."""
+SHOW_FORM = "() => document.getElementById('new-run').scrollIntoView()"
 SHOW_RUN = "() => document.getElementById('run').scrollIntoView()"
 SHOW_MEMORY = "() => document.getElementById('memory').scrollIntoView({block: 'nearest'})"
 
@@ -43,7 +41,9 @@ def build(workspace: Workspace, player: Player, scorer: Scorer):
     components: dict[str, Any] = {}
     with gr.Row(elem_classes="columns"):
         with gr.Column(scale=4, min_width=320):
-            gr.HTML('<h2>New run</h2><p class="narrow"><a href="#run">Go to the runs and their curves</a></p>')
+            gr.HTML(
+                '<h2 id="new-run">New run</h2><p class="narrow"><a href="#run">Go to the runs and their curves</a></p>'
+            )
             name = gr.Textbox(NEW_RUN, label="Name of the run", info="A folder of this name is created.")
             sets = workspace.photo_sets()
             first_set = sets[0] if sets else None
@@ -72,7 +72,11 @@ def build(workspace: Workspace, player: Player, scorer: Scorer):
             run = gr.Dropdown([], label="Run", elem_id="run")
             with gr.Row(equal_height=True):
                 stop = gr.Button("Stop, keeping a checkpoint", variant="stop", min_width=140, interactive=False)
-                resume = gr.Button("Resume", min_width=140, interactive=False)
+                resume = gr.Button("Resume", min_width=100, interactive=False)
+                steps = gr.Textbox(
+                    label="Resume up to step", placeholder="as before", min_width=130, elem_id="resume-steps"
+                )
+                reuse = gr.Button("Use its settings", min_width=140, elem_id="reuse")
             status = gr.HTML(elem_id="status")
             curves = gr.HTML(elem_id="curves")
             samples = gr.HTML(elem_id="samples")
@@ -130,13 +134,25 @@ def build(workspace: Workspace, player: Player, scorer: Scorer):
         runs.stop(workspace, _chosen(run_name))
 
     @reported
-    def go_on(run_name: str | None):
-        runs.resume(workspace, _chosen(run_name))
+    def go_on(run_name: str | None, steps: str):
+        runs.resume(workspace, _chosen(run_name), steps_in(steps))
         player.close()
         warn_of_others(workspace, run_name)
+        return ""
+
+    @reported
+    def fill(run_name: str | None):
+        """The settings of a run in the form, under a name that is free."""
+        values = runs.form_values(workspace, _chosen(run_name))
+        empty = {field.name: bool(field.default) if field.kind == "bool" else "" for field in offered}
+        return (
+            runs.free_name(workspace, _chosen(run_name)),
+            set_choices(workspace, values.get(runs.PHOTOS)),
+            *(values.get(name, empty[name]) for name in names),
+        )
 
     def look(run_name: str | None, download: bool, before: Any):
-        return looked(workspace, scorer, run_name, download, before)
+        return run_view.looked(workspace, scorer, run_name, download, before)
 
     looking: dict[str, Any] = {
         "fn": look,
@@ -163,7 +179,8 @@ def build(workspace: Workspace, player: Player, scorer: Scorer):
     changes = [box.change for box in components.values()]
     gr.on(changes, None, None, memory, js="() => ''", cancels=estimating, **hidden)
     stop.click(end, run).success(**looking, **hidden)
-    resume.click(go_on, run).success(**looking, **hidden)
+    resume.click(go_on, [run, steps], steps).success(**looking, **hidden)
+    reuse.click(fill, run, inputs).success(None, js=SHOW_FORM)
     run.change(**looking, **hidden)
     timer.tick(**looking, **hidden)
     blocks = gr.context.Context.root_block
@@ -188,6 +205,19 @@ def _chosen(name: str | None) -> str:
     return name
 
 
+def steps_in(text: str) -> int | None:
+    """The number of steps that was typed, None for none.
+
+    Raises:
+        InputError
+    """
+    if not text.strip():
+        return None
+    if not text.strip().isdecimal():
+        raise InputError(f"Resume up to step is {text.strip()}; give a whole number, or leave it empty.")
+    return int(text)
+
+
 def prompts_for(chosen_set: str | None, *prompts: str) -> list[Any]:
     """The prompts for a set of photos: those of the toy are there with the toy only; what was typed stays."""
     if chosen_set == FIRST_SET:
@@ -197,7 +227,7 @@ def prompts_for(chosen_set: str | None, *prompts: str) -> list[Any]:
 
 def warn_of_others(workspace: Workspace, name: str | None) -> None:
     """Say which other runs train while this one starts."""
-    others = [state.name for state in runs.states(workspace) if state.status in ACTIVE and state.name != name]
+    others = [state.name for state in runs.states(workspace) if state.status in run_view.ACTIVE and state.name != name]
     if others:
         are, all_of_them = ("is", "both") if len(others) == 1 else ("are", "all of them")
         gr.Warning(
@@ -247,93 +277,5 @@ def run_choices(workspace: Workspace, chosen: str | None) -> Any:
 
     A run is there from the moment it is started, before training creates its folder.
     """
-    states = sorted(runs.states(workspace), key=lambda state: (state.status not in ACTIVE, -state.started))
+    states = sorted(runs.states(workspace), key=lambda state: (state.status not in run_view.ACTIVE, -state.started))
     return choices([state.name for state in states], chosen)
-
-
-def looked(workspace: Workspace, scorer: Scorer, name: str | None, download: bool, before: Any) -> list[Any]:
-    """What the page shows of a run; what has not changed since the last look is not sent again."""
-    if not name:
-        nothing = markup.paragraph("No run yet: fill in the form and press Start training.")
-        return [nothing, "", "", "", *buttons_of(None), None]
-    try:
-        state = runs.state(workspace, name)
-        folder = workspace.run(name)
-        samples = progress.samples(folder)
-        parts = [
-            status_of(state, samples),
-            curves_of(progress.curves(folder), scorer.look(folder, samples, download), state.steps),
-            samples_of(workspace, samples),
-            markup.text_block(state.log_tail, "last lines of the log", "tail") if state.log_tail else "",
-            *buttons_of(state.status),
-        ]
-    except InputError as error:
-        parts = [markup.paragraph(str(error), "failed"), "", "", "", *buttons_of(None)]
-    seen = [name, *(hash(str(part)) for part in parts)]
-    shown = [
-        gr.skip() if before and old == new else part for part, old, new in zip(parts, (before or [])[1:], seen[1:])
-    ]
-    return [*(shown if before and before[0] == name else parts), seen]
-
-
-def buttons_of(status: str | None) -> list[Any]:
-    """Which of Stop and Resume can be pressed."""
-    return [gr.update(interactive=status in ACTIVE), gr.update(interactive=status in ("stopped", "failed", "lost"))]
-
-
-def status_of(state: runs.RunState, samples: list[progress.Samples]) -> str:
-    """What happens, how far it is and the time left, for people who look once in a while; at the end, what came out."""
-    left = ""
-    if state.status == "finished":
-        left = verdict_of(samples)
-    if state.seconds_left is not None and state.status in ACTIVE:
-        left = f" About {markup.duration(state.seconds_left)} left."
-    kind = {"failed": "failed", "lost": "failed", "finished": "done"}.get(state.status, "")
-    return (
-        f'<p class="status {kind}" role="status">{markup.escape(state.message + left)}</p>'
-        + markup.progress(f"training of {state.name}: step {state.step} of {state.steps}", state.step, state.steps)
-        + markup.paragraph(f"Step {state.step} of {state.steps}", "small")
-    )
-
-
-def verdict_of(samples: list[progress.Samples]) -> str:
-    """How close the last samples come to the photos, and where to go on."""
-    verdict = ""
-    if samples and samples[-1].dino is not None:
-        verdict = f" DINO {samples[-1].dino:.2f}"
-        if samples[-1].photos_dino is not None:
-            verdict += f", {progress.OF_PHOTOS} {samples[-1].photos_dino:.2f}"
-        verdict += "."
-    return f"{verdict} Try it in the tab Play."
-
-
-def curves_of(curves: list[progress.Curve], note: str, steps: int) -> str:
-    """The curves of the log and of the samples' scores over all steps of the run, and a note about scoring."""
-    if not curves:
-        return markup.paragraph("The curves begin with the first logged step.")
-    parts = [
-        charts.line_chart(
-            curve.title,
-            {curve.title: (curve.steps, curve.values)},
-            x_end=steps,
-            least=SCORE_SPAN if curve.tag in progress.SCORE_TITLES else 0,
-            reference=curve.reference,
-        )
-        for curve in curves
-    ]
-    return f'<div class="charts">{"".join(parts)}</div>' + markup.paragraph(note)
-
-
-def samples_of(workspace: Workspace, samples: list[progress.Samples]) -> str:
-    """The images of each validation, newest first."""
-    parts = []
-    for sample in reversed(samples):
-        scores = [f"DINO {sample.dino:.3f}"] if sample.dino is not None else []
-        scores += [f"CLIP-T {sample.clip_t:.3f}"] if sample.clip_t is not None else []
-        title = f"Samples at step {sample.step}" + (f" ({', '.join(scores)})" if scores else "")
-        figures = [
-            markup.figure(markup.file_url(workspace, Path(path)), f"sample of {prompt}", f"{prompt}, seed {seed}")
-            for path, prompt, seed in sample.images
-        ]
-        parts.append(markup.heading(title) + markup.grid(figures, title, 150))
-    return "".join(parts)

@@ -39,7 +39,8 @@ def test_width_scales_the_channels_and_keeps_the_size_of_heads(width):
     included = json.loads((MINI_SD / "unet/config.json").read_text())
     assert model.config.block_out_channels == tuple(width * channels for channels in included["block_out_channels"])
     changed = {key for key, value in json.loads(model.to_json_string()).items() if included.get(key) != value}
-    assert changed - {"_use_default_values"} <= (set() if width == 1 else {"block_out_channels", "attention_head_dim"})
+    changed = {key for key in changed if not key.startswith("_")}  # versions of diffusers and the like
+    assert changed <= (set() if width == 1 else {"block_out_channels", "attention_head_dim"})
     attentions = [module for name, module in model.named_modules() if name.endswith(("attn1", "attn2"))]
     assert {attention.inner_dim // attention.heads for attention in attentions} == {16 if width < 1 else 32}
 

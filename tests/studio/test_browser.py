@@ -243,7 +243,17 @@ def test_every_control_can_be_reached_with_the_keyboard(watched):
     page = watched.page
     wanted = {
         "Photos": {"Photo set", "Resolution", "Crop to squares", "Caption", "Save caption", "Remove this photo"},
-        "Train": {"Name of the run", "Method", "Rank", "Start training", "Run", "Resume", "Copy"},
+        "Train": {
+            "Name of the run",
+            "Method",
+            "Rank",
+            "Start training",
+            "Run",
+            "Resume",
+            "Resume up to step",
+            "Use its settings",
+            "Copy",
+        },
         "Play": {"Adapter", "Prompts", "Seed", "Generate", "Sheet of strengths", "Stop"},
         "Compare": {"Adapters", "Prompts", "Compare", "Stop"},
         "Export": {"Adapter", "Export", "Push to the hub", "Repository"},
@@ -468,6 +478,12 @@ def main_path(watched: Watched, axe: str | None, workspace: Path) -> None:
     assert len(line.split()) >= 10
     assert page.locator("#samples img").count() >= 2
     watched.check_access(axe, "a run")
+    fill("max_train_steps", 7)
+    fill("rank", 5)
+    watched.button("Use its settings").click()
+    playwright.expect(watched.field("Name of the run")).to_have_value("mug-2")
+    for flag, value in {"max_train_steps": "40", "rank": ""}.items():
+        playwright.expect(page.locator(f"#flag-{flag} textarea")).to_have_value(value)
 
     watched.open("Play")
     playwright.expect(watched.field("Adapter")).to_have_value("mug")

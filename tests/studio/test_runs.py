@@ -131,6 +131,19 @@ def test_the_life_of_a_run(workspace, tiny_sd, tmp_path, monkeypatch):
     assert (workspace.run("dog") / WEIGHTS_NAME).read_bytes() == (alone / WEIGHTS_NAME).read_bytes()
     with pytest.raises(InputError, match=r"there is a run dog already; choose another name, such as dog-2\.$"):
         runs.start(workspace, "dog", given)
+
+    with pytest.raises(InputError, match="the run dog is finished; to train it for longer, resume up to a later step"):
+        runs.resume(workspace, "dog")
+    with pytest.raises(InputError, match="the run dog has 300 steps; give a later one, or leave the field empty"):
+        runs.resume(workspace, "dog", 300)
+    runs.resume(workspace, "dog", 310)
+    prolonged = wait(workspace, "dog", at_step(1))
+    os.kill(prolonged.pid, signal.SIGKILL)
+    assert wait(workspace, "dog", has_ended).status == "lost", "the adapter of 300 steps is still there"
+    runs.resume(workspace, "dog")
+    finished = wait(workspace, "dog", has_ended)
+    assert (finished.status, finished.step, finished.steps) == ("finished", 310, 310)
+    assert runs.form_values(workspace, "dog") == json.loads(json.dumps(given)) | {"max_train_steps": "310"}
     assert [state.name for state in runs.states(workspace)] == ["dog"]
 
 

@@ -11,7 +11,7 @@ from studio.workspace import Workspace
 
 pytest.importorskip("gradio", reason="the extra studio is not installed")
 from studio.scorer import Scorer
-from studio.tabs import compare, export, train
+from studio.tabs import compare, export, run_view, train
 
 HTML = "<img src=x onerror=alert(1)>"
 SETTINGS = {
@@ -48,7 +48,7 @@ def test_damaged_files_are_shown_as_sentences(workspace, content):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content)
     scorer = Scorer(workspace)
-    shown = [str(part) for part in train.looked(workspace, scorer, "mine", False, None)]
+    shown = [str(part) for part in run_view.looked(workspace, scorer, "mine", False, None)]
     scorer.close()
     assert shown[0] and not any("<img src=x" in part for part in shown)
     assert [state.name for state in runs.states(workspace)] == ["mine"]
@@ -77,7 +77,7 @@ def test_links_in_a_run_show_nothing_of_what_they_lead_to(workspace, tmp_path):
     for link in (studio / "log.txt", run / "README.md", run / "validation" / "step-000001.png"):
         link.symlink_to(tmp_path / "secret.txt")
     (run / WEIGHTS_NAME).unlink()  # or it is finished, which needs no log
-    shown = train.looked(workspace, Scorer(workspace), "mine", False, None)
+    shown = run_view.looked(workspace, Scorer(workspace), "mine", False, None)
     assert "ended without a message" in shown[0] and "secret" not in str(shown)
     with pytest.raises(InputError, match="outside the workspace"):
         export.card_of(workspace, run)
