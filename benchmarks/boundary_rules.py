@@ -287,11 +287,14 @@ def report(result: Mapping[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def read_knees(file: Path, rate: float | None = None) -> dict[str, Interval]:
+def read_knees(
+    file: Path, rate: float | None = None, bounds: tuple[float, float] = (0, math.inf)
+) -> dict[str, Interval]:
     """The knees of a base model.
 
     Args:
         file: rows of the study ``boundary``. rate: multiple of the default rate whose rows count; None for all.
+        bounds: the lowest and the highest relative bound whose rows count.
 
     Raises:
         InputError: the file has no rows of the base model or of that rate.
@@ -301,6 +304,7 @@ def read_knees(file: Path, rate: float | None = None) -> dict[str, Interval]:
     rows = first_protocol(pd.read_parquet(file))
     if rate is not None:
         rows = rows[(rows["method"] == "none") | np.isclose(rows["rate_multiplier"], rate)]
+    rows = rows[(rows["method"] == "none") | rows["x"].between(*bounds)]
     counts = rows["method"].value_counts()
     if not counts.get("none") or not counts.get("delora"):
         raise InputError(f"{file} lacks rows of the base model or of DeLoRA; run eval study boundary to its end.")
@@ -316,6 +320,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("models", nargs="+", metavar="MODEL=ROWS.parquet", help="at least two")
     parser.add_argument("--output_dir", type=Path)
     parser.add_argument("--rate", type=float, help="use the rows at this multiple of the default rate; default: all")
+    parser.add_argument(
+        "--bounds",
+        type=float,
+        nargs=2,
+        default=(0.0, math.inf),
+        metavar=("LOW", "HIGH"),
+        help="use the rows within these relative bounds; default: all",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(argv)
     pairs = [word.rpartition("=") for word in options.models]
@@ -324,7 +336,9 @@ def main(argv: list[str] | None = None) -> None:
     labels = [Path(name).name for name, _, _ in pairs]
     if len(set(labels)) < len(labels):
         raise InputError(f"two base models are named {max(labels, key=labels.count)}; rename the folder of one.")
-    measured = {label: read_knees(Path(file), options.rate) for label, (_, _, file) in zip(labels, pairs)}
+    measured = {
+        label: read_knees(Path(file), options.rate, tuple(options.bounds)) for label, (_, _, file) in zip(labels, pairs)
+    }
     quantities = {}
     for label, (name, _, _) in zip(labels, pairs):
         start = time.monotonic()

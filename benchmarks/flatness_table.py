@@ -14,9 +14,10 @@ import pandas as pd
 from benchmarks.reporting import print_and_save
 from delora_diffusers.dispatch import exit_on_bad_input
 from delora_diffusers.errors import InputError
+from delora_diffusers.methods.table import METHODS
 from delora_diffusers.outputs import check_writable
 from eval.benchmark.tables import markdown
-from eval.study.flatness import joint_table, plot_joint
+from eval.study.flatness_joint import COLUMNS, joined, joint_table, note_of, plot_joint
 
 
 def read_rows(file: Path) -> pd.DataFrame:
@@ -26,13 +27,16 @@ def read_rows(file: Path) -> pd.DataFrame:
         InputError: the file does not exist, or has other rows.
     """
     if not file.is_file():
-        raise InputError(f"{file} does not exist; give the flatness.parquet of a finished study.")
+        what = "is a folder" if file.is_dir() else "does not exist"
+        raise InputError(f"{file} {what}; give the flatness.parquet of a finished study.")
     try:
         rows = pd.read_parquet(file)
     except (OSError, ValueError) as error:
         raise InputError(f"{file} is not a parquet file ({error}); give the flatness.parquet of a study.") from error
-    if not {"model", "step_multiplier"} <= set(rows.columns):
+    if not set(COLUMNS) <= set(rows.columns) or not set(rows["method"]) <= set(METHODS):
         raise InputError(f"{file} has rows of another study; give the flatness.parquet of a finished study.")
+    if rows.empty:
+        raise InputError(f"{file} has no rows; give the flatness.parquet of a finished study.")
     return rows
 
 
@@ -45,12 +49,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("rows", type=Path, nargs="+", help="flatness.parquet of a study")
     parser.add_argument("--output_dir", type=Path)
     options = parser.parse_args(argv)
-    tables = [read_rows(file) for file in options.rows]
+    rows = joined([read_rows(file) for file in options.rows])
     out: Path | None = options.output_dir
     if out is not None:
         check_writable(out / "flatness.md", "--output_dir")
-        plot_joint(tables, out / "flatness")
-    print_and_save(markdown(*joint_table(tables), left=2), None if out is None else out / "flatness.md")
+        plot_joint(rows, out / "flatness")
+    text = f"{markdown(*joint_table(rows), left=2)}\n{note_of(rows)}"
+    print_and_save(text, None if out is None else out / "flatness.md")
 
 
 if __name__ == "__main__":

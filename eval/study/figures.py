@@ -71,7 +71,7 @@ def plot_grid(table: pd.DataFrame, axis: str, path: Path) -> None:
         column[0].set_title(METHODS[method].title, fontsize=10)
         for panel, (name, _) in zip(column, DINO_AND_CLIP_T):
             for colour, multiplier in zip(COLOURS, steps):
-                rows = of_method[of_method["step_multiplier"] == multiplier]
+                rows = pd.DataFrame(of_method[of_method["step_multiplier"] == multiplier]).sort_values("x")
                 label = f"{multiple(multiplier)}x the default steps"
                 panel.plot(rows["x"], rows[name], "o-", color=colour, markersize=4, label=label)
                 low, high = rows[f"{name}_low"], rows[f"{name}_high"]
@@ -87,20 +87,22 @@ def plot_grid(table: pd.DataFrame, axis: str, path: Path) -> None:
     save(figure, path)
 
 
-STEP_STYLES: tuple[Any, ...] = (":", "-", "--")
+STEP_STYLES: tuple[Any, ...] = (":", "-", "--", "-.", (0, (1, 1)), (0, (8, 2)))
 
 
 def plot_models(tables: Mapping[str, pd.DataFrame], axis: str, path: Path) -> None:
     """DINO above CLIP-T, a column of panels per base model: a colour per method, a line style per number of steps.
 
     Args:
-        tables: as for ``plot_grid``, by name of the base model. axis: what x is. path: without a suffix.
+        tables: by name of the base model, with ``method``, ``step_multiplier``, ``x``, ``dino`` and ``clip_t``.
+        axis: what x is. path: without a suffix.
     """
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
 
     everything = pd.concat(tables.values())
-    colours = dict(zip(everything["method"].unique(), COLOURS))
+    methods = list(everything["method"].unique())
+    colours = dict(zip(methods, COLOURS if len(methods) <= len(COLOURS) else plt.get_cmap("tab20").colors))
     styles = dict(zip(sorted(everything["step_multiplier"].unique()), itertools.cycle(STEP_STYLES)))
     ticks = sorted(everything["x"].unique())
     size = (0.8 + 2.6 * len(tables), 5.6)
@@ -111,7 +113,7 @@ def plot_models(tables: Mapping[str, pd.DataFrame], axis: str, path: Path) -> No
             for setting, rows in table.groupby(["method", "step_multiplier"], sort=False):
                 method, multiplier = cast(tuple, setting)
                 style = {"color": colours[method], "linestyle": styles[multiplier]}
-                panel.plot(rows["x"], rows[name], marker="o", markersize=4, **style)
+                panel.plot(*rows.sort_values("x")[["x", name]].to_numpy().T, marker="o", markersize=4, **style)
             panel.set_xscale("log", base=2)
             panel.set_xticks(ticks, [multiple(x) for x in ticks])
             panel.minorticks_off()
@@ -124,7 +126,8 @@ def plot_models(tables: Mapping[str, pd.DataFrame], axis: str, path: Path) -> No
         Line2D([], [], color="#666", linestyle=style, label=f"{multiple(value)}x the default steps")
         for value, style in styles.items()
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False)
+    columns = max(1, min(len(handles), int(size[0] / 2.9)))  # titles may be long
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
     save(figure, path)
 
 
@@ -215,8 +218,9 @@ def plot_positions(rows: pd.DataFrame, path: Path) -> None:
 
 
 def multiple(x: float) -> str:
-    """A tick label, ``1/8`` to ``32``."""
-    return f"1/{round(1 / x)}" if x < 1 else f"{x:g}"
+    """A tick label, ``1/8`` to ``32``; no two different values have the same."""
+    is_unit_fraction = x < 1 and abs(1 / x - round(1 / x)) < 1e-4
+    return f"1/{round(1 / x)}" if is_unit_fraction else f"{x:g}"
 
 
 def plot_images(

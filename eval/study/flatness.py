@@ -54,7 +54,8 @@ def run(options: argparse.Namespace) -> None:
         rows.insert(0, "model", base_model_name(options))
         rows.insert(3, "step_multiplier", rows["label"].map(multiples))
         write_rows(path.with_suffix(".parquet"), rows)
-        caption = write(path, rows, len(settings), captions.unfinished(trials, rows))
+        of_method = len(settings) // len(options.methods or COMPARED)
+        caption = write(path, rows, of_method, captions.unfinished(trials, rows))
         captions.write_images(path.with_name(f"{path.name}-pictures"), RATE_AXIS, trials)
         return caption
 
@@ -66,7 +67,7 @@ def largest_changes(rows: pd.DataFrame, score: str) -> dict[str, Any]:
 
     ``change`` is the highest minus the lowest mean over subjects; ``deviation`` is the largest distance from the mean
     at the default, None if that did not finish. In a resample both are computed from its own means, so that noise in
-    the means makes them larger, never smaller.
+    the means makes them larger on average.
 
     Args:
         rows: of one method and protocol.
@@ -129,75 +130,25 @@ def write(path: Path, rows: pd.DataFrame, settings: int, missing: str) -> Path:
     """The figure and its caption with all numbers: ``path`` with .png, .svg and .md.
 
     Args:
-        settings: number of settings of all methods. missing: see ``captions.unfinished``.
+        settings: number of settings of each method. missing: see ``captions.unfinished``.
     """
     model = rows["model"].iloc[0]
     rows = captions.first_protocol(rows)
-    table = with_steps(rows)
+    table = captions.tabulate(rows)
+    steps = rows.drop_duplicates("label").set_index("label")["step_multiplier"]
+    table["step_multiplier"] = table["label"].map(steps)
     figures.plot_grid(table, RATE_AXIS, path)
-    seeds, subjects, methods = (rows[name].nunique() for name in ("seed", "subject", "method"))
+    seeds, subjects = (rows[name].nunique() for name in ("seed", "subject"))
     parts = [
         f"![{SHOWS}]({path.name}.png)\n",
         f"{SHOWS}\n",
         f"Base model {model}, {subjects} subjects, {seeds} seeds. In brackets: 95% bootstrap interval over subjects.\n"
         "Largest change: highest minus lowest mean over the grid. Settings where every training failed have no\n"
         f"scores.{missing}\n",
-        markdown(*change_table(rows, settings // methods), left=2),
+        markdown(*change_table(rows, settings), left=2),
         "All settings; ±: standard deviation over seeds.\n",
         markdown(*captions.means(table, RATE_AXIS)),
     ]
     file = path.with_suffix(".md")
     write_text(file, "\n".join(parts))
     return file
-
-
-def with_steps(rows: pd.DataFrame) -> pd.DataFrame:
-    """A row per setting, see ``captions.tabulate``, with its ``step_multiplier``."""
-    table = captions.tabulate(rows)
-    steps = rows.drop_duplicates("label").set_index("label")["step_multiplier"]
-    table["step_multiplier"] = table["label"].map(steps)
-    return table
-
-
-def plot_joint(tables: Sequence[pd.DataFrame], path: Path) -> None:
-    """DINO and CLIP-T of every setting, a column of panels per base model, as PNG and SVG.
-
-    Args:
-        tables: as for ``joint_table``. path: without a suffix.
-    """
-    rows = captions.first_protocol(pd.concat(tables))
-    by_model = {str(model): with_steps(of_model) for model, of_model in rows.groupby("model", sort=False)}
-    figures.plot_models(by_model, RATE_AXIS, path)
-
-
-def joint_table(tables: Sequence[pd.DataFrame]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: the largest changes of DINO and CLIP-T of each method on each base model, over the whole grid
-    and over the learning rates alone, at the default number of steps.
-
-    Args:
-        tables: the rows of this study; the rows of one base model may be in several.
-    """
-    rows = captions.first_protocol(pd.concat(tables))
-    scores = ("dino", "clip_t")
-    spans = ("rates and steps", "rates")
-    header = ["", "", *(f"{SCORES[score]} over {span}" for span in spans for score in scores), "failed"]
-    cells = []
-    for model, of_model in rows.groupby("model", sort=False):
-        grid = of_model[list(KEYS)].drop_duplicates()
-        for method, of_method in of_model.groupby("method", sort=False):
-            at_default_steps = pd.DataFrame(of_method[np.isclose(of_method["step_multiplier"], DEFAULT[1])])
-            changes = [
-                with_brackets(largest_changes(group, score)["change"]) if len(group) else ""
-                for group in (of_method, at_default_steps)
-                for score in scores
-            ]
-            failed = len(failed_settings(of_model, str(method)))
-            cells.append(
-                [
-                    str(model),
-                    METHODS[str(method)].title,
-                    *changes,
-                    f"{failed} of {len(grid)} settings" if failed else "",
-                ]
-            )
-    return header, cells

@@ -15,9 +15,10 @@ from benchmarks import flatness_table
 from delora_diffusers.errors import InputError
 from delora_diffusers.methods.table import METHODS
 from eval.commands.study import add_arguments, check_study_flags
-from eval.study import boundary, flatness
+from eval.study import boundary, figures, flatness
 from eval.study.boundary import crossing, knees, relative_distance
-from eval.study.flatness import joint_table, largest_changes
+from eval.study.flatness import largest_changes
+from eval.study.flatness_joint import joined, joint_table, plot_joint
 from eval.study.settings import Setting
 from eval.study.trials import continues
 from tests.helpers import run_eval, write_photos
@@ -34,7 +35,13 @@ def table_of(scores: np.ndarray, xs: list[float], steps: list[float], method: st
     """Rows of a grid, scores (x, steps, subject, seed)."""
     rows = [
         {"model": "m", "label": f"{method} {s}", "method": method, "x": x, "step_multiplier": s, "subject": f"s{k}"}
-        | {"seed": seed, "protocol": "toybox", "dino": value, "clip_i": value, "clip_t": -value}
+        | {
+            "seed": seed,
+            "protocol": "toybox",
+            "dino": value,
+            "clip_i": value,
+            "clip_t": -value,
+        }
         for i, x in enumerate(xs)
         for j, s in enumerate(steps)
         for k, by_seed in enumerate(scores[i, j])
@@ -72,24 +79,84 @@ def test_the_interval_of_a_change_resamples_subjects():
     assert (low, high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.01)
 
 
-def test_a_joint_table_counts_settings_that_failed_for_one_method():
+def test_a_joint_table_says_which_settings_are_missing():
     scores = np.zeros((2, 2, 3, 1))
     scores[1, 1] = 0.5
-    failed = scores.copy()
+    failed, partly = scores.copy(), scores.copy()
     failed[1, 0] = np.nan
-    rows = [table_of(scores, [1.0, 2.0], [1.0, 3.0]), table_of(failed, [1.0, 2.0], [1.0, 3.0], "delora")]
-    header, cells = joint_table([pd.concat(rows), pd.concat(rows).assign(model="n")])
+    partly[1, 0, 1:] = np.nan  # one subject of three would be compared with all
+    tables = [
+        table_of(of_method, [1.0, 8.0], [1.0, 3.0], method)
+        for of_method, method in ((scores, "lora"), (failed, "delora"), (partly, "dora"))
+    ]
+    everything = joined([*tables, pd.concat(tables).assign(model="n")])
+    header, cells = joint_table(everything)
     assert header[2:] == [
         "DINO over rates and steps",
         "CLIP-T over rates and steps",
         "DINO over rates",
         "CLIP-T over rates",
-        "failed",
+        "missing",
     ]
-    assert [line[:2] for line in cells] == [["m", "LoRA"], ["m", "DeLoRA"], ["n", "LoRA"], ["n", "DeLoRA"]]
+    assert [line[:2] for line in cells] == [[model, title] for model in "mn" for title in ("LoRA", "DeLoRA", "DoRA")]
     moved, still = "0.500 [0.500, 0.500]", "0.000 [0.000, 0.000]"  # the scores rise only at 3 times the steps
-    assert cells[0][2] == cells[1][2] == moved and cells[0][4] == cells[1][4] == still
-    assert [line[6] for line in cells] == ["", "1 of 4 settings"] * 2
+    for line, missing in zip(cells, (False, True, True, False, True, True)):
+        assert line[2] == moved and line[4] == still + (", without 8x" if missing else "")
+        assert line[6] == ("1 of 4 settings" if missing else "")
+    with pytest.raises(InputError, match="the rows of LoRA on m are there twice; give each study once"):
+        joined([tables[0], tables[0]])
+    assert len(joined([tables[0].assign(protocol="delora", model="o"), tables[1]])["model"].unique()) == 2
+
+
+@pytest.mark.parametrize("models", [1, 3])
+def test_a_joint_figure_sorts_rates_and_takes_all_methods(models, tmp_path):
+    import matplotlib.pyplot as plt
+
+    random = np.random.default_rng(0)
+    tables = [
+        table_of(random.normal(size=(3, 2, 3, 1)), [8.0, 0.125, 1.0], [1.0, 3.0], method).assign(model=model)
+        for method in METHODS
+        for model in "abc"[:models]
+    ]
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+        plot_joint(joined(tables), tmp_path / "joint")
+    (figure,) = drawn
+    assert len(figure.axes) == 2 * models
+    for panel in figure.axes:
+        assert all(list(line.get_xdata()) == [0.125, 1.0, 8.0] for line in panel.lines)
+        assert len(panel.lines) == 2 * len(METHODS)
+    figure.canvas.draw()
+    width, (legend,) = figure.bbox.width, figure.legends
+    assert legend.get_window_extent().x0 >= 0 and legend.get_window_extent().x1 <= width
+    plt.close(figure)
+
+
+@given(st.lists(st.floats(0.01, 20), min_size=2, max_size=8))
+def test_different_multiples_have_different_labels(values):
+    values = [float(f"{value:.3g}") for value in values]
+    assert len({figures.multiple(value) for value in values}) == len(set(values))
+    assert [figures.multiple(x) for x in (1 / 3, 0.125, 0.4, 0.75, 3)] == ["1/3", "1/8", "0.4", "0.75", "3"]
+
+
+def test_the_rows_of_other_files_are_refused(tmp_path):
+    file = tmp_path / "rows.parquet"
+    with pytest.raises(InputError, match=r"rows\.parquet does not exist; give the flatness\.parquet"):
+        flatness_table.read_rows(file)
+    with pytest.raises(InputError, match="is a folder; give the flatness"):
+        flatness_table.read_rows(tmp_path)
+    file.write_text("x")
+    with pytest.raises(InputError, match="is not a parquet file"):
+        flatness_table.read_rows(file)
+    rows = table_of(np.zeros((1, 1, 1, 1)), [1.0], [1.0])
+    for wrong in (rows.drop(columns="protocol"), rows.assign(method="vera")):
+        wrong.to_parquet(file)
+        with pytest.raises(InputError, match="has rows of another study"):
+            flatness_table.read_rows(file)
+    rows[:0].to_parquet(file)
+    with pytest.raises(InputError, match="has no rows"):
+        flatness_table.read_rows(file)
 
 
 def brute_force_crossing(bounds: np.ndarray, curve: np.ndarray) -> float:

@@ -1,0 +1,89 @@
+"""The flatness of methods on several base models, in one table and one figure."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from delora_diffusers.errors import InputError
+from delora_diffusers.methods.table import METHODS
+from eval.study import captions, figures
+from eval.study.flatness import DEFAULT, KEYS, SCORES, failed_settings, largest_changes, with_brackets
+
+COLUMNS = ("model", "method", "protocol", "subject", "seed", *KEYS, *SCORES)
+"""What the rows of a study have."""
+RUN = ("model", "method", *KEYS, "subject", "seed")
+"""The columns that tell runs apart."""
+
+
+def joined(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """The rows of the study on several base models, without settings that did not finish for all subjects and seeds.
+
+    Args:
+        tables: rows of the study; those of one base model may be in several.
+
+    Raises:
+        InputError: a run is there twice.
+    """
+    rows = pd.concat([captions.first_protocol(table) for table in tables if len(table)], ignore_index=True)
+    twice = rows[rows.duplicated(list(RUN))]
+    if len(twice):
+        model, method = twice[["model", "method"]].iloc[0]
+        raise InputError(f"the rows of {METHODS[method].title} on {model} are there twice; give each study once.")
+    rows = rows.dropna(subset=["dino", "clip_t"])
+    counts = rows.groupby(["model", "method", *KEYS])["dino"].transform("size")
+    complete = counts == counts.groupby(rows["model"]).transform("max")
+    return pd.DataFrame(rows[complete]).sort_values("x", kind="stable")
+
+
+def joint_table(rows: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: the largest changes of DINO and CLIP-T of each method on each base model, over the whole grid
+    and over the learning rates alone, at the default number of steps.
+
+    Args:
+        rows: see ``joined``.
+    """
+    scores = ("dino", "clip_t")
+    spans = ("rates and steps", "rates")
+    header = ["", "", *(f"{SCORES[score]} over {span}" for span in spans for score in scores), "missing"]
+    cells = []
+    for model, of_model in rows.groupby("model", sort=False):
+        grid = of_model[list(KEYS)].drop_duplicates()
+        for method in of_model["method"].unique():
+            of_method, missing = captions.where(of_model, "method", method), failed_settings(of_model, method)
+            at_default_steps = pd.DataFrame(of_method[np.isclose(of_method["step_multiplier"], DEFAULT[1])])
+            rates = [figures.multiple(x) for x, steps in missing if np.isclose(steps, DEFAULT[1])]
+            without = f", without {', '.join(rates)}x" if rates else ""
+            changes = [
+                with_brackets(largest_changes(group, score)["change"]) + note if len(group) else ""
+                for group, note in ((of_method, ""), (at_default_steps, without))
+                for score in scores
+            ]
+            count = f"{len(missing)} of {len(grid)} settings" if missing else ""
+            cells.append([str(model), METHODS[method].title, *changes, count])
+    return header, cells
+
+
+def note_of(rows: pd.DataFrame) -> str:
+    """How many subjects and seeds each base model was trained on."""
+    counts = [
+        f"{model}: {of_model['subject'].nunique()} subjects, seeds: {of_model['seed'].nunique()}"
+        for model, of_model in rows.groupby("model", sort=False)
+    ]
+    return f"{'; '.join(counts)}. In brackets: 95% bootstrap interval over subjects."
+
+
+def plot_joint(rows: pd.DataFrame, path: Path) -> None:
+    """DINO and CLIP-T of every setting, a column of panels per base model, as PNG and SVG.
+
+    Args:
+        rows: see ``joined``. path: without a suffix.
+    """
+    by_model = {
+        str(model): of_model.groupby(["method", "step_multiplier", "x"], sort=False)[["dino", "clip_t"]]
+        .mean()
+        .reset_index()
+        for model, of_model in rows.groupby("model", sort=False)
+    }
+    figures.plot_models(by_model, "multiple of the published rate", path)
