@@ -20,7 +20,7 @@ from PIL import Image
 from data.maps import MapPair, check_pairs, find_hub_pairs, find_pairs, pair_views
 from data.palettes import read_palette
 from delora_diffusers.crops import Size, crop_boxes
-from delora_diffusers.dispatch import exit_on_bad_input
+from delora_diffusers.dispatch import Parser, exit_on_bad_input
 from delora_diffusers.errors import InputError
 from delora_diffusers.families.checks import check_model_folder
 from delora_diffusers.image_files import upright_size
@@ -49,7 +49,7 @@ FROZEN_NEW_ENCODER = (
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_model_arguments(parser)
     group = parser.add_argument_group("images and maps")
     group.add_argument("--train_data_dir", type=Path, help="folder of images and maps; docs/maps.md shows the layout")

@@ -17,15 +17,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.captions import INSTANCE, tag_orders, with_instance
+from data.captions import tag_orders, with_instance
 from data.concepts import Concept, read_concepts
 from data.photographs import Masks, Photo, find_photographs
 from data.subjects import Subject, check_class_prompts, read_subjects
-from delora_diffusers.dispatch import exit_on_bad_input
+from delora_diffusers.dispatch import Parser, exit_on_bad_input
 from delora_diffusers.errors import InputError
 from delora_diffusers.image_files import load_rgb
 from delora_diffusers.methods.config import TEXT_ENCODER_TARGETS
-from delora_diffusers.names import is_miniature
+from delora_diffusers.names import INSTANCE, is_miniature
 from delora_diffusers.outputs import check_run_folder, held_folders
 from delora_diffusers.training import arguments
 from delora_diffusers.training.defaults import with_defaults, with_family_defaults
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from delora_diffusers.training.init_adapter import InitialAdapter
 
 
-def build_parser(parser_class: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
+def build_parser(parser_class: type[argparse.ArgumentParser] = Parser) -> argparse.ArgumentParser:
     parser = parser_class(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_model_arguments(parser)
     add_subject_arguments(parser)
@@ -53,7 +53,7 @@ def build_parser(parser_class: type[argparse.ArgumentParser] = argparse.Argument
 
 
 def parse_arguments(
-    argv: list[str] | None = None, parser_class: type[argparse.ArgumentParser] = argparse.ArgumentParser
+    argv: list[str] | None = None, parser_class: type[argparse.ArgumentParser] = Parser
 ) -> argparse.Namespace:
     args = with_subject_defaults(arguments.parse_with_config(build_parser(parser_class), argv))
     return with_defaults(args)
@@ -437,7 +437,9 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
     settings = [args]
     if args.subjects_file is not None:
         settings = [argparse.Namespace(**vars(args) | subject.flag_overrides()) for subject in subjects]
-    files = AdapterFiles(adapters, settings, [s.prompts[0] for s in subjects], {"pipeline": type(pipeline).__name__})
+    files = AdapterFiles(
+        adapters, settings, [s.instance_prompt for s in subjects], {"pipeline": type(pipeline).__name__}
+    )
     loss = None
     if held_out:
         loss = HeldOutLoss(held_out_buckets, noising, table, losses, args.train_batch_size, device)

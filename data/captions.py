@@ -5,9 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from delora_diffusers.errors import InputError
+from delora_diffusers.names import INSTANCE
 
-INSTANCE = "{instance}"
-"""Stands for the subject's name in prompts and captions."""
 ORDERS = 16
 """How many random orders of a caption's tags are trained on; each is encoded once."""
 

@@ -27,18 +27,23 @@ MAX_ASPECT_RATIO = 16
 """Scaling the short side of a narrower image to the resolution would make it enormous."""
 
 
+MOST_NAMED = 5
+"""Photos that a message names."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Masks:
     """Whether and where photos have masks, which weight the loss.
 
     Attributes:
         use: masks beside the photos, and alpha channels. folder: has masks with the names of the photos instead.
-        required: whether at least one photo must have a mask.
+        required: whether at least one photo must have a mask. warn: whether to log masks that are not used.
     """
 
     use: bool = False
     folder: Path | None = None
     required: bool = True
+    warn: bool = True
 
     def of(self, photo: Path) -> Path | None:
         """The file that has a photo's mask, which is the photo itself if it has an alpha channel; None if there is
@@ -48,6 +53,10 @@ class Masks:
         if self.folder is not None:
             return mask_beside(self.folder / photo.name, alone=True)
         return mask_beside(photo) or (photo if has_alpha(photo) else None)
+
+
+NO_MASKS = Masks(warn=False)
+"""For scores, which use none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,15 +145,19 @@ def _check_masks(folder: Path, photos: list[Photo], masks: Masks) -> None:
     """Refuse masks that are asked for and missing; log photos without a mask, and masks that are not used."""
     if not masks.use:
         unused = sum(mask_beside(photo.path) is not None for photo in photos)
-        if unused:
-            logger.warning(printable(f"not used: {unused} masks in {folder}; give --use_masks to weight the loss."))
+        if unused and masks.warn:
+            masks_of = "1 mask" if unused == 1 else f"{unused} masks"
+            logger.warning(printable(f"not used: {masks_of} in {folder}; give --use_masks to weight the loss."))
         return
     bare = [photo.path.name for photo in photos if photo.mask is None]
     if len(bare) == len(photos) and masks.required:
         where = f"{folder} has no mask" if masks.folder is None else f"--mask_data_dir {masks.folder} has no mask"
-        raise InputError(f"{where} for its photos; add for example {photos[0].path.stem}.mask.png.")
+        example = f"{photos[0].path.stem}{'.mask' if masks.folder is None else ''}.png"
+        raise InputError(f"{where} for the photos in {folder}; add for example {example}.")
     if bare:
-        logger.warning(printable(f"no mask for {', '.join(bare[:5])} in {folder}: the loss on all of it counts."))
+        others = f" and {len(bare) - MOST_NAMED} others" if len(bare) > MOST_NAMED else ""
+        names = ", ".join(bare[:MOST_NAMED]) + others
+        logger.warning(printable(f"no mask for {names} in {folder}: the loss on all of them counts."))
 
 
 def _read_metadata(file: Path) -> dict[str, str | None]:

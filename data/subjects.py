@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data.captions import INSTANCE
+from data.captions import with_instance
 from data.concepts import Concept
 from data.photographs import find_photographs
 from delora_diffusers.errors import InputError
 from delora_diffusers.json_lines import SUBJECTS, read_json_lines
+from delora_diffusers.names import INSTANCE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,14 @@ class Subject:
     def prompts(self) -> list[str]:
         """The prompt for each photo, of all concepts."""
         return [prompt for concept in self.concepts for prompt in concept.prompts]
+
+    @property
+    def instance_prompt(self) -> str:
+        """What its photos are called, as given, or the first caption."""
+        concept = self.concepts[0]
+        if concept.instance_prompt is None:
+            return self.prompts[0]
+        return with_instance(concept.instance_prompt, concept.instance_name, "--instance_prompt")
 
     @property
     def class_prompts(self) -> list[str]:

@@ -2,16 +2,58 @@
 
 import argparse
 import errno
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
+from typing import NoReturn
 
 from delora_diffusers.errors import InputError, printable
 from delora_diffusers.memory import ANYWHERE, is_out_of_memory, out_of_memory_sentence
 
 INACCESSIBLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS, errno.ENOSPC)
 """Errors of the file system that the user can correct, wherever they occur."""
+
+
+KINDS = {"int": "a whole number", "positive_int": "a whole number of at least 1", "float": "a number"}
+"""What argparse calls by the name of a function."""
+INTERRUPTED = 130
+"""The exit code of a command that Ctrl-C ended, as in shells."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one sentence, without the usage, which is a page long.
+
+    Attributes:
+        source: where the words come from, if not from the command line; errors name it.
+    """
+
+    source: str | None = None
+
+    def error(self, message: str) -> NoReturn:
+        where = "" if self.source is None else f"{self.source}: "
+        self.exit(2, printable(f"error: {where}{sentence_of(message)}; --help lists the flags.") + "\n")
+
+
+def sentence_of(message: str) -> str:
+    """What argparse says of a wrong command line, in the words of the other errors and without a full stop."""
+    flag, named, text = message.removeprefix("argument ").partition(": ")
+    if not message.startswith("argument ") or not named:
+        unknown, missing = "unrecognized arguments: ", "the following arguments are required: "
+        if message.startswith(unknown + "-"):
+            return f"there is no flag {message.removeprefix(unknown).split()[0]}"
+        if message.startswith(missing):
+            return f"{message.removeprefix(missing)} is missing"
+        return message.rstrip(".")
+    flag = flag.split("/")[0]
+    wrong = re.fullmatch(r"invalid (\w+) value: '?(.*?)'?", text, re.DOTALL)
+    if wrong:
+        return f"{flag} is {wrong[2]}, not {KINDS.get(wrong[1], 'a valid value')}"
+    choice = re.fullmatch(r"invalid choice: (.*) \(choose from (.*)\)", text, re.DOTALL)
+    if choice:
+        return f"{flag} {choice[1]} does not exist; choose from {choice[2]}".replace("'", "")
+    return f"{flag} {text}" if text.startswith("expected") else f"{flag}: {text}"
 
 
 def run_command(
@@ -23,7 +65,7 @@ def run_command(
         commands: modules by command name, with ``add_arguments(parser)`` and ``run(options)``; their docstrings are the
             help texts.
     """
-    parser = argparse.ArgumentParser(prog=prog, description=description)
+    parser = Parser(prog=prog, description=description)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, module in commands.items():
         help_text = module.__doc__ or ""
@@ -37,7 +79,8 @@ def run_command(
 
 @contextmanager
 def exit_on_bad_input() -> Iterator[None]:
-    """Exit with code 1 and one sentence for bad input and for lack of memory; other errors keep their traceback."""
+    """Exit with code 1 and one sentence for bad input and for lack of memory, and without a traceback on Ctrl-C; other
+    errors keep theirs."""
     try:
         yield
     except InputError as error:
@@ -46,6 +89,9 @@ def exit_on_bad_input() -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         sys.exit(f"error: {out_of_memory_sentence('running this command', ANYWHERE)}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except OSError as error:
         if error.errno not in INACCESSIBLE or error.filename is None:
             raise

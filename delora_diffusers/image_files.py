@@ -136,7 +136,8 @@ def warn_of_unread_images(folder: Path, extensions: tuple[str, ...] | None = Non
     unread = [path.name for path in _visible_files(folder) if path.suffix.lower() in known - set(read)]
     for subfolder in sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."):
         if extensions is None and (below := list_images(subfolder)):
-            logger.warning(printable(f"not used: {len(below)} images in the subfolder {subfolder}; move them up."))
+            images = "1 image" if len(below) == 1 else f"{len(below)} images"
+            logger.warning(printable(f"not used: {images} in the subfolder {subfolder}; move what you want to use up."))
     owners = {name for path in _visible_files(folder) for name in (path.stem, path.name)}
     masks = (path for path in _visible_files(folder) if path.stem.endswith(MASK_ENDINGS[0]))
     alone = [path.name for path in masks if path.stem.removesuffix(MASK_ENDINGS[0]) not in owners]

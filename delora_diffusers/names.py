@@ -23,6 +23,8 @@ BEST_WEIGHTS_NAME = "best.safetensors"
 NOT_UPLOADED = ("checkpoint-*", ".*", "*/.*", "logs/*", "class_images/*", "cache/*")
 """Patterns of what stays here when a run is uploaded to the hub."""
 
+INSTANCE = "{instance}"
+"""Stands for the subject's name in prompts and captions of a training."""
 MINIATURE = "mini-sd"
 """The base model that ships with the repository; the default."""
 SD_PIPELINE, SDXL_PIPELINE = "StableDiffusionPipeline", "StableDiffusionXLPipeline"

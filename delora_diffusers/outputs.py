@@ -9,7 +9,7 @@ from pathlib import Path
 from delora_diffusers.atomic import remove_parts
 from delora_diffusers.errors import InputError
 from delora_diffusers.locking import locked_folders
-from delora_diffusers.names import CONFIG_NAME
+from delora_diffusers.names import CONFIG_NAME, WEIGHTS_NAME
 
 MIN_FREE_BYTES = 256 * 2**20
 """What a training run may need for its checkpoints, at least."""
@@ -48,7 +48,10 @@ def check_run_folder(folder: Path, resume_from_checkpoint: str | None) -> None:
     if os.path.lexists(folder) and not os.path.isdir(folder):
         raise InputError(f"--output_dir {folder} is a file; give a folder.")
     check_writable(folder, "--output_dir")
-    if os.path.isdir(folder) and resume_from_checkpoint is None and _contents(folder):
+    contents = _contents(folder) if os.path.isdir(folder) else []
+    if contents and not _is_run(contents):
+        raise InputError(f"--output_dir {folder} contains files that are not of a run; give a new folder.")
+    if contents and resume_from_checkpoint is None:
         raise InputError(
             f"--output_dir {folder} contains another run; give a new folder, or continue that run with "
             "--resume_from_checkpoint latest."
@@ -65,6 +68,13 @@ def _contents(folder: Path) -> list[str]:
     """The names in a folder, without what a run that ended before its first checkpoint leaves."""
     names = [entry.name for entry in os.scandir(folder) if not (entry.name[0] == "." and entry.name.endswith(".part"))]
     return [] if set(names) <= {CONFIG_NAME, "logs"} else names
+
+
+def _is_run(names: Sequence[str]) -> bool:
+    """Whether a folder with these names in it is that of a training run."""
+    return not {CONFIG_NAME, WEIGHTS_NAME, "logs", "class_images"}.isdisjoint(names) or any(
+        name.startswith("checkpoint-") for name in names
+    )
 
 
 @contextmanager

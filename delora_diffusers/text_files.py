@@ -45,7 +45,9 @@ def decode(content: bytes, name: str) -> str:
         position = len(text[:position].encode())
     except UnicodeDecodeError as error:
         position, problem = error.start, f"byte 0x{content[error.start]:02x}"
-    looks_like = " and looks like UTF-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in content[:64] else ""
+    halves = content[0:64:2], content[1:64:2]  # in UTF-16 one byte of each Latin letter is 0, and the other is not
+    is_utf16 = content[:2] in (b"\xff\xfe", b"\xfe\xff") or (any(map(any, halves)) and not all(map(any, halves)))
+    looks_like = " and looks like UTF-16" if is_utf16 else ""
     raise InputError(f"{name} is not UTF-8 text ({problem} at position {position}){looks_like}; save it as UTF-8.")
 
 
@@ -113,6 +115,9 @@ def read_yaml(file: Path) -> Any:
     """
     try:
         return yaml.load(read_text(file), Loader=_TextLoader)
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
+        raise InputError(f"{file} is not valid YAML ({line}{error.problem}); fix it.") from error
     except yaml.YAMLError as error:
         raise InputError(f"{file} is not valid YAML ({' '.join(str(error).split())}); fix it.") from error
     except InputError:

@@ -30,6 +30,8 @@ def handler_for(repositories: dict[str, Path], requests: list[str]) -> type[Base
         def do_GET(self):
             path = self.path.split("?")[0].strip("/")
             requests.append(path)
+            if path == "api/whoami-v2":
+                return self.answer(200, b'{"type": "user", "name": "me"}', Content_Type="application/json")
             for repo_id, folder in repositories.items():
                 files = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file()]
                 if path.startswith(f"api/models/{repo_id}/tree/"):

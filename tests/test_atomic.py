@@ -128,5 +128,5 @@ def test_a_folder_with_leftovers_only_is_empty(tmp_path):
     (tmp_path / ".config.json.7.part").write_text("x")
     check_run_folder(tmp_path, None)
     (tmp_path / ".dotfile").write_text("x")
-    with pytest.raises(InputError, match="contains another run"):
+    with pytest.raises(InputError, match="contains files that are not of a run"):
         check_run_folder(tmp_path, None)

@@ -242,4 +242,6 @@ def test_images_in_subfolders_are_named(tmp_path, caplog):
     for name in ("a.png", "10_sks dog/b.png", "10_sks dog/c.png"):
         noise().save(tmp_path / name)
     assert len(find_photographs(tmp_path)) == 1
-    assert caplog.messages == [f"not used: 2 images in the subfolder {tmp_path / '10_sks dog'}; move them up."]
+    assert caplog.messages == [
+        f"not used: 2 images in the subfolder {tmp_path / '10_sks dog'}; move what you want to use up."
+    ]

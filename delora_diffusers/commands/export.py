@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format", choices=list(FORMATS), required=True, help="; ".join(map(": ".join, FORMATS.items()))
     )
-    parser.add_argument("--output", type=Path, required=True, help="new file, or new folder for the peft formats")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="new file; for several files, as of the peft formats, a new folder"
+    )
     parser.add_argument("--rank", type=int, help="truncate to this rank; default: full rank, without loss")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="default: fp32")
 

@@ -19,7 +19,7 @@ from delora_diffusers.families.quantization import (
     check_base_precision,
     quantization_config,
 )
-from delora_diffusers.names import MINIATURE, is_miniature
+from delora_diffusers.names import INSTANCE, MINIATURE, is_miniature
 from delora_diffusers.outputs import check_writable, held_outputs
 from delora_diffusers.text_files import is_text, read_lines
 
@@ -128,8 +128,15 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
     """The prompts from ``--prompt`` or ``--prompts_file``, without blank lines.
 
     Raises:
-        InputError: the file is missing or contains no prompt.
+        InputError: the file is missing or contains no prompt, or a prompt has a placeholder.
     """
+    prompts = _given_prompts(options)
+    if any(INSTANCE in prompt for prompt in prompts):
+        raise InputError(f"a prompt contains {INSTANCE}, which stands for a name in training only; write the name.")
+    return prompts
+
+
+def _given_prompts(options: argparse.Namespace) -> list[str]:
     if options.prompt is not None:
         broken = next((prompt for prompt in options.prompt if not is_text(prompt)), None)
         if broken is not None:
@@ -255,7 +262,7 @@ def _check_numbers(options: argparse.Namespace) -> None:
     for flag in SIDES:
         side = getattr(options, flag)
         if side is not None and (side < 8 or side % 8):
-            raise InputError(f"--{flag} {side} is not a multiple of 8; use a multiple of 8.")
+            raise InputError(f"--{flag} {side} is not a multiple of 8 above 0; give for example 512.")
 
 
 def _plan(requests: list[Any], options: argparse.Namespace, base_model: "BaseModel") -> list[Planned]:
@@ -318,7 +325,7 @@ def _write_results(planned: list[Planned], new: int) -> None:
         sheet = write_contact_sheet(request.output_dir, records)
     total = sum(len(records) for _, records in planned)
     folders = planned[0][0].output_dir if len(planned) == 1 else f"{len(planned)} folders"
-    print(f"{total} images in {folders} ({new} new); see {sheet}")
+    print(f"{total} {'image' if total == 1 else 'images'} in {folders} ({new} new); see {sheet}")
 
 
 def load_model(

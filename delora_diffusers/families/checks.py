@@ -51,7 +51,7 @@ def check_model_folder(name_or_path: str | None, variant: str | None = None, mod
         if variant is not None and model_config is None:
             raise InputError(f"--variant chooses files of a folder, but {name_or_path} is a single file; leave it out.")
         if model_config is not None:
-            if is_miniature(model_config) or is_single_file(model_config):
+            if is_single_file(model_config):
                 raise InputError(f"--model_config {model_config} is not a pipeline; give a folder or a hub id.")
             try:
                 check_model_folder(model_config, variant)

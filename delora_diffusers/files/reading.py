@@ -142,7 +142,8 @@ def read_adapter(file: Path, tensors: bool = True) -> tuple[dict[str, Any], dict
     header = _parse_header(metadata)
     if header is None:
         raise InputError(
-            f"{file} is a safetensors file, but not an adapter saved by delora-diffusers; give one of those."
+            f"{file} is a safetensors file, but not an adapter saved by delora-diffusers; give one, or make one of "
+            "a LoRA with python -m delora_diffusers import."
         )
     version, configs = header["format_version"], header["config"]
     if version > FORMAT_VERSION:

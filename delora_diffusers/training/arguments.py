@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from delora_diffusers.dispatch import Parser
 from delora_diffusers.errors import InputError
 from delora_diffusers.families.checks import PROMPT_CHUNKS_HELP
 from delora_diffusers.families.flags import add_single_file_arguments
@@ -23,10 +24,11 @@ from delora_diffusers.methods.config import (
 )
 from delora_diffusers.methods.table import LAMBDA_LEARNING_RATE, METHODS
 from delora_diffusers.names import MINIATURE, is_miniature
-from delora_diffusers.outputs import check_run_folder
+from delora_diffusers.outputs import check_run_folder, is_first_process
 from delora_diffusers.text_files import as_bool, is_text, read_yaml
 from delora_diffusers.training.defaults import DENSITIES, MINIATURE_DEFAULTS
 from delora_diffusers.training.optimizer_flags import add_optimizer_arguments, check_optimizer
+from delora_diffusers.training.run_folder import check_hub_login
 
 if TYPE_CHECKING:
     pass
@@ -298,8 +300,13 @@ def _read_config(parser: argparse.ArgumentParser, file: Path) -> list[str]:
     argv: list[str] = []
     for key, value in values.items():
         if key not in actions or key in ("config", "help"):
-            raise InputError(f"{file} sets {key!r}, which is not a flag; see --help for the flags.")
+            what = "cannot be set in a file" if key in ("config", "help") else "is not a flag"
+            raise InputError(f"{file} sets {key!r}, which {what}; see --help for the flags.")
         argv += _as_arguments(file, actions[key], value)
+    if isinstance(parser, Parser):
+        parser.source = str(file)
+        parser.parse_known_args(argv)  # so that an error names the file
+        parser.source = None
     return argv
 
 
@@ -428,10 +435,7 @@ def check_training_arguments(args: argparse.Namespace) -> None:
     if not 0 <= args.seed < 2**32:
         raise InputError(f"--seed {args.seed} is not between 0 and {2**32 - 1}; choose another.")
     _check_numbers(args)
-    if args.lr_scheduler == "piecewise_constant" and not re.fullmatch(STEP_RULES, args.lr_step_rules or ""):
-        raise InputError(
-            f"--lr_scheduler piecewise_constant needs --lr_step_rules such as 1:500,0.1, not {args.lr_step_rules!r}."
-        )
+    _check_schedule(args)
     adapter_config(args)
     for flag in ("delora_lambda", "relative_bound"):
         if args.init_adapter is not None and getattr(args, flag) is not None:
@@ -447,6 +451,26 @@ def check_training_arguments(args: argparse.Namespace) -> None:
         from delora_diffusers.training.optimizers import check_options
 
         check_options(args)
+    if args.push_to_hub and is_first_process():
+        check_hub_login(args)
+
+
+def _check_schedule(args: argparse.Namespace) -> None:
+    """Reject flags of schedules other than the one that is used, which would change nothing."""
+    if args.lr_scheduler == "piecewise_constant" and not re.fullmatch(STEP_RULES, args.lr_step_rules or ""):
+        given = "" if args.lr_step_rules is None else f", not {args.lr_step_rules}"
+        raise InputError(f"--lr_scheduler piecewise_constant needs --lr_step_rules such as 1:500,0.1{given}.")
+    for flag, unused, schedule in (
+        ("lr_step_rules", None, "piecewise_constant"),
+        ("lr_num_cycles", 1, "cosine_with_restarts"),
+        ("lr_power", 1.0, "polynomial"),
+    ):
+        if getattr(args, flag) != unused and args.lr_scheduler != schedule:
+            raise InputError(f"--{flag} belongs to --lr_scheduler {schedule}, which is not used; leave it out.")
+    has_warmup = args.optimizer.endswith("schedulefree") or args.lr_scheduler not in ("constant", "piecewise_constant")
+    if args.lr_warmup_steps and not has_warmup:
+        remedy = "give constant_with_warmup" if args.lr_scheduler == "constant" else "leave it out"
+        raise InputError(f"--lr_warmup_steps does nothing with --lr_scheduler {args.lr_scheduler}; {remedy}.")
 
 
 def _check_loss(args: argparse.Namespace) -> None:

@@ -70,7 +70,7 @@ RELATIVE_STEP = 1e-2
 
 
 def add_optimizer_arguments(group: Any) -> None:
-    group.add_argument("--optimizer", choices=list(OPTIMIZERS), help="default: adamw; docs/training.md compares them")
+    group.add_argument("--optimizer", choices=list(OPTIMIZERS), help="default: adamw; docs/optimizers.md compares them")
     group.add_argument(
         "--optimizer_args",
         nargs="+",

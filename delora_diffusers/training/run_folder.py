@@ -43,7 +43,8 @@ def command_line(published: bool = False) -> str:
     words = without_folders(sys.argv) if published else list(sys.argv)
     for flag in SECRETS:
         words = [w for i, w in enumerate(words) if not w.startswith(f"--{flag}") and words[i - 1] != f"--{flag}"]
-    return "accelerate launch " + shlex.join([Path(words[0]).name, *words[1:]])
+    script = Path(words[0]).name if published or Path(words[0]).is_absolute() else words[0]
+    return "accelerate launch " + shlex.join([script, *words[1:]])
 
 
 def without_folders(value: Any) -> Any:
@@ -198,11 +199,27 @@ def fenced(code: str, language: str = "") -> str:
     return f"{fence}{language}\n{code}\n{fence}"
 
 
+def check_hub_login(args: argparse.Namespace) -> None:
+    """Reject ``--push_to_hub`` before training if the hub cannot be reached or does not know the user.
+
+    Raises:
+        InputError
+    """
+    from huggingface_hub import whoami
+
+    try:
+        whoami(token=args.hub_token)
+    except Exception as error:  # see push_to_hub
+        raise InputError(
+            f"--push_to_hub cannot log in to the hub ({reason(error)}); run `hf auth login`, or leave it out and "
+            "upload the finished run with `hf upload`."
+        ) from error
+
+
 def push_to_hub(output_dir: Path, args: argparse.Namespace) -> str:
     """Upload the run without its checkpoints, logs and class images; returns the repository's id."""
 
     from huggingface_hub import create_repo, upload_file, upload_folder
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     name = args.hub_model_id or output_dir.resolve().name
     try:
@@ -223,7 +240,7 @@ def push_to_hub(output_dir: Path, args: argparse.Namespace) -> str:
             commit_message="Settings of the training",
             token=args.hub_token,
         )
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+    except Exception as error:  # of the network too, whose libraries have errors of their own
         raise InputError(
             f"the adapter is saved in {output_dir}, but could not be uploaded as {name} ({reason(error)}); upload it "
             "with `hf upload`."

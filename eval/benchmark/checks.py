@@ -3,17 +3,20 @@
 import argparse
 import dataclasses
 import functools
+import runpy
 from pathlib import Path
 from typing import Any
 
 from data.benchmark import Benchmark, load_benchmark
+from delora_diffusers.dispatch import Parser
 from delora_diffusers.errors import InputError
 from delora_diffusers.names import is_miniature, may_be_hub_id
 from delora_diffusers.outputs import check_writable
-from eval.benchmark.tasks import TRAINING_SCRIPT, flag_values
+from eval.benchmark.tasks import TRAINING_SCRIPT, flag_values, flags
 
 DEFAULT_STEPS = {"miniature": 300, "other": 1200}
 """Of the training script, unless ``--train`` sets max_train_steps."""
+SET_FOR_IMAGES = ("adapter", "output_dir", "prompt", "prompts_file", "requests_file", "seed", "strength")
 SET_BY_BENCHMARK = ("class_prompt", "class_data_dir", "instance_data_dir", "instance_prompt", "output_dir")
 """Flags of the training script that differ between subjects."""
 
@@ -50,7 +53,23 @@ def check(options: argparse.Namespace) -> None:
         raise InputError(f"{TRAINING_SCRIPT} is missing; run benchmarks from a clone of the repository.")
     check_base_model(options.pretrained_model_name_or_path)
     check_training_flags(options)
-    flag_values(options.generate, "--generate")
+    check_generation_flags(options)
+
+
+def check_generation_flags(options: argparse.Namespace) -> None:
+    """Reject flags that generate does not have, or that the benchmark sets itself.
+
+    Raises:
+        InputError
+    """
+    parser = Parser()
+    runpy.run_module("delora_diffusers.commands.generate")["add_arguments"](parser)
+    known = {action.dest for action in parser._actions}
+    for name in flag_values(options.generate, "--generate"):
+        if name not in known:
+            raise InputError(f"--generate {name} is not a flag of `python -m delora_diffusers generate`; leave it out.")
+        if name in SET_FOR_IMAGES:
+            raise InputError(f"--generate {name} is set for every run; leave it out.")
 
 
 def check_training_flags(options: argparse.Namespace) -> None:
@@ -69,6 +88,9 @@ def check_training_flags(options: argparse.Namespace) -> None:
             if name in train:
                 raise InputError(f"--train {name} {reason}; leave it out, or turn that off with --score_every 0.")
         total_steps({"train": train, "pretrained_model_name_or_path": options.pretrained_model_name_or_path})
+    parser: Parser = runpy.run_path(str(TRAINING_SCRIPT))["build_parser"]()
+    parser.source = "--train"
+    parser.parse_args(flags(train))  # ends with a sentence if there is no such flag, or if it takes other values
 
 
 def number_of_class_images(train: dict[str, Any]) -> int:

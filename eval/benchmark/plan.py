@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data.benchmark import Benchmark, Subject, find_subjects, render_subjects
-from data.photographs import find_photographs
+from data.photographs import NO_MASKS, find_photographs
 from delora_diffusers.atomic import write_text
 from delora_diffusers.errors import InputError
 from delora_diffusers.image_files import list_images
@@ -122,7 +122,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
     photographs = {}
     for subject in benchmark.subjects:
         folder = options.photographs / subject.name
-        photographs[subject.name] = [photo.path for photo in find_photographs(folder)]
+        photographs[subject.name] = [photo.path for photo in find_photographs(folder, NO_MASKS)]
         if len(photographs[subject.name]) < 2:
             raise InputError(f"{folder} has only one photo; real images are scored in pairs, so add another.")
     settings = {

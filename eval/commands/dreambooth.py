@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data.photographs import Photo, find_photographs
+from data.photographs import NO_MASKS, Photo, find_photographs
 from delora_diffusers.atomic import write_text
 from delora_diffusers.errors import InputError
 from delora_diffusers.outputs import check_new
@@ -47,7 +47,9 @@ def run(options: argparse.Namespace) -> None:
         raise InputError(f"--drift_dir and --base_dir belong to --protocol {PEFT_IMAGEGEN}; leave them out.")
     if bool(options.drift_dir) != bool(options.base_dir):
         raise InputError("--drift_dir and --base_dir are needed together; give both, or neither.")
-    generated, photos = read_generated(options.generated_dir), find_photographs(options.reference_dir)
+    if options.batch_size < 1:
+        raise InputError(f"--batch_size is {options.batch_size}; give at least 1.")
+    generated, photos = read_generated(options.generated_dir), find_photographs(options.reference_dir, NO_MASKS)
     if peft:
         score_as_peft(options, generated, photos)
         return

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from data.photographs import find_photographs
+from data.photographs import NO_MASKS, find_photographs
 from delora_diffusers.atomic import atomic_write
 from delora_diffusers.errors import InputError
 from delora_diffusers.outputs import check_new
@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> None:
     missing = [prompt for prompt in by_prompt(after) if prompt not in by_prompt(before)]
     if missing:
         raise InputError(f"--base_dir {options.base_dir} has no image of {missing[0]!r}; generate the same prompts.")
-    photos = [photo.path for photo in find_photographs(options.reference_dir)]
+    photos = [photo.path for photo in find_photographs(options.reference_dir, NO_MASKS)]
 
     from eval.metrics.encoders import default_device, load_encoders  # imports torch
     from eval.metrics.subjects import score_subject

@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train_dreambooth_delora as script
-from data.captions import INSTANCE, ORDERS, tag_orders, with_instance
+from data.captions import ORDERS, tag_orders, with_instance
 from data.concepts import Concept
 from data.photographs import Photo
 from delora_diffusers.errors import InputError
 from delora_diffusers.families.latents import LatentScale
+from delora_diffusers.names import INSTANCE
 from delora_diffusers.training.batches import Bucket, Sample, SubjectBatches, SubjectData
 from delora_diffusers.training.encoding import LatentCache, PromptTable
 from tests.helpers import training_flags, write_photos

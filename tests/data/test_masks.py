@@ -74,7 +74,7 @@ def test_names_of_masks(tmp_path, name, caplog):
     photo_of(SUBJECT).save(tmp_path / "00.jpg")
     GREY.save(tmp_path / name)
     assert [photo.mask for photo in find_photographs(tmp_path)] == [None]
-    assert "1 masks in" in caplog.text and "--use_masks" in caplog.text
+    assert "1 mask in" in caplog.text and "--use_masks" in caplog.text
     assert [photo.mask for photo in find_photographs(tmp_path, MASKS)] == [tmp_path / name]
 
 
@@ -127,7 +127,9 @@ def test_what_is_no_mask_is_refused(tmp_path):
         assert "\n" not in str(error.value)
 
     photo_of(SUBJECT).save(tmp_path / "a.jpg")
-    refused(r"has no mask for its photos; add for example a\.mask\.png")
+    refused(r"has no mask for the photos in .*; add for example a\.mask\.png")
+    (tmp_path / "masks").mkdir()
+    refused(r"masks has no mask for the photos in .*; add for example a\.png", Masks(True, tmp_path / "masks"))
     refused(r"--mask_data_dir .*missing is not a folder; give", Masks(True, tmp_path / "missing"))
     refused(r"--mask_data_dir .* is the folder of the photos; leave it out", Masks(True, tmp_path))
     mask = tmp_path / "a.mask.png"
@@ -169,7 +171,12 @@ def test_photos_without_a_mask_are_named(tmp_path, caplog):
     GREY.save(tmp_path / "a.mask.png")
     with caplog.at_level(logging.WARNING):
         assert [photo.mask is None for photo in find_photographs(tmp_path, MASKS)] == [False, True]
-    assert "no mask for b.jpg" in caplog.text
+    assert "no mask for b.jpg in" in caplog.text
+    for name in "cdefgh":
+        photo_of(SUBJECT).save(tmp_path / f"{name}.jpg")
+    with caplog.at_level(logging.WARNING):
+        find_photographs(tmp_path, MASKS)
+    assert "no mask for b.jpg, c.jpg, d.jpg, e.jpg, f.jpg and 2 others in" in caplog.text
 
 
 def block_means(values: np.ndarray, factor: int) -> np.ndarray:

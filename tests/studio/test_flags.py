@@ -101,7 +101,7 @@ def test_defaults_are_those_of_the_base_model_and_left_out_of_the_command():
     [
         ("default: 16", ""),
         ("side in pixels; with several, at each; default: 512", "side in pixels; with several, at each"),
-        ("default: adamw; docs/training.md compares them", "docs/training.md compares them"),
+        ("default: adamw; docs/optimizers.md compares them", "docs/optimizers.md compares them"),
         ("of a GPU; default: off; slower", "of a GPU; slower"),
         ("a copy of the start (default), or B = 0", "a copy of the start (default), or B = 0"),
     ],

@@ -28,8 +28,19 @@ def corrupt_photo(content: bytes):
 
 def another_run(model, tmp_path):
     (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
     (tmp_path / "other" / "precious.txt").write_text("keep me")
     return ["--output_dir", tmp_path / "other"]
+
+
+def other_files(model, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(b"")
+    return ["--output_dir", tmp_path / "photos"]
+
+
+def other_files_resumed(model, tmp_path):
+    return [*other_files(model, tmp_path), "--resume_from_checkpoint", "latest"]
 
 
 def empty_folder(model, tmp_path):
@@ -60,6 +71,11 @@ CASES = {
     "resolution": (flags("--resolution", 100), "--resolution 100 is not a multiple of 8; use 96"),
     "seed": (flags("--seed", -1), "--seed -1 is not between 0 and 4294967295"),
     "another run": (another_run, "other contains another run; give a new folder"),
+    "photos as output": (other_files, "photos contains files that are not of a run; give a new folder"),
+    "photos as a run": (other_files_resumed, "photos contains files that are not of a run; give a new folder"),
+    "warm-up of a constant rate": (flags("--lr_warmup_steps", 5), "does nothing with --lr_scheduler constant; give"),
+    "cycles": (flags("--lr_num_cycles", 5), "--lr_num_cycles belongs to --lr_scheduler cosine_with_restarts"),
+    "unused rules": (flags("--lr_step_rules", "1:5,0.1"), "--lr_step_rules belongs to --lr_scheduler piecewise"),
     "rank": (flags("--rank", 500), "rank is 500, but .* is 32 x 32; choose a rank of at most 32"),
     "target": (flags("--targets", "to_q", "to_z"), "target to_z matches no module of UNet2DConditionModel"),
     "lambda": (flags("--delora_lambda", -2), r"delora_lambda is -2\.0; give a positive number"),
