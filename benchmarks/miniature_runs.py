@@ -63,10 +63,10 @@ def generate(values: dict[str, Any]) -> None:
 @functools.cache
 def toybox_encoders() -> Any:
     """The miniature DINO and CLIP, loaded once per process."""
-    from eval.metrics.encoders import default_device, load_encoders
+    from eval.metrics.encoders import device_of, load_encoders
     from eval.metrics.protocols import PROTOCOLS
 
-    return load_encoders(PROTOCOLS["toybox"], None, None, default_device(), "fp32")
+    return load_encoders(PROTOCOLS["toybox"], None, None, device_of(None), "fp32")
 
 
 def score(images: Path, references: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from data.photographs import find_photographs
 from data.toybox.places import PLACES, STUFF
 from delora_diffusers.image_files import load_rgb
 from eval.metrics.embedding import embed
-from eval.metrics.encoders import default_device
+from eval.metrics.encoders import device_of
 from eval.metrics.generated import read_generated
 from eval.metrics.peft_imagegen import drift_pairs
 from eval.metrics.segmentation import Segmenter
@@ -86,4 +86,4 @@ def _features(paths: Sequence[Path], encoder: str) -> Tensor:
 @functools.cache
 def _segmenter() -> Any:
     """mini-segmenter, loaded once per process."""
-    return Segmenter(str(MINI_SEGMENTER), default_device())
+    return Segmenter(str(MINI_SEGMENTER), device_of(None))

@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from delora_diffusers.errors import InputError
 from delora_diffusers.image_files import load_rgb
+from delora_diffusers.names import CONFIG_NAME
 from eval.templates import data_uri, render_template
 
 SIDE = 256
@@ -32,14 +33,17 @@ def read_curves(training_dir: Path | None) -> Curves:
     """The curves in ``CURVES`` that the tensorboard logs in a folder contain.
 
     Raises:
-        InputError: the folder does not exist.
+        InputError: the folder does not exist, or is not that of a run.
     """
     if training_dir is None:
         return {}
     if not training_dir.is_dir():
         raise InputError(f"--training_dir {training_dir} is not a folder; give the output folder of a training run.")
+    logs = sorted({file.parent for file in training_dir.glob("**/events.out.tfevents.*")})
+    if not logs and not (training_dir / CONFIG_NAME).is_file():
+        raise InputError(f"--training_dir {training_dir} is not the output folder of a training run; give one.")
     curves: Curves = {}
-    for folder in sorted({file.parent for file in training_dir.glob("**/events.out.tfevents.*")}):
+    for folder in logs:
         events = EventAccumulator(str(folder)).Reload()
         for tag in CURVES.keys() & set(events.Tags()["scalars"]):
             points = events.Scalars(tag)

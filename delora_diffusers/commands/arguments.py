@@ -46,9 +46,7 @@ def weighted_adapters(options: argparse.Namespace) -> list[tuple[Path, float]]:
     """
     weights = options.adapter_weights or [1.0] * len(options.adapter)
     if len(weights) != len(options.adapter):
-        raise InputError(
-            f"--adapter_weights has {len(weights)} values for {len(options.adapter)} adapters; give one per adapter."
-        )
+        raise InputError(f"--adapter_weights: {len(weights)} for {len(options.adapter)} --adapter; give one for each.")
     wrong = next((weight for weight in weights if not math.isfinite(weight)), None)
     if wrong is not None:
         raise InputError(f"--adapter_weights contains {wrong}; give finite numbers.")

@@ -12,7 +12,7 @@ from delora_diffusers.commands.arguments import (
     weighted_adapters,
 )
 from delora_diffusers.errors import InputError, reason
-from delora_diffusers.families.checks import PROMPT_CHUNKS_HELP, check_patches, check_prompt_chunks
+from delora_diffusers.families.checks import PROMPT_CHUNKS_HELP, check_patches, check_prompt_chunks, check_side
 from delora_diffusers.families.quantization import (
     PACKAGES,
     add_base_precision_argument,
@@ -261,8 +261,8 @@ def _check_numbers(options: argparse.Namespace) -> None:
         raise InputError(f"--seed {options.seed} is too large; choose a smaller one.")
     for flag in SIDES:
         side = getattr(options, flag)
-        if side is not None and (side < 8 or side % 8):
-            raise InputError(f"--{flag} {side} is not a multiple of 8 above 0; give for example 512.")
+        if side is not None:
+            check_side(flag, side)
 
 
 def _plan(requests: list[Any], options: argparse.Namespace, base_model: "BaseModel") -> list[Planned]:

@@ -35,6 +35,24 @@ def is_single_file(name_or_path: str | None) -> bool:
     return Path(name_or_path).is_file() or hub_file(name_or_path) is not None
 
 
+MOST_PIXELS = 8192
+"""The longest side of an image; beyond it memory runs out on any machine, before anything could say so."""
+
+
+def check_side(flag: str, side: int) -> None:
+    """Reject a side of images, in pixels, that no model here can have.
+
+    Raises:
+        InputError
+    """
+    if side > MOST_PIXELS:
+        raise InputError(f"--{flag} {side} is more than {MOST_PIXELS} pixels; give for example 1024.")
+    if side < 8:
+        raise InputError(f"--{flag} {side} is less than 8 pixels; give for example 512.")
+    if side % 8:
+        raise InputError(f"--{flag} {side} is not a multiple of 8; use {round(side / 8) * 8}.")
+
+
 def check_model_folder(name_or_path: str | None, variant: str | None = None, model_config: str | None = None) -> None:
     """Reject at once what cannot be a base model. A name that is not a local path may be on the hub and is accepted.
 

@@ -43,7 +43,10 @@ def decode(family: Family, vae: Any, latents: Tensor) -> Tensor:
         vae.to(torch.float32)
         decoded = _decode(family, vae, latents)
     if not torch.isfinite(decoded).all():
-        raise InputError("the autoencoder gave values that are not finite; use another base model.")
+        raise InputError(
+            "the autoencoder gave values that are not finite; give a lower --guidance_scale or --strength, or "
+            "another base model."
+        )
     return decoded
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from delora_diffusers.dispatch import Parser
 from delora_diffusers.errors import InputError
-from delora_diffusers.families.checks import PROMPT_CHUNKS_HELP
+from delora_diffusers.families.checks import PROMPT_CHUNKS_HELP, check_side
 from delora_diffusers.families.flags import add_single_file_arguments
 from delora_diffusers.families.quantization import PACKAGES, add_base_precision_argument, check_base_precision
 from delora_diffusers.methods.config import (
@@ -430,8 +430,7 @@ def check_training_arguments(args: argparse.Namespace) -> None:
     """
     for flag, sides in (("resolution", args.resolutions), ("bucket_step", [args.bucket_step])):
         for side in sides:
-            if side % 8 or side < 8:
-                raise InputError(f"--{flag} {side} is not a multiple of 8; use {max(8, round(side / 8) * 8)}.")
+            check_side(flag, side)
     if not 0 <= args.seed < 2**32:
         raise InputError(f"--seed {args.seed} is not between 0 and {2**32 - 1}; choose another.")
     _check_numbers(args)

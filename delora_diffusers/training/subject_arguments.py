@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from delora_diffusers.errors import InputError
-from delora_diffusers.families.checks import check_model_folder
+from delora_diffusers.families.checks import check_model_folder, check_side
 from delora_diffusers.families.quantization import PACKAGES
 from delora_diffusers.names import is_miniature
 from delora_diffusers.outputs import check_writable
@@ -151,8 +151,8 @@ def check_validation(args: argparse.Namespace) -> None:
     """
     for flag in ("validation_width", "validation_height"):
         side = getattr(args, flag)
-        if side is not None and (side % 8 or side < 8):
-            raise InputError(f"--{flag} {side} is not a multiple of 8; use {max(8, round(side / 8) * 8)}.")
+        if side is not None:
+            check_side(flag, side)
         if side is not None and not args.validation_prompt:
             raise InputError(f"--{flag} belongs to --validation_prompt, which is not given; leave it out.")
     folders = [folder.resolve() for folder in (args.instance_data_dir, args.validation_data_dir) if folder is not None]

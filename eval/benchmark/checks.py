@@ -16,7 +16,7 @@ from eval.benchmark.tasks import TRAINING_SCRIPT, flag_values, flags
 
 DEFAULT_STEPS = {"miniature": 300, "other": 1200}
 """Of the training script, unless ``--train`` sets max_train_steps."""
-SET_FOR_IMAGES = ("adapter", "output_dir", "prompt", "prompts_file", "requests_file", "seed", "strength")
+SET_FOR_IMAGES = ("adapter", "output_dir", "prompt", "prompts_file", "requests_file")
 SET_BY_BENCHMARK = ("class_prompt", "class_data_dir", "instance_data_dir", "instance_prompt", "output_dir")
 """Flags of the training script that differ between subjects."""
 

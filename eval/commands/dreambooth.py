@@ -55,11 +55,11 @@ def run(options: argparse.Namespace) -> None:
         return
     references = [photo.path for photo in photos]
 
-    from eval.metrics.encoders import default_device, load_encoders  # imports torch
+    from eval.metrics.encoders import device_of, load_encoders  # imports torch
     from eval.metrics.subjects import score_subject
 
     protocol = PROTOCOLS[options.protocol]
-    device = options.device or default_device()
+    device = device_of(options.device)
     encoders = load_encoders(protocol, options.dino, options.clip, device, options.precision)
     result = score_subject(generated, references, protocol, encoders, options.identifier, options.batch_size)
     write_text(options.output, json.dumps(result, indent=2) + "\n")
@@ -70,14 +70,14 @@ def run(options: argparse.Namespace) -> None:
 def score_as_peft(options: argparse.Namespace, generated: Generated, photos: list[Photo]) -> None:
     """Score as PEFT's image benchmark does."""
     from eval.metrics import peft_imagegen  # imports torch
-    from eval.metrics.encoders import default_device
+    from eval.metrics.encoders import device_of
 
     photo_of_each = peft_imagegen.photo_of_each(generated, photos)
     drift = []
     if options.drift_dir is not None:
         drift = peft_imagegen.drift_pairs(read_generated(options.drift_dir), read_generated(options.base_dir))
     name = options.dino or peft_imagegen.DINO
-    encoder = peft_imagegen.Dinov2Encoder(name, options.device or default_device(), options.precision)
+    encoder = peft_imagegen.Dinov2Encoder(name, device_of(options.device), options.precision)
     result = peft_imagegen.score(generated, photo_of_each, drift, encoder, name, options.batch_size)
     write_text(options.output, json.dumps(result, indent=2) + "\n")
     scores, counts = result["scores"], result["counts"]

@@ -35,13 +35,13 @@ def run(options: argparse.Namespace) -> None:
         raise InputError(f"--base_dir {options.base_dir} has no image of {missing[0]!r}; generate the same prompts.")
     photos = [photo.path for photo in find_photographs(options.reference_dir, NO_MASKS)]
 
-    from eval.metrics.encoders import default_device, load_encoders  # imports torch
+    from eval.metrics.encoders import device_of, load_encoders  # imports torch
     from eval.metrics.subjects import score_subject
     from eval.page import Page, read_curves
 
     curves = read_curves(options.training_dir)
     protocol = PROTOCOLS[options.protocol]
-    device = options.device or default_device()
+    device = device_of(options.device)
     encoders = load_encoders(protocol, options.dino, options.clip, device, options.precision)
     scores = [
         score_subject(images, photos, protocol, encoders, options.identifier, options.batch_size)

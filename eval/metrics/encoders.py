@@ -220,9 +220,20 @@ def _load_error(flag: str, name: str, error: Exception) -> str:
     return f"{flag} {name} could not be loaded ({reason}); give an existing model, or local-dir:FOLDER."
 
 
-def default_device() -> str:
-    """``cuda`` if there is a GPU, else ``cpu``."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def device_of(given: str | None) -> str:
+    """A device that was given, or ``cuda`` if there is a GPU, else ``cpu``.
+
+    Raises:
+        InputError: it cannot be used.
+    """
+    if given is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=given)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise InputError(f"--device {given} cannot be used ({reason}); leave it out, or give cpu.") from error
+    return given
 
 
 @dataclasses.dataclass(frozen=True)

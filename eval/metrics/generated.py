@@ -1,13 +1,16 @@
 """Read output folders of generate: images with their prompts, or with the maps they were generated from."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from data.maps import MapPair, find_pairs
-from delora_diffusers.errors import InputError
+from delora_diffusers.errors import InputError, printable
 from delora_diffusers.json_lines import GENERATED, GENERATED_FROM_MAPS, LineFormat, read_json_lines
 from delora_diffusers.maps import map_key
 from delora_diffusers.names import METADATA_NAME
+
+logger = logging.getLogger(__name__)
 
 Generated = list[tuple[Path, str]]
 """(image, prompt) of every generated image."""
@@ -19,7 +22,14 @@ def read_generated(folder: Path) -> Generated:
     Raises:
         InputError: there is no metadata, a line has no prompt, an image is missing.
     """
-    return [(path, record["prompt"]) for path, record in _read(folder, GENERATED)]
+    records = _read(folder, GENERATED)
+    strengths = sorted({float(record.get("strength", 1.0)) for _, record in records})
+    if len(strengths) > 1:
+        listed = ", ".join(f"{strength:g}" for strength in strengths)
+        logger.warning(
+            printable(f"{folder} has images at the strengths {listed}, which are averaged; generate them apart.")
+        )
+    return [(path, record["prompt"]) for path, record in records]
 
 
 def by_prompt(generated: Generated) -> dict[str, list[Path]]:

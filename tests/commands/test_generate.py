@@ -179,7 +179,7 @@ def test_a_sheet_of_strengths_and_a_sum_of_adapters(adapter, tiny_sd, tmp_path):
     assert np.abs(mixed[0] - mixed[1]).max() <= 1
     assert np.abs(mixed[0] - pixels(tmp_path / "one" / "000-a-00.png")).max() <= 1
     assert np.abs(mixed[0] - half).max() > 5
-    with pytest.raises(SystemExit, match="--adapter_weights has 1 values for 2 adapters"):
+    with pytest.raises(SystemExit, match="--adapter_weights: 1 for 2 --adapter; give one for each"):
         main(["generate", "--adapter", "x", "y", "--adapter_weights", "1", *flags, "--output_dir", str(tmp_path / "n")])
 
 

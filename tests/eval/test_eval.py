@@ -10,10 +10,13 @@ from PIL import Image
 from torch import nn
 
 from data.miniature import MINI_CLIP
+from delora_diffusers.errors import InputError
 from delora_diffusers.image_files import load_rgb
 from eval.__main__ import main
+from eval.metrics.generated import read_generated
 from eval.metrics.protocols import PROTOCOLS
 from eval.metrics.scores import pair_scores, real_score, text_scores, without_identifier
+from eval.page import read_curves
 
 
 def unit(rows: int, seed: int) -> torch.Tensor:
@@ -166,6 +169,8 @@ def test_bad_input(generated, photographs, tiny_scorers, tmp_path):
     check_error("has no open_clip_config.json", "--clip", f"local-dir:{tmp_path}")
     check_error("--dino no_such_model could not be loaded", "--dino", "no_such_model")
     check_error("--clip no_such_model could not be loaded", "--clip", "no_such_model")
+    check_error(r"--device nothing cannot be used \(.*\); leave it out, or give cpu", "--device", "nothing")
+    check_error("--batch_size is 0; give at least 1", "--batch_size", "0")
     (generated / "1.png").unlink()
     check_error("1.png is missing, but metadata.jsonl lists it")
     (generated / "metadata.jsonl").write_text('{"file_name": "0.png"}\n')
@@ -176,6 +181,17 @@ def test_bad_input(generated, photographs, tiny_scorers, tmp_path):
     with pytest.raises(SystemExit, match="already exists"):
         main(flags(generated, photographs, tiny_scorers, output))
     assert output.read_text() == "unchanged"
+    with pytest.raises(InputError, match="is not the output folder of a training run"):
+        read_curves(photographs)
+
+
+def test_images_at_several_strengths_are_averaged_with_a_warning(tmp_path, caplog):
+    lines = [{"file_name": f"{k}.png", "prompt": "a toy", "strength": k / 2} for k in range(3)]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for line in lines:
+        Image.new("RGB", (8, 8)).save(tmp_path / line["file_name"])
+    assert len(read_generated(tmp_path)) == 3
+    assert "has images at the strengths 0, 0.5, 1, which are averaged; generate them apart" in caplog.text
 
 
 @pytest.mark.integration

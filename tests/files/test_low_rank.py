@@ -172,7 +172,7 @@ def test_import_from_peft_delora(tiny_sd, tmp_path):
         (AdapterConfig(rank=2), ["peft-delora", "--rank", "2"], "without --rank"),
         (AdapterConfig(rank=2, method="dora"), ["kohya"], "DoRA is not low-rank and cannot be stored as LoRA"),
         (AdapterConfig(rank=2), ["diffusers", "--rank", "0"], "--rank is 0"),
-        (AdapterConfig(rank=2), ["diffusers", "--adapter_weights", "1", "2"], "2 values for 1 adapters"),
+        (AdapterConfig(rank=2), ["diffusers", "--adapter_weights", "1", "2"], "2 for 1 --adapter; give one for each"),
     ],
 )
 def test_rejects_exports(unet, tmp_path, config, flags, message):

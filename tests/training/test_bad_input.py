@@ -69,6 +69,8 @@ CASES = {
     "no prompt": (flags("--instance_prompt", ""), r"00\.png has no caption; give --instance_prompt"),
     "no class prompt": (flags("--with_prior_preservation"), "needs --class_prompt"),
     "resolution": (flags("--resolution", 100), "--resolution 100 is not a multiple of 8; use 96"),
+    "huge resolution": (flags("--resolution", 100_000), "--resolution 100000 is more than 8192 pixels; give for"),
+    "no resolution": (flags("--resolution", 0), "--resolution 0 is less than 8 pixels; give for example 512"),
     "seed": (flags("--seed", -1), "--seed -1 is not between 0 and 4294967295"),
     "another run": (another_run, "other contains another run; give a new folder"),
     "photos as output": (other_files, "photos contains files that are not of a run; give a new folder"),
