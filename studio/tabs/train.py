@@ -134,7 +134,7 @@ def build(workspace: Workspace, player: Player, scorer: Scorer):
         runs.stop(workspace, _chosen(run_name))
 
     @reported
-    def go_on(run_name: str | None, steps: str):
+    def go_on(run_name: str | None, steps: str | None):
         runs.resume(workspace, _chosen(run_name), steps_in(steps))
         player.close()
         warn_of_others(workspace, run_name)
@@ -205,17 +205,18 @@ def _chosen(name: str | None) -> str:
     return name
 
 
-def steps_in(text: str) -> int | None:
-    """The number of steps that was typed, None for none.
+def steps_in(text: str | None) -> int | None:
+    """The number of steps that was typed, None for none; a page that the server has forgotten gives None.
 
     Raises:
         InputError
     """
-    if not text.strip():
+    typed = (text or "").strip()
+    if not typed:
         return None
-    if not text.strip().isdecimal():
-        raise InputError(f"Resume up to step is {text.strip()}; give a whole number, or leave it empty.")
-    return int(text)
+    if not typed.isdecimal():
+        raise InputError(f"Resume up to step is {typed}; give a whole number, or leave it empty.")
+    return int(typed)
 
 
 def prompts_for(chosen_set: str | None, *prompts: str) -> list[Any]:
