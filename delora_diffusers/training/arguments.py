@@ -50,6 +50,12 @@ LOSS_TYPES = ("l2", "huber", "smooth_l1")
 HUBER_SCHEDULES = ("constant", "exponential", "snr")
 """Losses and their schedules; diffusers' and kohya's names."""
 
+OF_METHODS = {
+    "alpha": ("lora", "dora", "dora_fixed_magnitude"),
+    "blocks": ("ether", "etherplus", "etherplus_onesided", "oft"),
+}
+"""Flags that other methods would ignore."""
+
 STEP_RULES = r"(\d*\.?\d+:\d+,)*\d*\.?\d+"
 """FACTOR:STEP pairs, each multiplying the learning rate up to that step, then the final factor."""
 
@@ -436,6 +442,9 @@ def check_training_arguments(args: argparse.Namespace) -> None:
     _check_numbers(args)
     _check_schedule(args)
     adapter_config(args)
+    for flag, methods in OF_METHODS.items():
+        if getattr(args, flag) is not None and args.method not in methods and args.init_adapter is None:
+            raise InputError(f"--{flag} belongs to --method {', '.join(methods)}, not {args.method}; leave it out.")
     for flag in ("delora_lambda", "relative_bound"):
         if args.init_adapter is not None and getattr(args, flag) is not None:
             raise InputError(f"--{flag} is that of a new adapter, but --init_adapter has its own; leave out one.")

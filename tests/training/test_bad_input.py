@@ -76,6 +76,11 @@ CASES = {
     "photos as output": (other_files, "photos contains files that are not of a run; give a new folder"),
     "photos as a run": (other_files_resumed, "photos contains files that are not of a run; give a new folder"),
     "warm-up of a constant rate": (flags("--lr_warmup_steps", 5), "does nothing with --lr_scheduler constant; give"),
+    "alpha of DeLoRA": (
+        flags("--alpha", 3),
+        "--alpha belongs to --method lora, dora, dora_fixed_magnitude, not delora",
+    ),
+    "blocks of LoRA": (flags("--method", "lora", "--blocks", 2), "--blocks belongs to --method ether, .*, not lora"),
     "cycles": (flags("--lr_num_cycles", 5), "--lr_num_cycles belongs to --lr_scheduler cosine_with_restarts"),
     "unused rules": (flags("--lr_step_rules", "1:5,0.1"), "--lr_step_rules belongs to --lr_scheduler piecewise"),
     "rank": (flags("--rank", 500), "rank is 500, but .* is 32 x 32; choose a rank of at most 32"),
