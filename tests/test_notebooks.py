@@ -8,7 +8,6 @@ import os
 import re
 import runpy
 import sys
-import traceback
 import types
 from pathlib import Path
 from typing import Any
@@ -105,27 +104,19 @@ def test_the_settings_for_the_t4_are_flags_of_the_commands():
     assert all(settings["SUBJECT"] in prompt for prompt in settings["PROMPTS"])
 
 
-def run_forked(*words: object) -> None:
-    """What ``run`` of the notebook does, in a copy of this process, which has everything imported."""
+def execute(arguments: list[str], folder: Path) -> None:
+    """What the interpreter does with these arguments."""
+    os.chdir(folder)
+    is_module = arguments[0] == "-m"
+    sys.argv = arguments[is_module:]
+    (runpy.run_module if is_module else runpy.run_path)(sys.argv[0], run_name="__main__")
+
+
+def run_quickly(*words: object) -> None:
+    """What ``run`` of the notebook does, in a process that has everything imported."""
     executable, *arguments = map(str, words)
     assert executable == sys.executable
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            is_module = arguments[0] == "-m"
-            sys.argv = arguments[is_module:]
-            (runpy.run_module if is_module else runpy.run_path)(sys.argv[0], run_name="__main__")
-            code = 0
-        except SystemExit as stop:
-            code = 0 if not stop.code else 1
-            print(stop.code or "", file=sys.stderr)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
-    assert os.waitpid(child, 0)[1] == 0, f"{arguments} failed"
+    run_in_child(execute, arguments, Path.cwd())
 
 
 def check_run(run: Any) -> None:
@@ -137,15 +128,16 @@ def check_run(run: Any) -> None:
     assert printed.getvalue() == "näh\n2\nno such photo\n"
 
 
-def run_cells(notebook: Path, values: dict[str, Any], photos: Path) -> None:
+def run_cells(notebook: Path, values: dict[str, Any], photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Execute the code cells in order, with other settings, beside a stand-in for what Colab and Jupyter provide."""
     shown: list[Image.Image] = []
     downloaded: list[str] = []
-    files = types.SimpleNamespace(
+    colab: Any = types.ModuleType("google.colab")
+    colab.files = types.SimpleNamespace(
         upload=lambda: {path.name: path.read_bytes() for path in sorted(photos.iterdir())}, download=downloaded.append
     )
-    colab = types.ModuleType("google.colab")
-    sys.modules["google.colab"], colab.files = colab, files
+    monkeypatch.setitem(sys.modules, "google.colab", colab)
+    monkeypatch.chdir(ROOT)
     namespace: dict[str, Any] = {"__name__": "__main__", "display": shown.append}
     cells = code_cells(notebook)
     for number, (name, source) in enumerate(cells.items()):
@@ -154,13 +146,13 @@ def run_cells(notebook: Path, values: dict[str, Any], photos: Path) -> None:
             namespace |= values
         if "def run(" in source:
             check_run(namespace["run"])
-            namespace["run"] = run_forked
+            namespace["run"] = run_quickly
     assert len(shown) == 5 + 1 and min(shown[-1].size) > 300
     assert [Path(name).name for name in downloaded] == ["pytorch_delora_weights.safetensors", "my_dog.safetensors"]
 
 
 @pytest.mark.integration
-def test_the_cells_run_on_the_miniature(tmp_path):
+def test_the_cells_run_on_the_miniature(tmp_path, monkeypatch):
     """As on Colab, from photos to the exported adapter, on a CPU and with a few steps."""
     from data.toybox.write import write_unseen_subject
 
@@ -180,7 +172,7 @@ def test_the_cells_run_on_the_miniature(tmp_path):
         "WORK": str(tmp_path / "work"),
     }
     assert values.keys() <= settings_of(COLAB).keys()
-    run_in_child(run_cells, COLAB, values, tmp_path / "photos")
+    run_cells(COLAB, values, tmp_path / "photos", monkeypatch)
     work = tmp_path / "work"
     assert (work / "runs" / "my_dog" / "pytorch_delora_weights.safetensors").is_file()
     assert (work / "outputs" / "my_dog-lora" / "my_dog.safetensors").is_file()

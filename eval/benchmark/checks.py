@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import functools
+import importlib
 import runpy
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def check_generation_flags(options: argparse.Namespace) -> None:
         InputError
     """
     parser = Parser()
-    runpy.run_module("delora_diffusers.commands.generate")["add_arguments"](parser)
+    importlib.import_module("delora_diffusers.commands.generate").add_arguments(parser)
     known = {action.dest for action in parser._actions}
     for name in flag_values(options.generate, "--generate"):
         if name not in known:
