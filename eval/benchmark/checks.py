@@ -18,6 +18,7 @@ from eval.benchmark.tasks import TRAINING_SCRIPT, flag_values, flags
 DEFAULT_STEPS = {"miniature": 300, "other": 1200}
 """Of the training script, unless ``--train`` sets max_train_steps."""
 SET_FOR_IMAGES = ("adapter", "output_dir", "prompt", "prompts_file", "requests_file")
+"""Flags of generate that differ between subjects."""
 SET_BY_BENCHMARK = ("class_prompt", "class_data_dir", "instance_data_dir", "instance_prompt", "output_dir")
 """Flags of the training script that differ between subjects."""
 
@@ -64,6 +65,7 @@ def check_generation_flags(options: argparse.Namespace) -> None:
         InputError
     """
     parser = Parser()
+    # Not a static import: like the training script, generate is started as a command, and eval does not depend on it.
     importlib.import_module("delora_diffusers.commands.generate").add_arguments(parser)
     known = {action.dest for action in parser._actions}
     for name in flag_values(options.generate, "--generate"):
@@ -78,6 +80,7 @@ def check_training_flags(options: argparse.Namespace) -> None:
 
     Raises:
         InputError
+        SystemExit: the training script has no such flag, or it takes other values.
     """
     train = flag_values(options.train, "--train")
     for name in SET_BY_BENCHMARK:

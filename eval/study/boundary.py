@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> None:
         write_rows(path.with_suffix(".parquet"), rows)
         caption = write(path, rows, captions.unfinished(trials, rows, unit=""))
         trained = [trial for trial in trials if trial.setting.x is not None]
-        captions.write_images(path.with_name(f"{path.name}-pictures"), "relative bound", trained, "{:g}".format)
+        captions.write_images(path, "relative bound", trained, "{:g}".format)
         return caption
 
     run_study(options, settings_of(options), write_all)

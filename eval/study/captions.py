@@ -166,6 +166,7 @@ def write_images(
     With an axis the grid shows the first subject, without one every subject.
 
     Args:
+        path: of the study's figure, without a suffix; the grid is ``PATH-images``.
         tick: a position on the axis as text.
     """
     first = trials[0].plan.benchmark
@@ -185,4 +186,5 @@ def write_images(
         columns = [tick(x) for x in sorted({trial.setting.x for trial in trials if trial.setting.x})]
     if ordered:
         prompts = list(dict.fromkeys(first.prompts_of(subject)[:2][-1] for subject in subjects))
-        figures.plot_images(ordered, columns, axis, prompts[0] if len(prompts) == 1 else "", path)
+        title = prompts[0] if len(prompts) == 1 else ""
+        figures.plot_images(ordered, columns, axis, title, path.with_name(f"{path.name}-images"))

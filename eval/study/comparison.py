@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> None:
             missing = captions.unfinished(final, rows)
             missing += f" Did not finish at any rate: {', '.join(unfinished)}." if unfinished else ""
             caption = write(path, rows, parameter_counts(final), tuned_on, missing)
-            captions.write_images(path.with_name("comparison-pictures"), None, as_rows(final))
+            captions.write_images(path, None, as_rows(final))
             finish(caption, failed)
 
 

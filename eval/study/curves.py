@@ -18,7 +18,7 @@ def run(options: argparse.Namespace) -> None:
     def write_all(rows: pd.DataFrame, trials: Sequence[Trial]) -> Path:
         write_rows(path.with_suffix(".parquet"), rows)
         caption = captions.write(path, study, rows, captions.unfinished(trials, rows))
-        captions.write_images(path.with_name(f"{path.name}-pictures"), study.axis, trials)
+        captions.write_images(path, study.axis, trials)
         return caption
 
     run_study(options, study.settings(options.methods, options.multipliers or study.multipliers), write_all)

@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> None:
         write_rows(path.with_suffix(".parquet"), rows)
         of_method = len(settings) // len(options.methods or COMPARED)
         caption = write(path, rows, of_method, captions.unfinished(trials, rows))
-        captions.write_images(path.with_name(f"{path.name}-pictures"), RATE_AXIS, trials)
+        captions.write_images(path, RATE_AXIS, trials)
         return caption
 
     run_study(options, settings, write_all)

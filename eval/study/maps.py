@@ -129,7 +129,7 @@ def run(options: argparse.Namespace) -> None:
             rows = gather(runs, failed)
             write_rows(path.with_suffix(".parquet"), rows)
             caption = write(path, rows, runs)
-            write_images(path.with_name("ablation-maps-pictures"), runs, real_images)
+            write_images(path.with_name(f"{path.name}-images"), runs, real_images)
             finish(caption, failed)
 
 

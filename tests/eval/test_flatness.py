@@ -118,11 +118,11 @@ def test_a_joint_figure_sorts_rates_and_takes_all_methods(models, tmp_path):
         for method in METHODS
         for model in "abc"[:models]
     ]
-    drawn = []
+    plotted = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+        patch.setattr(figures, "save", lambda figure, path: plotted.append(figure))
         plot_joint(joined(tables), tmp_path / "joint")
-    (figure,) = drawn
+    (figure,) = plotted
     assert len(figure.axes) == 2 * models
     for panel in figure.axes:
         assert all(list(line.get_xdata()) == [0.125, 1.0, 8.0] for line in panel.lines)
@@ -284,7 +284,7 @@ def test_both_studies_on_a_tiny_model(tiny_sd, tiny_scorers, tmp_path):
     expected = mean_relative_distance(tiny_sd, adapter)
     (reached,) = rows[(rows["x"] == 0.2) & (rows["subject"] == "car")]["relative_distance"]
     assert reached == pytest.approx(relative_distance(adapter)) == pytest.approx(expected, rel=1e-4)
-    for name in ("flatness.png", "joint/flatness.png", "boundary.png", "boundary-pictures.png"):
+    for name in ("flatness.png", "joint/flatness.png", "boundary.png", "boundary-images.png"):
         with Image.open(out / name) as figure:
             assert figure.width > 200
 

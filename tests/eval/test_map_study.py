@@ -44,7 +44,7 @@ def test_the_rows_on_maps(small_study):
     assert caption in result.stdout
     assert f"| LoRA | {statistics.mean(miou):.3f} ± {statistics.stdev(miou):.3f} |" in caption
     assert f"| real images | {scores[0]['real']['miou']:.3f} |" in caption
-    for name in ("ablation-maps.png", "ablation-maps-pictures.png"):
+    for name in ("ablation-maps.png", "ablation-maps-images.png"):
         with Image.open(out / name) as figure:
             assert figure.width > 200
     times = {file: file.stat().st_mtime_ns for file in out.glob("runs/*/*/*/*.safetensors")}

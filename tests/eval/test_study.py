@@ -83,7 +83,7 @@ def test_a_killed_study_continues_and_shares_its_runs(small_study):
     with Image.open(out / "lr.png") as figure:
         assert figure.width > 1000
     assert "<svg" in (out / "lr.svg").read_text()[:500]
-    with Image.open(out / "lr-pictures.png") as figure:
+    with Image.open(out / "lr-images.png") as figure:
         assert figure.width > 300
     settings = json.loads((out / "runs" / "delora-learning_rate-0.08" / "settings.json").read_text())
     assert float(settings["made"]["train"]["learning_rate"]) == pytest.approx(4 * METHODS["delora"].learning_rate)
@@ -123,7 +123,7 @@ def test_a_table(small_study):
     rows = pd.read_parquet(out / "ablation.parquet").set_index("label")["dino"]
     difference = rows["normalized, boundary, no weight scaling"] - rows["DeLoRA"]
     assert f"| normalized, boundary, no weight scaling | {difference:+.3f} [" in caption
-    with Image.open(out / "ablation-pictures.png") as figure:
+    with Image.open(out / "ablation-images.png") as figure:
         assert figure.width > 100
 
 
@@ -154,7 +154,7 @@ def test_comparison_tunes_on_three_subjects_and_scores_all(small_study):
     rows = pd.read_parquet(out / "comparison.parquet")
     assert set(rows["subject"]) == {"one", "two", "three", "four"} and set(rows["x"]) == {best}
     adapter = load_file(next(out.glob("runs/*/seed-0/four/adapter/*.safetensors")))
-    for name in ("comparison.png", "comparison.svg", "comparison-pictures.png"):
+    for name in ("comparison.png", "comparison.svg", "comparison-images.png"):
         assert (out / name).stat().st_size > 5_000
     trained = sum(t.numel() for name, t in adapter.items() if name.endswith(("delora_A", "delora_B", "delora_lambda")))
     row, caption = f"| DeLoRA | {trained:,} | {METHODS['delora'].learning_rate * best:g} |", out / "comparison.md"

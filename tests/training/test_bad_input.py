@@ -83,6 +83,7 @@ CASES = {
     "blocks of LoRA": (flags("--method", "lora", "--blocks", 2), "--blocks belongs to --method ether, .*, not lora"),
     "cycles": (flags("--lr_num_cycles", 5), "--lr_num_cycles belongs to --lr_scheduler cosine_with_restarts"),
     "unused rules": (flags("--lr_step_rules", "1:5,0.1"), "--lr_step_rules belongs to --lr_scheduler piecewise"),
+    "no login": (flags("--push_to_hub", "--hub_token", "x"), "--push_to_hub cannot log in to the hub .*; run `hf auth"),
     "rank": (flags("--rank", 500), "rank is 500, but .* is 32 x 32; choose a rank of at most 32"),
     "target": (flags("--targets", "to_q", "to_z"), "target to_z matches no module of UNet2DConditionModel"),
     "lambda": (flags("--delora_lambda", -2), r"delora_lambda is -2\.0; give a positive number"),
