@@ -123,11 +123,17 @@ TRIES: dict[str, Try] = {
     "weight decay 1": Try({"adam_weight_decay": 1}),
     "min-SNR": Try({"snr_gamma": 5}),
     "min-SNR, bound 0.45": Try({"snr_gamma": 5, "relative_bound": 0.45}),
+    "min-SNR, bound 0.25, constant rate x1/2": Try(
+        {"snr_gamma": 5, "relative_bound": 0.25, "lr_scheduler": "constant"}, rate=0.5
+    ),
     "debiased": Try({"debiased_estimation_loss": True}),
     "logit-normal timesteps": Try({"weighting_scheme": "logit_normal"}),
     "middle timesteps": Try(MIDDLE),
     "middle timesteps, bound 0.15": Try({**MIDDLE, "relative_bound": 0.15}),
     "middle timesteps, bound 0.3": Try({**MIDDLE, "relative_bound": 0.3}),
+    "middle timesteps, bound 0.25, constant rate x1/2": Try(
+        {**MIDDLE, "relative_bound": 0.25, "lr_scheduler": "constant"}, rate=0.5
+    ),
     "middle timesteps, B = 0, boundary grows": Try({**MIDDLE, **NO_START}, boundary=GROWS),
     "middle timesteps, lambda's rate x30, bound 0.05": Try(
         {**MIDDLE, "lambda_learning_rate": 3e-2, "relative_bound": 0.05}
@@ -165,11 +171,16 @@ TRIES: dict[str, Try] = {
 FINALISTS = (
     REFERENCE,
     "bound 0.3",
-    "LoRA",
-    "LoRA, rate x4",
+    "constant rate",
+    "bound 0.25, constant rate x1/2",
+    "min-SNR, bound 0.25, constant rate x1/2",
     "middle timesteps",
     "middle timesteps, bound 0.3",
+    "middle timesteps, bound 0.25, constant rate x1/2",
     "middle timesteps, B = 0, boundary grows",
+    "LoRA",
+    "LoRA, rate x4",
+    "LoRA, min-SNR, rate x4",
     "LoRA, middle timesteps, rate x2",
     "LoRA, middle timesteps, rate x4",
 )
