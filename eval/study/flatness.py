@@ -14,6 +14,7 @@ import pandas as pd
 
 from delora_diffusers.atomic import write_text
 from delora_diffusers.methods.table import METHODS
+from eval.benchmark.results import RESAMPLES
 from eval.benchmark.tables import markdown
 from eval.study import captions, figures
 from eval.study.grids import by_setting, percentiles, resampled, subject_means
@@ -92,6 +93,24 @@ def largest_changes(rows: pd.DataFrame, score: str) -> dict[str, Any]:
         result["default"] = float(means[0, at_default[0]])
         result["deviation"] = with_interval(lambda m: np.nanmax(np.abs(m - m[:, at_default]), axis=1))
     return result
+
+
+def change_by_noise(rows: pd.DataFrame, score: str) -> float:
+    """The largest change to expect if no setting were better than another: that of means which differ only by noise.
+
+    The noise is what the means of settings and of subjects do not explain. NaN with a single subject or setting.
+
+    Args:
+        rows: see ``largest_changes``.
+    """
+    values = by_setting(rows, KEYS, score).dropna().to_numpy(float)
+    settings, subjects = values.shape
+    if min(values.shape) < 2:
+        return float("nan")
+    residuals = values - values.mean(axis=0) - values.mean(axis=1, keepdims=True) + values.mean()
+    residuals *= np.sqrt(values.size / ((settings - 1) * (subjects - 1)))  # fitted means make them smaller
+    drawn = np.random.default_rng(0).choice(residuals.ravel(), (RESAMPLES, settings, subjects)).mean(axis=2)
+    return float(np.ptp(drawn, axis=1).mean())
 
 
 def failed_settings(rows: pd.DataFrame, method: str) -> list[tuple[float, float]]:

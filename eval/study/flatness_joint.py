@@ -9,12 +9,23 @@ import pandas as pd
 from delora_diffusers.errors import InputError
 from delora_diffusers.methods.table import METHODS
 from eval.study import captions, figures
-from eval.study.flatness import DEFAULT, KEYS, SCORES, failed_settings, largest_changes, with_brackets
+from eval.study.flatness import (
+    DEFAULT,
+    KEYS,
+    SCORES,
+    change_by_noise,
+    failed_settings,
+    largest_changes,
+    with_brackets,
+)
 
 COLUMNS = ("model", "method", "protocol", "subject", "seed", *KEYS, *SCORES)
 """What the rows of a study have."""
 RUN = ("model", "method", *KEYS, "subject", "seed")
 """The columns that tell runs apart."""
+COMPARED = ("dino", "clip_t")
+CHANGES = [f"{SCORES[score]} over {span}" for span in ("rates and steps", "rates") for score in COMPARED]
+"""Titles of the columns: each score over the groups of ``spans_of``."""
 
 
 def joined(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
@@ -44,25 +55,41 @@ def joint_table(rows: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     Args:
         rows: see ``joined``.
     """
-    scores = ("dino", "clip_t")
-    spans = ("rates and steps", "rates")
-    header = ["", "", *(f"{SCORES[score]} over {span}" for span in spans for score in scores), "missing"]
+    header = ["", "", *CHANGES, "missing"]
     cells = []
     for model, of_model in rows.groupby("model", sort=False):
         grid = of_model[list(KEYS)].drop_duplicates()
         for method in of_model["method"].unique():
             of_method, missing = captions.where(of_model, "method", method), failed_settings(of_model, method)
-            at_default_steps = pd.DataFrame(of_method[np.isclose(of_method["step_multiplier"], DEFAULT[1])])
             rates = [figures.multiple(x) for x, steps in missing if np.isclose(steps, DEFAULT[1])]
             without = f", without {', '.join(rates)}x" if rates else ""
             changes = [
                 with_brackets(largest_changes(group, score)["change"]) + note if len(group) else ""
-                for group, note in ((of_method, ""), (at_default_steps, without))
-                for score in scores
+                for group, note in zip(spans_of(of_method), ("", without))
+                for score in COMPARED
             ]
             count = f"{len(missing)} of {len(grid)} settings" if missing else ""
             cells.append([str(model), METHODS[method].title, *changes, count])
     return header, cells
+
+
+def noise_table(rows: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: the changes that noise alone would make, see ``flatness.change_by_noise``.
+
+    Args:
+        rows: see ``joined``.
+    """
+    cells = []
+    for (model, method), of_method in rows.groupby(["model", "method"], sort=False):
+        changes = [change_by_noise(group, score) for group in spans_of(of_method) for score in COMPARED]
+        numbers = ["" if np.isnan(change) else f"{change:.3f}" for change in changes]
+        cells.append([str(model), METHODS[str(method)].title, *numbers])
+    return ["", "", *CHANGES], cells
+
+
+def spans_of(of_method: pd.DataFrame) -> list[pd.DataFrame]:
+    """The rows of one method over rates and steps, and over rates alone, at the default number of steps."""
+    return [of_method, pd.DataFrame(of_method[np.isclose(of_method["step_multiplier"], DEFAULT[1])])]
 
 
 def note_of(rows: pd.DataFrame) -> str:

@@ -17,7 +17,7 @@ from delora_diffusers.methods.table import METHODS
 from eval.commands.study import add_arguments, check_study_flags
 from eval.study import boundary, figures, flatness
 from eval.study.boundary import crossing, knees, relative_distance
-from eval.study.flatness import largest_changes
+from eval.study.flatness import change_by_noise, largest_changes
 from eval.study.flatness_joint import joined, joint_table, plot_joint
 from eval.study.settings import Setting
 from eval.study.trials import continues
@@ -77,6 +77,24 @@ def test_the_interval_of_a_change_resamples_subjects():
     means = np.random.default_rng(1).choice(np.arange(10) / 10, (20_000, 10)).mean(axis=1)
     assert value == pytest.approx(0.45)
     assert (low, high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.01)
+
+
+def test_the_change_by_noise_is_the_expected_range_of_equal_settings():
+    random = np.random.default_rng(0)
+    tables = [
+        table_of(random.normal(size=(1, 1, 40, 1)) + random.normal(0, 0.2, (3, 3, 40, 1)), [0.5, 1, 2], [1, 3, 9])
+        for _ in range(30)
+    ]
+    estimates = [change_by_noise(table, "dino") for table in tables]
+    observed = [largest_changes(table, "dino")["change"][0] for table in tables]
+    expected = 2.970 * 0.2 / np.sqrt(40)  # the mean range of nine normal deviates is 2.970
+    assert np.mean(estimates) == pytest.approx(expected, rel=0.03)
+    assert np.mean(observed) == pytest.approx(expected, rel=0.1)
+    better = [
+        table.assign(dino=table["dino"] + 5 * (table["x"] == 1)) for table in tables
+    ]  # which is a difference of settings, not noise
+    assert [change_by_noise(table, "dino") for table in better] == pytest.approx(estimates)
+    assert np.isnan(change_by_noise(table_of(np.zeros((2, 2, 1, 1)), [1, 2], [1, 3]), "dino"))
 
 
 def test_a_joint_table_says_which_settings_are_missing():
