@@ -292,22 +292,35 @@ def score_cells(row: dict[str, Any]) -> list[str]:
 
 
 def plot(table: pd.DataFrame, rows: pd.DataFrame, path: Path) -> None:
-    """Quality over seconds; the line is the best so far."""
+    """Quality over seconds, a marker for each batch size, with its number of steps; the line is the best so far."""
     import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     figure, panel = plt.subplots(figsize=(7.6, 4.8), layout="constrained")
+    marker_of = dict(zip(sorted(set(table["batch_size"])), itertools.cycle("osD^vP")))
+    handles = []
     for method, colour in zip(dict.fromkeys(table["method"]), ("#00798c", "#d1495b", "#edae49", "#66a182")):
         points = pd.DataFrame(table[(table["method"] == method) & table["seconds"].notna()]).sort_values(by="seconds")
-        panel.scatter(points["seconds"], points["quality"], s=18, color=colour, linewidths=0)
-        best = points["quality"].cummax()
-        panel.step(points["seconds"], best, where="post", color=colour, label=METHODS[method].title)
+        for seconds, quality, batch_size, steps in points[["seconds", "quality", "batch_size", "steps"]].to_numpy():
+            panel.plot(seconds, quality, marker_of[batch_size], color=colour, markersize=5, markeredgewidth=0)
+            panel.annotate(
+                f"{steps:g}", (seconds, quality), (4, 3), textcoords="offset points", fontsize=7, color="#555"
+            )
+        panel.step(points["seconds"], points["quality"].cummax(), where="post", color=colour)
+        handles.append(Line2D([], [], color=colour, label=METHODS[method].title))
+    for batch_size, marker in marker_of.items():
+        handles.append(Line2D([], [], linestyle="", color="#555", marker=marker, label=f"batch {batch_size:g}"))
     base = rows[rows["method"] == BASE]["dino"].mean()
-    panel.axhline(base, color="#888", linewidth=1, linestyle="--", label="base model")
+    panel.set_title(f"base model: DINO {base:.3f}; numbers at points: steps", fontsize=9, color="#555", loc="right")
     panel.set_xscale("log")
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    panel.xaxis.set_minor_formatter(NullFormatter())
     panel.set_xlabel("seconds of training (start-up not included)")
     panel.set_ylabel("DINO at equal CLIP-T")
     panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(frameon=False)
+    panel.legend(handles=handles, frameon=False)
     for suffix in (".png", ".svg"):
         with atomic_write(path.with_suffix(suffix)) as temporary:
             figure.savefig(temporary, format=suffix[1:], dpi=150)
