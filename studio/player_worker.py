@@ -16,7 +16,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
-from delora_diffusers.commands import generate
+from delora_diffusers.commands import generate, generate_model
+from delora_diffusers.commands.generate_requests import scaled
 from delora_diffusers.errors import InputError, reason
 from delora_diffusers.memory import ANYWHERE, is_out_of_memory, out_of_memory_sentence
 
@@ -25,7 +26,7 @@ MOST_PROMPTS = 64
 
 
 class KeptModel:
-    """``generate.load_model`` for a process that runs several commands: what does not change is not loaded again."""
+    """``load_model`` of ``generate`` for several commands in one process: what does not change is not loaded again."""
 
     def __init__(self) -> None:
         self._forget()
@@ -39,7 +40,7 @@ class KeptModel:
         self._prompts: OrderedDict[Any, Any] = OrderedDict()
 
     def load(self, options: argparse.Namespace, base_model, adapters: list[Path], batches, accelerator):
-        """The same as ``generate.load_model``."""
+        """The same as ``generate_model.load_model``."""
         import copy
 
         from delora_diffusers.adapter.control import attached_control, detach_control
@@ -50,19 +51,19 @@ class KeptModel:
             self._forget()
             _empty_caches()
         if options.offload:  # the blocks carry hooks, which belong to one set of adapters
-            return generate.load_model(options, base_model, adapters, batches, accelerator)
+            return generate_model.load_model(options, base_model, adapters, batches, accelerator)
         if self._model is None:
             self._model = base_model.open()
             self._scheduler = self._model.pipeline.scheduler
         model = self._model
         # A scheduler remembers the last images; the command begins with a new one.
         model.pipeline.scheduler = copy.deepcopy(self._scheduler)
-        generate._check_placement(options, batches, accelerator.device)
-        generate.check_model(model, options, base_model, batches, accelerator)
+        generate_model.check_placement(options, batches, accelerator.device)
+        generate_model.check_model(model, options, base_model, batches, accelerator)
         files = _versions(adapters)
         prompts = self._encoded(options, adapters, files, batches, accelerator)
         if self._adapted is None:
-            self._adapted = generate.load_denoiser(model, options, adapters, accelerator)
+            self._adapted = generate_model.load_denoiser(model, options, adapters, accelerator)
         elif files != self._adapters:
             denoiser = self._adapted.model
             self._adapted.use([])
@@ -70,7 +71,7 @@ class KeptModel:
                 detach_control(denoiser)
             self._adapted = AdaptedModel(denoiser, model.family.DENOISER, adapters)
         self._adapters, self._key = files, key
-        return generate.Loaded(model, self._adapted, prompts)
+        return generate_model.Loaded(model, self._adapted, prompts)
 
     def _encoded(self, options: argparse.Namespace, adapters: list[Path], files, batches, accelerator):
         """The encoded prompts; with a text encoder that is adapted they depend on the adapters and their strengths."""
@@ -78,13 +79,13 @@ class KeptModel:
 
         of_encoders = set(adapted_components(adapters)) - {self._model.family.DENOISER}
         used = tuple(
-            (record["prompt"], tuple(generate._scaled(batch)) if of_encoders else ())
+            (record["prompt"], tuple(scaled(batch)) if of_encoders else ())
             for batch in batches
             for record in batch.records
         )
         key = (used, options.negative_prompt, options.max_prompt_chunks, files if of_encoders else ())
         if key not in self._prompts:
-            self._prompts[key] = generate.encode_prompts(self._model, options, adapters, batches, accelerator)
+            self._prompts[key] = generate_model.encode_prompts(self._model, options, adapters, batches, accelerator)
         self._prompts.move_to_end(key)
         if len(self._prompts) > MOST_PROMPTS:
             self._prompts.popitem(last=False)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from data.benchmark import load_benchmark
 from data.palettes import read_palette
 from data.photographs import find_photographs
-from delora_diffusers.commands.generate import read_prompts
+from delora_diffusers.commands.generate_requests import read_prompts
 from delora_diffusers.errors import InputError, printable
 from delora_diffusers.image_files import read_caption
 from delora_diffusers.json_lines import GENERATED, LineFormat, read_json_lines, write_json_lines

@@ -4,71 +4,27 @@ import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
-from delora_diffusers.commands.arguments import (
-    add_adapter_arguments,
-    add_base_model_arguments,
-    weighted_adapters,
+from delora_diffusers.commands.arguments import add_adapter_arguments, add_base_model_arguments
+from delora_diffusers.commands.generate_model import SCHEDULERS, SIDES, Loaded, load_model, smaller
+from delora_diffusers.commands.generate_requests import (
+    Batch,
+    Planned,
+    build_requests,
+    check_maps,
+    check_palette,
+    missing_batches,
+    of_equal_length,
+    plan_images,
+    read_prompts,
+    scaled,
 )
-from delora_diffusers.errors import InputError, reason
-from delora_diffusers.families.checks import PROMPT_CHUNKS_HELP, check_patches, check_prompt_chunks, check_side
-from delora_diffusers.families.quantization import (
-    PACKAGES,
-    add_base_precision_argument,
-    check_base_precision,
-    quantization_config,
-)
-from delora_diffusers.names import INSTANCE, MINIATURE, is_miniature
+from delora_diffusers.errors import InputError
+from delora_diffusers.families.checks import PROMPT_CHUNKS_HELP, check_prompt_chunks, check_side
+from delora_diffusers.families.quantization import add_base_precision_argument, check_base_precision
+from delora_diffusers.names import MINIATURE, is_miniature
 from delora_diffusers.outputs import check_writable, held_outputs
-from delora_diffusers.text_files import is_text, read_lines
-
-if TYPE_CHECKING:
-    from delora_diffusers.families.loading import OpenModel
-    from delora_diffusers.pipelines.adapted_pipeline import AdaptedModel, BaseModel
-    from delora_diffusers.pipelines.encoded_prompts import EncodedPrompts
-
-SCHEDULERS = {
-    "ddim": "DDIMScheduler",
-    "ddpm": "DDPMScheduler",
-    "dpm++": "DPMSolverMultistepScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler-a": "EulerAncestralDiscreteScheduler",
-    "lms": "LMSDiscreteScheduler",
-    "pndm": "PNDMScheduler",
-    "unipc": "UniPCMultistepScheduler",
-}
-
-SIDES = ("resolution", "width", "height")
-
-Records = list[dict[str, Any]]
-Planned = tuple[Any, Records]
-"""A ``Request`` and the records of all its images; see ``files/records.py``."""
-
-
-class Batch(NamedTuple):
-    """Images that are generated together.
-
-    Attributes:
-        request: the ``Request`` that they belong to.
-        records: of all images of the batch. missing: of those that are written.
-    """
-
-    request: Any
-    records: Records
-    missing: Records
-
-
-class Loaded(NamedTuple):
-    """A base model that is ready to sample from: its denoiser and autoencoder are on the device.
-
-    Attributes:
-        adapted: the denoiser with the adapters of all batches. prompts: those of all batches.
-    """
-
-    model: "OpenModel"
-    adapted: "AdaptedModel"
-    prompts: "EncodedPrompts"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -124,77 +80,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", type=Path, help="folder for the images")
 
 
-def read_prompts(options: argparse.Namespace) -> list[str]:
-    """The prompts from ``--prompt`` or ``--prompts_file``, without blank lines.
-
-    Raises:
-        InputError: the file is missing or contains no prompt, or a prompt has a placeholder.
-    """
-    prompts = _given_prompts(options)
-    if any(INSTANCE in prompt for prompt in prompts):
-        raise InputError(f"a prompt contains {INSTANCE}, which stands for a name in training only; write the name.")
-    return prompts
-
-
-def _given_prompts(options: argparse.Namespace) -> list[str]:
-    if options.prompt is not None:
-        broken = next((prompt for prompt in options.prompt if not is_text(prompt)), None)
-        if broken is not None:
-            raise InputError(f"--prompt {broken!r} is not UTF-8; set the terminal's encoding, or use --prompts_file.")
-        return options.prompt
-    if not options.prompts_file.is_file():
-        raise InputError(
-            f"--prompts_file {options.prompts_file} is not a file; give a text file with one prompt per line."
-        )
-    prompts = [line for _, line in read_lines(options.prompts_file)]
-    if not prompts:
-        raise InputError(f"--prompts_file {options.prompts_file} contains no prompt; write one prompt per line.")
-    return prompts
-
-
-def build_requests(options: argparse.Namespace) -> list[Any]:
-    """The requests described by the flags or by ``--requests_file``.
-
-    Raises:
-        InputError: flags that cannot be combined, or an invalid file.
-    """
-    from delora_diffusers.files.records import Request, read_requests
-
-    strengths = tuple(dict.fromkeys(options.strength))
-    if options.requests_file is not None:
-        for flag in ("adapter", "adapter_weights", "output_dir"):
-            if getattr(options, flag):
-                raise InputError(f"--{flag} cannot be combined with --requests_file; leave out one of them.")
-        return read_requests(options.requests_file, options.seed, strengths)
-    if options.output_dir is None:
-        raise InputError("no folder for the images was given; specify one with --output_dir.")
-    prompts = [] if options.map_dir is not None else read_prompts(options)
-    adapters = tuple(weighted_adapters(options))
-    return [Request(adapters, tuple(prompts), options.output_dir, options.seed, strengths)]
-
-
-def check_maps(options: argparse.Namespace, requests: list[Any]) -> bool:
-    """Whether the adapter follows maps.
-
-    Raises:
-        InputError: maps are given to an adapter that does not follow maps, or the other way round.
-    """
-    from delora_diffusers.files.reading import read_header
-
-    paths = [path for request in requests for path, _ in request.adapters]
-    following = [path for path in paths if "control_encoder" in read_header(path)]
-    if following and options.map_dir is None:
-        raise InputError(f"{following[0]} was trained to follow maps; give a folder of maps with --map_dir.")
-    if options.map_dir is not None and paths and not following:
-        raise InputError(f"{paths[0]} was not trained to follow maps; give --prompt instead of --map_dir.")
-    return bool(following)
-
-
-def run(options: argparse.Namespace, load: "Callable[..., Loaded] | None" = None) -> None:
+def run(options: argparse.Namespace, load: Callable[..., Loaded] = load_model) -> None:
     """Generate the images that the flags describe.
 
     Args:
-        load: instead of ``load_model``, for a process that keeps the model from one command to the next.
+        load: what else loads the model, for a process that keeps the model from one command to the next.
     """
     _check_numbers(options)
     check_base_precision(options)
@@ -229,10 +119,10 @@ def run(options: argparse.Namespace, load: "Callable[..., Loaded] | None" = None
     for request in requests:
         check_writable(request.output_dir, "--output_dir")
     with held_outputs([request.output_dir for request in requests]):
-        planned = _plan(requests, options, base_model)
-        batches = _missing_batches(planned, options.batch_size)
+        planned = plan_images(requests, options, base_model)
+        batches = missing_batches(planned, options.batch_size)
         if follows_maps:
-            _check_palette(adapters[0], batches)
+            check_palette(adapters[0], batches)
 
         from delora_diffusers.launching import launched_accelerator
 
@@ -240,7 +130,7 @@ def run(options: argparse.Namespace, load: "Callable[..., Loaded] | None" = None
         accelerator.wait_for_everyone()  # all processes list the missing images before any process writes one
         if batches:
             share = batches[accelerator.process_index :: accelerator.num_processes]
-            loaded = (load or load_model)(options, base_model, adapters, share, accelerator)
+            loaded = load(options, base_model, adapters, share, accelerator)
             _generate(options, loaded, share, accelerator)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -265,141 +155,6 @@ def _check_numbers(options: argparse.Namespace) -> None:
             check_side(flag, side)
 
 
-def _plan(requests: list[Any], options: argparse.Namespace, base_model: "BaseModel") -> list[Planned]:
-    """The records of all images of each request.
-
-    Raises:
-        InputError: a folder contains images of other prompts, maps or settings.
-    """
-    from delora_diffusers.files.records import check_same_images, plan
-
-    prediction = {
-        flag: value
-        for flag in ("prediction_type", "rescale_betas_zero_snr")
-        if (value := getattr(base_model, flag)) is not None
-    }
-    planned = [(request, plan(request, options, base_model.name or MINIATURE, prediction)) for request in requests]
-    for request, records in planned:
-        check_same_images(request.output_dir, records)
-    return planned
-
-
-def _missing_batches(planned: list[Planned], size: int) -> list[Batch]:
-    """The batches with at least one image that is still to generate, each at a single strength.
-
-    They are the same wherever an earlier run stopped, because the last bits of an image depend on its batch.
-    """
-    from delora_diffusers.files.records import is_done
-
-    batches = []
-    for request, records in planned:
-        for strength in request.strengths:
-            at_strength = [record for record in records if record["strength"] == strength]
-            for start in range(0, len(at_strength), size):
-                batch = at_strength[start : start + size]
-                missing = [record for record in batch if not is_done(request.output_dir, record)]
-                if missing:
-                    batches.append(Batch(request, batch, missing))
-    return batches
-
-
-def _check_palette(adapter: Path, batches: list[Batch]) -> None:
-    """Check every map that will be used against the palette that the adapter was trained with.
-
-    Raises:
-        InputError: a map does not fit the palette.
-    """
-    from delora_diffusers.files.reading import read_header
-    from delora_diffusers.maps import paint, read_map
-
-    palette = read_header(adapter)["control_encoder"]["palette"]
-    for source in dict.fromkeys(record["map_source"] for batch in batches for record in batch.records):
-        paint(read_map(Path(source), source), palette, source)
-
-
-def _write_results(planned: list[Planned], new: int) -> None:
-    from delora_diffusers.files.records import write_contact_sheet, write_metadata
-
-    for request, records in planned:
-        write_metadata(request.output_dir, records)
-        sheet = write_contact_sheet(request.output_dir, records)
-    total = sum(len(records) for _, records in planned)
-    folders = planned[0][0].output_dir if len(planned) == 1 else f"{len(planned)} folders"
-    print(f"{total} {'image' if total == 1 else 'images'} in {folders} ({new} new); see {sheet}")
-
-
-def load_model(
-    options: argparse.Namespace, base_model: "BaseModel", adapters: list[Path], batches: list[Batch], accelerator: Any
-) -> Loaded:
-    """Load the base model for these batches.
-
-    One part of it at a time is on the device: the text encoders until all prompts are encoded, then the denoiser, and
-    beside it the autoencoder, which is small.
-    """
-    _check_placement(options, batches, accelerator.device)
-    model = base_model.open()
-    check_model(model, options, base_model, batches, accelerator)
-    prompts = encode_prompts(model, options, adapters, batches, accelerator)
-    return Loaded(model, load_denoiser(model, options, adapters, accelerator), prompts)
-
-
-def check_model(
-    model: "OpenModel", options: argparse.Namespace, base_model: "BaseModel", batches: list[Batch], accelerator: Any
-) -> None:
-    """Check an opened model against the flags, and give it the scheduler that was asked for.
-
-    Raises:
-        InputError: a size or the scheduler does not fit the model.
-    """
-    from delora_diffusers.pipelines.conditions import warn_of_truncation
-
-    for flag in SIDES:
-        check_patches(model.patch_pixels, getattr(options, flag) or 0, flag)
-    _set_scheduler(model.pipeline, options, base_model)
-    if accelerator.is_main_process:
-        texts = [*(record["prompt"] for b in batches for record in b.records), options.negative_prompt]
-        warn_of_truncation(model.pipeline, list(dict.fromkeys(texts)), options.max_prompt_chunks)
-
-
-def encode_prompts(
-    model: "OpenModel", options: argparse.Namespace, adapters: list[Path], batches: list[Batch], accelerator: Any
-) -> "EncodedPrompts":
-    """The prompts of all batches, encoded."""
-    from delora_diffusers.memory import explain_out_of_memory
-    from delora_diffusers.pipelines.encoded_prompts import EncodedPrompts
-    from delora_diffusers.precision import dtype_of
-
-    with explain_out_of_memory("loading the base model", _smaller(accelerator)):
-        used = [(record["prompt"], _scaled(batch)) for batch in batches for record in batch.records]
-        device, dtype = accelerator.device, dtype_of(accelerator.mixed_precision)
-        return EncodedPrompts(model, adapters, used, options.negative_prompt, device, dtype, options.max_prompt_chunks)
-
-
-def load_denoiser(
-    model: "OpenModel", options: argparse.Namespace, adapters: list[Path], accelerator: Any
-) -> "AdaptedModel":
-    """Load the denoiser and the autoencoder."""
-    from delora_diffusers.memory import explain_out_of_memory
-    from delora_diffusers.pipelines.adapted_pipeline import AdaptedModel
-    from delora_diffusers.precision import denoiser_dtype, dtype_of
-
-    device = accelerator.device
-    with explain_out_of_memory("loading the base model", _smaller(accelerator)):
-        name = model.family.DENOISER
-        weights_dtype = denoiser_dtype(options.base_precision, accelerator.mixed_precision)
-        quantization = quantization_config(options.base_precision, weights_dtype, model.family.UNQUANTIZED)
-        denoiser = model.load(name, weights_dtype, "cpu" if options.offload else device, quantization)
-        adapted = AdaptedModel(denoiser, name, adapters)
-        model.load("vae", dtype_of(accelerator.mixed_precision), device)
-    return adapted
-
-
-def _smaller(accelerator: Any) -> list[str]:
-    """What makes the base model need less memory."""
-    smaller = ["--base_precision nf4", "--offload"]
-    return ["--mixed_precision bf16 or fp16", *smaller] if accelerator.mixed_precision == "no" else smaller
-
-
 def _generate(options: argparse.Namespace, loaded: Loaded, batches: list[Batch], accelerator: Any) -> None:
     """Generate the images of these batches and write them with their records."""
     from PIL import Image
@@ -415,18 +170,17 @@ def _generate(options: argparse.Namespace, loaded: Loaded, batches: list[Batch],
 
     model, adapted, prompts = loaded
     pipeline, device, denoiser = model.pipeline, accelerator.device, adapted.model
-    smaller = _smaller(accelerator)
-    savings = ["--batch_size 1", *smaller, "a smaller --resolution"]
+    savings = ["--batch_size 1", *smaller(accelerator), "a smaller --resolution"]
     side = options.resolution or default_resolution(pipeline, denoiser)
     width, height = options.width or side, options.height or side
-    batches = [part for batch in batches for part in _of_equal_length(batch, prompts)]
+    batches = [part for batch in batches for part in of_equal_length(batch, prompts)]
     in_use: list[tuple[Path, float]] | None = None
     for batch in tqdm(batches, desc="generating", disable=not accelerator.is_local_main_process):
         request, records, missing = batch
-        adapters_of_batch = _scaled(batch)
+        adapters_of_batch = scaled(batch)
         if adapters_of_batch != in_use:
             in_use = adapters_of_batch
-            with explain_out_of_memory("loading the adapter", smaller):
+            with explain_out_of_memory("loading the adapter", smaller(accelerator)):
                 adapted.use(in_use)
             if options.offload:
                 offload_blocks(denoiser, device)
@@ -453,76 +207,12 @@ def _generate(options: argparse.Namespace, loaded: Loaded, batches: list[Batch],
                 Image.fromarray(semantic).save(temporary, format="PNG")
 
 
-def _of_equal_length(batch: Batch, prompts: "EncodedPrompts") -> list[Batch]:
-    """A batch by the number of chunks of its prompts, so that an image does not depend on the other prompts."""
-    parts: dict[int, Records] = {}
-    for record in batch.records:
-        parts.setdefault(prompts.chunks_of(record["prompt"]), []).append(record)
-    of_parts = [Batch(batch.request, part, [r for r in part if r in batch.missing]) for part in parts.values()]
-    return [part for part in of_parts if part.missing]
+def _write_results(planned: list[Planned], new: int) -> None:
+    from delora_diffusers.files.records import write_contact_sheet, write_metadata
 
-
-def _check_placement(options: argparse.Namespace, batches: list[Batch], device: Any) -> None:
-    """Reject a base precision or offloading that does not work on this device or with these adapters.
-
-    Raises:
-        InputError
-    """
-    check_base_precision(options, device.type)
-    if options.offload and options.base_precision in PACKAGES:
-        raise InputError(f"--offload and --base_precision {options.base_precision} exclude each other; give only one.")
-    from delora_diffusers.files.reading import adapter_path, parse_config, read_header
-    from delora_diffusers.methods.table import METHODS
-
-    for batch in batches if options.base_precision in PACKAGES else ():
-        if len(batch.request.adapters) > 1:
-            raise InputError(
-                f"several adapters cannot be mixed on a model in {options.base_precision}; leave out --base_precision."
-            )
-        for path, _ in batch.request.adapters:
-            configs = read_header(path)["config"]
-            config = configs.get("unet", configs.get("transformer"))
-            if config is not None and not METHODS[parse_config(adapter_path(path), config).method].has_factors:
-                raise InputError(
-                    f"{path} is not low-rank, so it cannot be used with --base_precision {options.base_precision}; "
-                    "leave that out."
-                )
-    if options.offload and len({tuple(_scaled(batch)) for batch in batches}) > 1:
-        raise InputError("--offload works with one set of adapters at one strength; run generate once for each.")
-
-
-def _scaled(batch: Batch) -> list[tuple[Path, float]]:
-    """The adapters of a batch with their weights times its strength."""
-    return [(path, weight * batch.records[0]["strength"]) for path, weight in batch.request.adapters]
-
-
-def _set_scheduler(pipeline: Any, options: argparse.Namespace, base_model: "BaseModel") -> None:
-    """Use the scheduler that was asked for.
-
-    Raises:
-        InputError: it does not fit the base model or the number of steps.
-    """
-    import diffusers
-
-    from delora_diffusers.pipelines.conditions import family_in
-    from delora_diffusers.pipelines.noise_schedule import check_ddpm, check_flow, check_samples_from_noise, check_steps
-
-    if family_in(pipeline).IS_FLOW:
-        check_flow(pipeline.scheduler, base_model.name)
-        return check_steps(pipeline.scheduler, options.num_inference_steps, "num_inference_steps")
-    if options.scheduler is not None:
-        check_ddpm(pipeline.scheduler, base_model.name)
-        kind = getattr(diffusers, SCHEDULERS[options.scheduler])
-        check_samples_from_noise(kind, pipeline.scheduler, f"--scheduler {options.scheduler}")
-        try:
-            pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
-        except ImportError as error:
-            raise InputError(
-                f"--scheduler {options.scheduler} needs a package that is missing: {reason(error)}"
-            ) from error
-    try:
-        pipeline.scheduler.set_timesteps(options.num_inference_steps)
-    except (ValueError, IndexError, ZeroDivisionError) as error:
-        raise InputError(
-            f"--num_inference_steps {options.num_inference_steps} does not work ({reason(error)})."
-        ) from error
+    for request, records in planned:
+        write_metadata(request.output_dir, records)
+        sheet = write_contact_sheet(request.output_dir, records)
+    total = sum(len(records) for _, records in planned)
+    folders = planned[0][0].output_dir if len(planned) == 1 else f"{len(planned)} folders"
+    print(f"{total} {'image' if total == 1 else 'images'} in {folders} ({new} new); see {sheet}")

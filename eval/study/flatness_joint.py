@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -80,10 +81,10 @@ def noise_table(rows: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
         rows: see ``joined``.
     """
     cells = []
-    for (model, method), of_method in rows.groupby(["model", "method"], sort=False):
+    for (model, method), of_method in cast(Any, rows.groupby(["model", "method"], sort=False)):
         changes = [change_by_noise(group, score) for group in spans_of(of_method) for score in COMPARED]
         numbers = ["" if np.isnan(change) else f"{change:.3f}" for change in changes]
-        cells.append([str(model), METHODS[str(method)].title, *numbers])
+        cells.append([model, METHODS[method].title, *numbers])
     return ["", "", *CHANGES], cells
 
 

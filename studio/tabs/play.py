@@ -5,7 +5,7 @@ from typing import Any
 
 import gradio as gr
 
-from delora_diffusers.commands.generate import SCHEDULERS
+from delora_diffusers.commands.generate_model import SCHEDULERS
 from delora_diffusers.errors import InputError
 from studio import adapters, jobs, markup
 from studio.player import BY_BUTTON, Player, StoppedError

@@ -17,7 +17,8 @@ import train_dreambooth_delora
 from data.tiny_sd import write
 from delora_diffusers import AdapterConfig, InputError, attach, save_adapter
 from delora_diffusers.__main__ import main
-from delora_diffusers.commands.generate import SCHEDULERS, _set_scheduler
+from delora_diffusers.commands import generate_model
+from delora_diffusers.commands.generate_model import SCHEDULERS
 from delora_diffusers.families.loading import OpenModel, open_model
 from delora_diffusers.files.reading import read_header
 from delora_diffusers.pipelines.adapted_pipeline import base_model_of
@@ -30,7 +31,7 @@ FROM_PURE_NOISE = sorted(SCHEDULERS.keys() - {"pndm", "lms"})
 
 def set_scheduler(model: Any, name: str | None, steps: int = 10) -> Any:
     base = SimpleNamespace(name=model.name)
-    _set_scheduler(model.pipeline, Namespace(scheduler=name, num_inference_steps=steps), base)  # pyright: ignore
+    generate_model.set_scheduler(model.pipeline, Namespace(scheduler=name, num_inference_steps=steps), base)  # pyright: ignore
     return model.pipeline.scheduler
 
 
