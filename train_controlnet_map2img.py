@@ -28,6 +28,8 @@ from delora_diffusers.methods.config import MAP_TARGETS
 from delora_diffusers.names import SD_PIPELINE, is_miniature
 from delora_diffusers.outputs import held_folders
 from delora_diffusers.training import arguments
+from delora_diffusers.training.argument_checks import check_training_arguments
+from delora_diffusers.training.config_file import parse_with_config
 from delora_diffusers.training.defaults import with_defaults, with_family_defaults
 
 if TYPE_CHECKING:
@@ -94,7 +96,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     arguments.add_adapter_arguments(parser)
     arguments.add_training_arguments(parser)
     parser.set_defaults(targets=list(MAP_TARGETS))
-    return with_defaults(arguments.parse_with_config(parser, argv, MINIATURE), maps=True)
+    return with_defaults(parse_with_config(parser, argv, MINIATURE), maps=True)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -103,7 +105,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     Raises:
         InputError
     """
-    arguments.check_training_arguments(args)
+    check_training_arguments(args)
     check_model_folder(args.pretrained_model_name_or_path, args.variant, args.model_config)
     if not 0 <= args.proportion_empty_prompts <= 1:
         raise InputError(

@@ -28,6 +28,7 @@ from delora_diffusers.methods.config import TEXT_ENCODER_TARGETS
 from delora_diffusers.names import INSTANCE, is_miniature
 from delora_diffusers.outputs import check_run_folder, held_folders
 from delora_diffusers.training import arguments
+from delora_diffusers.training.config_file import parse_with_config
 from delora_diffusers.training.defaults import with_defaults, with_family_defaults
 from delora_diffusers.training.subject_arguments import (
     add_subject_arguments,
@@ -55,7 +56,7 @@ def build_parser(parser_class: type[argparse.ArgumentParser] = Parser) -> argpar
 def parse_arguments(
     argv: list[str] | None = None, parser_class: type[argparse.ArgumentParser] = Parser
 ) -> argparse.Namespace:
-    args = with_subject_defaults(arguments.parse_with_config(build_parser(parser_class), argv))
+    args = with_subject_defaults(parse_with_config(build_parser(parser_class), argv))
     return with_defaults(args)
 
 

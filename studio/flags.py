@@ -14,7 +14,7 @@ from typing import Any, Literal, NoReturn
 import train_dreambooth_delora as script
 from delora_diffusers.errors import InputError
 from delora_diffusers.text_files import is_text
-from delora_diffusers.training.arguments import parse_with_config
+from delora_diffusers.training.config_file import parse_with_config
 from delora_diffusers.training.subject_arguments import check_arguments
 
 ROOT = Path(__file__).resolve().parent.parent

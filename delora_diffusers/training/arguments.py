@@ -1,18 +1,12 @@
-"""Flags of both training scripts, with diffusers' names where it has them, and ``--config FILE.yaml``."""
+"""Flags of both training scripts, with diffusers' names where it has them."""
 
 import argparse
-import importlib.util
-import math
-import re
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from delora_diffusers.dispatch import Parser
-from delora_diffusers.errors import InputError
-from delora_diffusers.families.checks import PROMPT_CHUNKS_HELP, check_side
+from delora_diffusers.families.checks import PROMPT_CHUNKS_HELP
 from delora_diffusers.families.flags import add_single_file_arguments
-from delora_diffusers.families.quantization import PACKAGES, add_base_precision_argument, check_base_precision
+from delora_diffusers.families.quantization import add_base_precision_argument
 from delora_diffusers.methods.config import (
     PATHS,
     RELATIVE_BOUND,
@@ -23,15 +17,9 @@ from delora_diffusers.methods.config import (
     AdapterConfig,
 )
 from delora_diffusers.methods.table import LAMBDA_LEARNING_RATE, METHODS
-from delora_diffusers.names import MINIATURE, is_miniature
-from delora_diffusers.outputs import check_run_folder, is_first_process
-from delora_diffusers.text_files import as_bool, is_text, read_yaml
-from delora_diffusers.training.defaults import DENSITIES, MINIATURE_DEFAULTS
-from delora_diffusers.training.optimizer_flags import add_optimizer_arguments, check_optimizer
-from delora_diffusers.training.run_folder import check_hub_login
-
-if TYPE_CHECKING:
-    pass
+from delora_diffusers.names import MINIATURE
+from delora_diffusers.training.defaults import DENSITIES
+from delora_diffusers.training.optimizer_flags import add_optimizer_arguments
 
 SCHEDULERS = (
     "linear",
@@ -49,15 +37,6 @@ WEIGHTING_SCHEMES = (*DENSITIES, "sigma_sqrt", "cosmap")
 LOSS_TYPES = ("l2", "huber", "smooth_l1")
 HUBER_SCHEDULES = ("constant", "exponential", "snr")
 """Losses and their schedules; diffusers' and kohya's names."""
-
-OF_METHODS = {
-    "alpha": ("lora", "dora", "dora_fixed_magnitude"),
-    "blocks": ("ether", "etherplus", "etherplus_onesided", "oft"),
-}
-"""Flags that other methods would ignore."""
-
-STEP_RULES = r"(\d*\.?\d+:\d+,)*\d*\.?\d+"
-"""FACTOR:STEP pairs, each multiplying the learning rate up to that step, then the final factor."""
 
 
 def positive_int(text: str) -> int:
@@ -258,96 +237,6 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--config", type=Path, help="YAML file with these flags as keys; flags given here override it")
 
 
-def parse_with_config(
-    parser: argparse.ArgumentParser, argv: list[str] | None = None, miniature: dict[str, Any] | None = None
-) -> argparse.Namespace:
-    """Parse the values of ``--config`` as if they were given as flags, then the flags, which override them.
-
-    Args:
-        miniature: further defaults for the included base model; they override ``MINIATURE_DEFAULTS``.
-
-    Raises:
-        InputError: the file is missing, is not a mapping, or has a key that is not a flag.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    broken = next((word for word in argv if not is_text(word)), None)
-    if broken is not None:
-        raise InputError(f"the argument {broken!r} is not UTF-8; set the terminal's encoding, or use --config.")
-    file = parser.parse_known_args(argv)[0].config
-    argv = ([] if file is None else _read_config(parser, file)) + argv
-    parsed = parser.parse_known_args(argv)[0]
-    if is_miniature(parsed.pretrained_model_name_or_path):
-        parser.set_defaults(**(MINIATURE_DEFAULTS | (miniature or {})))
-    args = parser.parse_args(argv)
-    if args.init_adapter is None:
-        return args
-    from delora_diffusers.training.init_adapter import with_settings_of_adapter  # imports torch
-
-    return with_settings_of_adapter(args, _given(parser, argv))
-
-
-def _given(parser: argparse.ArgumentParser, argv: list[str]) -> set[str]:
-    """The names of the flags that were given, also with the value that is their default."""
-    unset = object()
-    args = parser.parse_args(argv, argparse.Namespace(**{action.dest: unset for action in parser._actions}))
-    return {name for name, value in vars(args).items() if value is not unset}
-
-
-def _read_config(parser: argparse.ArgumentParser, file: Path) -> list[str]:
-    """The contents of a YAML file as command line arguments."""
-    if not file.is_file():
-        raise InputError(f"{file} is not a file; give --config a YAML file.")
-    values = read_yaml(file)
-    if values is None:
-        return []
-    if not isinstance(values, dict):
-        raise InputError(f"{file} is not a mapping of flags to values; write lines like `rank: 16`.")
-    actions = {action.dest: action for action in parser._actions if action.option_strings}
-    argv: list[str] = []
-    for key, value in values.items():
-        if key not in actions or key in ("config", "help"):
-            what = "cannot be set in a file" if key in ("config", "help") else "is not a flag"
-            raise InputError(f"{file} sets {key!r}, which {what}; see --help for the flags.")
-        argv += _as_arguments(file, actions[key], value)
-    if isinstance(parser, Parser):
-        parser.source = str(file)
-        parser.parse_known_args(argv)  # so that an error names the file
-        parser.source = None
-    return argv
-
-
-def _as_arguments(file: Path, action: argparse.Action, value: Any) -> list[str]:
-    flag = action.option_strings[0]
-    if value is None:
-        return []
-    if action.nargs == 0:
-        switch = as_bool(value)
-        if switch is None:
-            raise InputError(f"{file} sets {action.dest} to {value!r}; write true or false.")
-        if isinstance(action, argparse.BooleanOptionalAction):
-            return [action.option_strings[not switch]]
-        return [flag] if switch else []
-    several = action.nargs == "+"
-    items = value if isinstance(value, list) and several else [value]
-    for item in items:
-        if item is None or isinstance(item, list | dict):
-            raise InputError(f"{file} sets {action.dest} to {value!r}; give {'values' if several else 'one value'}.")
-    if not several:
-        return [f"{flag}={value}"]
-    dashed = next((item for item in items if str(item).startswith("-") and not _is_number(str(item))), None)
-    if dashed is not None:
-        raise InputError(f"{file} sets {action.dest} to {dashed!r}, which would be read as a flag; start it otherwise.")
-    return [flag, *map(str, items)] if items else []
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
 def adapter_config(args: argparse.Namespace, **changes: Any) -> AdapterConfig:
     """The ``AdapterConfig`` that the flags describe."""
     values = dict(
@@ -365,128 +254,3 @@ def adapter_config(args: argparse.Namespace, **changes: Any) -> AdapterConfig:
         split_dtype=args.split_dtype,
     )
     return AdapterConfig(**(values | changes))
-
-
-RANGES: dict[str, tuple[float, float]] = {
-    "learning_rate": (0, 1e38),
-    "lambda_learning_rate": (0, 1e38),
-    "adam_beta1": (0, 0.999999),
-    "adam_beta2": (0, 0.9999999),
-    "adam_epsilon": (0, 1),
-    "adam_weight_decay": (0, 1e4),
-    "max_grad_norm": (0, 1e12),
-    "ema_decay": (0, 0.9999999),
-    "snr_gamma": (1e-6, 1e6),
-    "huber_c": (1e-6, 1e6),
-    "noise_offset": (-10, 10),
-    "logit_mean": (-20, 20),
-    "logit_std": (0, 20),
-    "mode_scale": (-1, 2 / (math.pi - 2)),
-    "prior_loss_weight": (0, 1e6),
-    "output_preservation_weight": (0, 1e6),
-    "mask_background_weight": (0, 1),
-    "caption_dropout": (0, 1),
-    "validation_split": (0, 0.9),
-    "lr_warmup_steps": (0, 1e9),
-    "lr_power": (0, 1e3),
-    "guidance_scale": (-1e3, 1e3),
-    "validation_inference_steps": (1, 1000),
-}
-"""The smallest and the largest value of flags with which a run can end well."""
-
-
-def _check_numbers(args: argparse.Namespace) -> None:
-    for name, (smallest, largest) in RANGES.items():
-        value = getattr(args, name, None)
-        if value is not None and not smallest <= value <= largest:
-            raise InputError(f"--{name} {value} is not between {smallest:g} and {largest:g}; choose another value.")
-    if not isinstance(args.timestep_shift, str | None) and not 1e-3 <= args.timestep_shift <= 1e3:
-        raise InputError(f"--timestep_shift {args.timestep_shift} is not between 0.001 and 1000; choose another value.")
-
-
-def _check_memory_flags(args: argparse.Namespace) -> None:
-    """Reject a base precision or offloading that cannot be used with the other flags."""
-    check_base_precision(args)
-    title = METHODS[args.method].title
-    if args.base_precision in PACKAGES and not METHODS[args.method].has_factors:
-        raise InputError(
-            f"--base_precision {args.base_precision} quantizes the model, which {title} cannot adapt; use --method "
-            "delora or lora, or --base_precision bf16."
-        )
-    if args.base_precision in PACKAGES and args.path == "fast":
-        raise InputError(f"--base_precision {args.base_precision} needs --path split or lean; leave out --path.")
-    if not args.offload:
-        return
-    if not METHODS[args.method].has_factors:
-        raise InputError(f"--offload needs a low-rank method, which {title} is not; use --method delora or lora.")
-    for flag, given, remedy in (
-        ("--cuda_graph", args.cuda_graph, "leave out one of them"),
-        ("--path fast", args.path == "fast", "leave out --path"),
-        (f"--base_precision {args.base_precision}", args.base_precision in PACKAGES, "leave out one of them"),
-    ):
-        if given:
-            raise InputError(f"--offload moves weights while training, which {flag} does not allow; {remedy}.")
-
-
-def check_training_arguments(args: argparse.Namespace) -> None:
-    """Reject bad values before anything is loaded.
-
-    Raises:
-        InputError: a value is invalid, the output folder contains another run, or the disk is full.
-    """
-    for flag, sides in (("resolution", args.resolutions), ("bucket_step", [args.bucket_step])):
-        for side in sides:
-            check_side(flag, side)
-    if not 0 <= args.seed < 2**32:
-        raise InputError(f"--seed {args.seed} is not between 0 and {2**32 - 1}; choose another.")
-    _check_numbers(args)
-    _check_schedule(args)
-    adapter_config(args)
-    for flag, methods in OF_METHODS.items():
-        if getattr(args, flag) is not None and args.method not in methods and args.init_adapter is None:
-            raise InputError(f"--{flag} belongs to --method {', '.join(methods)}, not {args.method}; leave it out.")
-    for flag in ("delora_lambda", "relative_bound"):
-        if args.init_adapter is not None and getattr(args, flag) is not None:
-            raise InputError(f"--{flag} is that of a new adapter, but --init_adapter has its own; leave out one.")
-    _check_memory_flags(args)
-    check_optimizer(args)
-    _check_loss(args)
-    if args.report_to == "wandb" and importlib.util.find_spec("wandb") is None:
-        raise InputError("--report_to wandb needs wandb, which is not installed; run `pip install wandb`.")
-    check_run_folder(args.output_dir, args.resume_from_checkpoint)
-    if args.optimizer != "adamw" or args.optimizer_args:
-        # Last, because the packages of optimizers import torch.
-        from delora_diffusers.training.optimizers import check_options
-
-        check_options(args)
-    if args.push_to_hub and is_first_process():
-        check_hub_login(args)
-
-
-def _check_schedule(args: argparse.Namespace) -> None:
-    """Reject flags of schedules other than the one that is used, which would change nothing."""
-    if args.lr_scheduler == "piecewise_constant" and not re.fullmatch(STEP_RULES, args.lr_step_rules or ""):
-        given = "" if args.lr_step_rules is None else f", not {args.lr_step_rules}"
-        raise InputError(f"--lr_scheduler piecewise_constant needs --lr_step_rules such as 1:500,0.1{given}.")
-    for flag, unused, schedule in (
-        ("lr_step_rules", None, "piecewise_constant"),
-        ("lr_num_cycles", 1, "cosine_with_restarts"),
-        ("lr_power", 1.0, "polynomial"),
-    ):
-        if getattr(args, flag) != unused and args.lr_scheduler != schedule:
-            raise InputError(f"--{flag} belongs to --lr_scheduler {schedule}, which is not used; leave it out.")
-    has_warmup = args.optimizer.endswith("schedulefree") or args.lr_scheduler not in ("constant", "piecewise_constant")
-    if args.lr_warmup_steps and not has_warmup:
-        remedy = "give constant_with_warmup" if args.lr_scheduler == "constant" else "leave it out"
-        raise InputError(f"--lr_warmup_steps does nothing with --lr_scheduler {args.lr_scheduler}; {remedy}.")
-
-
-def _check_loss(args: argparse.Namespace) -> None:
-    """Reject flags of the loss that exclude each other."""
-    for flag in ("huber_c", "huber_schedule"):
-        if args.loss_type == "l2" and getattr(args, flag) is not None:
-            raise InputError(
-                f"--{flag} belongs to --loss_type huber and smooth_l1; leave it out, or give one of these."
-            )
-    if args.debiased_estimation_loss and args.snr_gamma is not None:
-        raise InputError("--debiased_estimation_loss and --snr_gamma both weight the loss by the SNR; choose one.")

@@ -9,7 +9,8 @@ from delora_diffusers.families.checks import check_model_folder, check_side
 from delora_diffusers.families.quantization import PACKAGES
 from delora_diffusers.names import is_miniature
 from delora_diffusers.outputs import check_writable
-from delora_diffusers.training.arguments import check_training_arguments, positive_int
+from delora_diffusers.training.argument_checks import check_training_arguments
+from delora_diffusers.training.arguments import positive_int
 from delora_diffusers.training.defaults import RECIPES
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from delora_diffusers import InputError
 from delora_diffusers.families.loading import open_model
 from delora_diffusers.families.table import family_of
-from delora_diffusers.training.arguments import check_training_arguments
+from delora_diffusers.training.argument_checks import check_training_arguments
 from delora_diffusers.training.defaults import with_family_defaults
 from delora_diffusers.training.noising import Density, Diffusion, Flow, Huber, loss_weights, noising_of
 from delora_diffusers.training.objective import denoising_losses, errors
