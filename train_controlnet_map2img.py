@@ -291,7 +291,7 @@ def train_on_maps(
     import torch
 
     from delora_diffusers import attach, attach_control
-    from delora_diffusers.families.loading import family_named
+    from delora_diffusers.families.pipeline_files import family_named
     from delora_diffusers.families.table import family_of
     from delora_diffusers.pipelines.conditions import count_chunks, encode_prompts, first_chunks
     from delora_diffusers.pipelines.offload import offload_blocks

@@ -280,7 +280,7 @@ def train_subjects(args: argparse.Namespace, subjects: Sequence[Subject]) -> Non
     import torch
 
     from delora_diffusers.families.checks import check_patches
-    from delora_diffusers.families.loading import family_named
+    from delora_diffusers.families.pipeline_files import family_named
     from delora_diffusers.pipelines.conditions import (
         conditions,
         count_chunks,

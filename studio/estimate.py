@@ -11,7 +11,8 @@ import torch
 
 import train_dreambooth_delora as script
 from delora_diffusers.dispatch import exit_on_bad_input
-from delora_diffusers.families.loading import family_named, open_model
+from delora_diffusers.families.loading import open_model
+from delora_diffusers.families.pipeline_files import family_named
 from delora_diffusers.memory import free_bytes
 from delora_diffusers.training.arguments import adapter_config
 from delora_diffusers.training.defaults import with_family_defaults

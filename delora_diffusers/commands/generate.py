@@ -91,7 +91,7 @@ def run(options: argparse.Namespace, load: Callable[..., Loaded] = load_model) -
     if options.prompts_file is not None:
         read_prompts(options)  # rejects a bad file before torch is imported
 
-    from delora_diffusers.families.loading import model_index
+    from delora_diffusers.families.pipeline_files import model_index
     from delora_diffusers.families.table import family_of
     from delora_diffusers.pipelines.adapted_pipeline import base_model_of
 

@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> None:
     else:
         check_new(options.output_dir, "--output_dir")
     from delora_diffusers.families.checks import is_single_file
-    from delora_diffusers.families.loading import pipeline_folder
+    from delora_diffusers.families.pipeline_files import pipeline_folder
     from delora_diffusers.files.merging import merge_folder
     from delora_diffusers.pipelines.adapted_pipeline import base_model_of
 

@@ -5,35 +5,38 @@ import gc
 import importlib
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from delora_diffusers.errors import LOADING_ERRORS, InputError, reason
+from delora_diffusers.errors import LOADING_ERRORS, InputError
 from delora_diffusers.families.checks import (
     COMPONENTS,
     NOT_STORED,
     WEIGHTS,
     check_model_folder,
-    check_variant,
     is_single_file,
     known_class,
     plain_name,
 )
 from delora_diffusers.families.family import Family
+from delora_diffusers.families.pipeline_files import (
+    configurations_folder,
+    folder_with_weights,
+    loading_error,
+    open_file,
+    pipeline_folder,
+    quiet,
+)
 from delora_diffusers.families.prediction import set_prediction
 from delora_diffusers.families.table import family_of
-from delora_diffusers.names import MINIATURE, is_miniature
 from delora_diffusers.text_files import read_json
 
 if TYPE_CHECKING:
     from delora_diffusers.families.single_file import SingleFile
-
-_MINIATURE_FOLDER = Path(__file__).resolve().parents[2] / "data" / "miniature" / MINIATURE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +100,7 @@ class OpenModel:
             # Quantizing is done on the device, weight by weight, which a map of devices asks for.
             options |= {"quantization_config": quantization, "device_map": {"": torch.device(device)}}
         try:
-            with _quiet(), warnings.catch_warnings():
+            with quiet(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torchao's, about what is not used here
                 if self.file is not None and component in self.in_file:
                     from delora_diffusers.families.single_file import load_part
@@ -110,7 +113,7 @@ class OpenModel:
         except (*LOADING_ERRORS, StrictDataclassError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            raise _loading_error(self.name, self.variant, error) from error
+            raise loading_error(self.name, self.variant, error) from error
         missing += [name for name, tensor in model.state_dict().items() if tensor.is_meta]
         if missing:
             raise InputError(
@@ -158,7 +161,7 @@ def open_model(
         prediction_type, rescale_betas_zero_snr: what the denoiser was trained with, if neither the scheduler's
             configuration nor the file says it.
         with_weights: otherwise those of a model on the hub are not downloaded, and no part can be loaded.
-        pickles: see ``pipeline_folder``.
+        pickles: see ``pipeline_files.pipeline_folder``.
 
     Raises:
         InputError: it is not a complete pipeline, cannot be downloaded, or its configuration asks for something that is
@@ -166,26 +169,26 @@ def open_model(
     """
     file, tokenizers = None, {}
     if is_single_file(name_or_path):
-        file, folder, tokenizers = _open_file(str(name_or_path), revision, variant, model_config, with_weights)
+        file, folder, tokenizers = open_file(str(name_or_path), revision, variant, model_config, with_weights)
         prediction_type = prediction_type or file.prediction_type
         rescale_betas_zero_snr = file.zero_snr if rescale_betas_zero_snr is None else rescale_betas_zero_snr
     elif with_weights:
         check_model_folder(name_or_path, variant, model_config)
         folder = pipeline_folder(name_or_path, revision=revision, variant=variant, pickles=pickles)
     else:
-        folder = _configurations(name_or_path, revision)
+        folder = configurations_folder(name_or_path, revision)
     kind = known_class(name_or_path, folder / "model_index.json")
     from diffusers import DiffusionPipeline
 
     # This logger warns about "modules that should be kept in float32: []" at every cast.
     logging.getLogger("diffusers.models.modeling_utils").setLevel(logging.ERROR)
     try:
-        with _quiet():
+        with quiet():
             skeletons, unused = _skeletons(folder), _unused(folder)
             parts: dict[str, Any] = unused | skeletons | {"safety_checker": None, "requires_safety_checker": False}
             pipeline: Any = DiffusionPipeline.from_pretrained(folder, **parts, **tokenizers)
     except (*LOADING_ERRORS, StrictDataclassError) as error:
-        raise _loading_error(name_or_path, variant, error) from error
+        raise loading_error(name_or_path, variant, error) from error
     family, in_folder, in_file = family_of(kind), skeletons, []
     if file is not None:
         from delora_diffusers.families.single_file import check_parts
@@ -193,7 +196,7 @@ def open_model(
         in_file = check_parts(file, family.DENOISER, skeletons)
         in_folder = {name: skeleton for name, skeleton in skeletons.items() if name not in in_file}
         if in_folder and with_weights:
-            folder = _folder_with(in_folder, in_file, folder, file.name, model_config, variant)
+            folder = folder_with_weights(in_folder, in_file, folder, file.name, model_config, variant)
     problem = _unsupported(family, skeletons) or _incomplete(in_folder, folder)
     if problem is not None:
         raise InputError(f"the base model {name_or_path} {problem}; choose another.")
@@ -208,91 +211,6 @@ def open_model(
     return OpenModel(name_or_path, folder, variant, pipeline, skeletons, file, in_file)
 
 
-def _open_file(
-    name: str, revision: str | None, variant: str | None, model_config: str | None, with_weights: bool
-) -> tuple["SingleFile", Path, dict[str, Any]]:
-    """A single file, the folder of its configuration, and its tokenizers if that folder has none."""
-    from delora_diffusers.families.single_file import open_single_file, shipped_configuration, shipped_tokenizers
-
-    check_model_folder(name, variant, model_config)
-    file = open_single_file(name, revision, with_weights)
-    if model_config is not None:
-        try:
-            return file, _configurations(model_config, None), {}
-        except InputError as error:
-            raise InputError(f"--model_config cannot be used: {error}") from error
-    folder = shipped_configuration(file)
-    return file, folder, shipped_tokenizers(folder)
-
-
-def _folder_with(
-    parts: Sequence[str] | dict[str, Any],
-    others: Sequence[str],
-    folder: Path,
-    name: str,
-    model_config: str | None,
-    variant: str | None,
-) -> Path:
-    """The folder with the weights of those parts that a single file lacks; of a hub id, only these are downloaded.
-
-    Raises:
-        InputError: it has no weights of one of them.
-    """
-    if model_config is not None and not Path(model_config).is_dir():
-        folder = pipeline_folder(model_config, variant=variant, pickles=True, without=others)
-    for part in parts:
-        if not any(WEIGHTS.fullmatch(file.name) for file in (folder / part).glob("*")):
-            source = "" if model_config is None else f", and neither does --model_config {model_config}"
-            raise InputError(
-                f"{name} has no {part}{source}; give a pipeline that has its weights with --model_config, or a "
-                "complete model."
-            )
-    return folder
-
-
-def family_named(
-    name_or_path: str | None,
-    *,
-    revision: str | None = None,
-    variant: str | None = None,
-    model_config: str | None = None,
-) -> Family:
-    """The family of a base model; see ``model_index``."""
-    index = model_index(name_or_path, revision=revision, variant=variant, model_config=model_config)
-    return family_of(index["_class_name"])
-
-
-def model_index(
-    name_or_path: str | None,
-    *,
-    revision: str | None = None,
-    variant: str | None = None,
-    model_config: str | None = None,
-) -> dict[str, Any]:
-    """The ``model_index.json`` of a base model. Of a model on the hub nothing else is downloaded.
-
-    Raises:
-        InputError: see ``open_model``.
-    """
-    if is_single_file(name_or_path):
-        _, folder, _ = _open_file(str(name_or_path), revision, variant, model_config, with_weights=False)
-        known_class(name_or_path, folder / "model_index.json")
-        return read_json(folder / "model_index.json")
-    check_model_folder(name_or_path, variant, model_config)
-    file: Path | str = _MINIATURE_FOLDER / "model_index.json"
-    if name_or_path is not None and not is_miniature(name_or_path):
-        file = Path(name_or_path) / "model_index.json"
-        if not Path(name_or_path).is_dir():
-            from huggingface_hub import hf_hub_download
-
-            try:
-                file = hf_hub_download(name_or_path, "model_index.json", revision=revision)
-            except LOADING_ERRORS as error:
-                raise _loading_error(name_or_path, "", error) from error
-    known_class(name_or_path, Path(file))
-    return read_json(Path(file))
-
-
 def load_pipeline(name_or_path: str | None, *, revision: str | None = None, variant: str | None = None) -> Any:
     """Load a complete pipeline on the CPU, in float32.
 
@@ -303,76 +221,6 @@ def load_pipeline(name_or_path: str | None, *, revision: str | None = None, vari
     for component in model.skeletons:
         model.load(component, torch.float32)
     return model.pipeline
-
-
-def pipeline_folder(
-    name_or_path: str | None,
-    *,
-    revision: str | None = None,
-    variant: str | None = None,
-    pickles: bool = False,
-    without: Sequence[str] = (),
-) -> Path:
-    """The folder of a pipeline. A hub id is downloaded.
-
-    Args:
-        pickles: whether weights may be pickles if there are none in safetensors.
-        without: models that need not be downloaded.
-
-    Raises:
-        InputError: see ``open_model``.
-    """
-    check_model_folder(name_or_path, variant)
-    if name_or_path is None or is_miniature(name_or_path):
-        return _MINIATURE_FOLDER
-    if Path(name_or_path).is_dir():
-        return Path(name_or_path)
-    from diffusers import DiffusionPipeline
-
-    try:
-        with _quiet():
-            folder = DiffusionPipeline.download(
-                name_or_path,
-                revision=revision,
-                variant=variant,
-                use_safetensors=None if pickles else True,
-                **{name: None for name in ("safety_checker", *without)},
-            )
-    except LOADING_ERRORS as error:
-        raise _loading_error(name_or_path, variant, error) from error
-    return Path(folder)
-
-
-def _configurations(name_or_path: str | None, revision: str | None) -> Path:
-    """The folder of a pipeline; of a model on the hub, only its configurations and tokenizers are downloaded."""
-    model_index(name_or_path, revision=revision)
-    if name_or_path is None or is_miniature(name_or_path) or Path(name_or_path).is_dir():
-        return pipeline_folder(name_or_path)
-    from huggingface_hub import snapshot_download
-
-    patterns = ["model_index.json", "*/config.json", "scheduler/*", "tokenizer*/*"]
-    try:
-        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=patterns))
-    except LOADING_ERRORS as error:
-        raise _loading_error(name_or_path, "", error) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Only while loading: the user should see later warnings, such as of a truncated prompt."""
-    import diffusers
-    import transformers
-
-    loggers = (diffusers.utils.logging, transformers.utils.logging)
-    verbosities = [logger.get_verbosity() for logger in loggers]
-    for logger in loggers:
-        logger.set_verbosity_error()
-        logger.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for logger, verbosity in zip(loggers, verbosities):
-            logger.set_verbosity(verbosity)
 
 
 def _skeletons(folder: Path) -> dict[str, Any]:
@@ -446,24 +294,3 @@ def _limit_prompts(pipeline: Any, family: Family, name: str | None) -> None:
         words = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
         if words("dog").input_ids == words("cat").input_ids:
             raise InputError(f"the base model {name} has a tokenizer without vocabulary; download it again.")
-
-
-def _loading_error(name_or_path: str | None, variant: str | None, error: Exception) -> InputError:
-    if name_or_path is not None and variant is None and not Path(name_or_path).exists():
-        check_variant(name_or_path, _files_on_hub(name_or_path), None)
-    where = "" if name_or_path is None or Path(name_or_path).exists() else "there is no such folder here; "
-    return InputError(
-        f"the base model {name_or_path} could not be loaded ({where}{reason(error)}); "
-        "give --pretrained_model_name_or_path a pipeline folder or hub id."
-    )
-
-
-def _files_on_hub(repo_id: str) -> list[str]:
-    """The files of a repository; empty if they cannot be listed."""
-    from huggingface_hub import list_repo_files
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return list_repo_files(repo_id)
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError):  # the error that led here says what is wrong
-        return []

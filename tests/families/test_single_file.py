@@ -18,7 +18,8 @@ from delora_diffusers.__main__ import main
 from delora_diffusers.families.checkpoint_names import layout_of, new_layout
 from delora_diffusers.families.checks import check_model_folder
 from delora_diffusers.families.clip_tokenizer import clip_tokenizer
-from delora_diffusers.families.loading import family_named, load_pipeline, open_model
+from delora_diffusers.families.loading import load_pipeline, open_model
+from delora_diffusers.families.pipeline_files import family_named
 from delora_diffusers.families.single_file import CONFIGURATIONS, open_single_file
 from delora_diffusers.methods.config import EVERYTHING, TEXT_ENCODER_TARGETS
 from delora_diffusers.names import hub_file

@@ -14,7 +14,8 @@ from data.tiny_sd import write
 from delora_diffusers import AdapterConfig, InputError, attach, save_adapter
 from delora_diffusers.crops import View
 from delora_diffusers.families.checks import check_model_folder, check_variant
-from delora_diffusers.families.loading import family_named, load_pipeline
+from delora_diffusers.families.loading import load_pipeline
+from delora_diffusers.families.pipeline_files import family_named
 from delora_diffusers.families.table import family_of
 from delora_diffusers.files.reading import read_header
 from delora_diffusers.names import recorded_model_name
