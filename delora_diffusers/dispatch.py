@@ -90,7 +90,7 @@ def exit_on_bad_input() -> Iterator[None]:
             raise
         sys.exit(f"error: {out_of_memory_sentence('running this command', ANYWHERE)}")
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except OSError as error:
         if error.errno not in INACCESSIBLE or error.filename is None:

@@ -57,7 +57,10 @@ def test_newer_and_older_argparse_say_the_same(capsys):
 def test_ctrl_c_ends_without_a_traceback(capsys):
     with pytest.raises(SystemExit) as stopped, exit_on_bad_input():
         raise KeyboardInterrupt
-    assert stopped.value.code == INTERRUPTED and capsys.readouterr().err == "interrupted\n"
+    assert (
+        stopped.value.code == INTERRUPTED
+        and capsys.readouterr().err == "interrupted; run the same command again to go on\n"
+    )
 
 
 def test_subparsers_answer_in_the_same_way(capsys, monkeypatch):
