@@ -26,7 +26,7 @@ from delora_diffusers.errors import InputError
 from delora_diffusers.image_files import load_rgb
 from delora_diffusers.methods.config import TEXT_ENCODER_TARGETS
 from delora_diffusers.names import INSTANCE, is_miniature
-from delora_diffusers.outputs import check_run_folder, held_folders
+from delora_diffusers.outputs import check_run_folder, held_folders, is_first_process
 from delora_diffusers.training import arguments
 from delora_diffusers.training.config_file import parse_with_config
 from delora_diffusers.training.defaults import with_defaults, with_family_defaults
@@ -69,6 +69,10 @@ def with_rendered_photos(args: argparse.Namespace) -> argparse.Namespace:
     folder = Path(f"{os.path.abspath(args.output_dir)}-photographs")
     kind = write_unseen_subject(folder)
     prompt = args.instance_prompt or f"a photo of sks {kind}"
+    if is_first_process():
+        print(
+            f"no --instance_data_dir was given, so the subject is a rendered toy, a {kind}; its photos are in {folder}"
+        )
     return argparse.Namespace(**vars(args) | {"instance_data_dir": folder, "instance_prompt": prompt})
 
 

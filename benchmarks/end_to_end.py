@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.reporting import print_and_save
+from delora_diffusers.dispatch import exit_on_bad_input
 
 PROMPT = "a photo of sks toy"
 
@@ -189,4 +190,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_bad_input():
+        main()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.train_step import RANK, build_unet
+from delora_diffusers.dispatch import exit_on_bad_input
 
 
 def write_inputs(folder: Path, shape: str) -> tuple[Path, Path]:
@@ -93,4 +94,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_bad_input():
+        main()

@@ -37,6 +37,7 @@ from data.tiny_pipelines import KINDS
 from delora_diffusers import Adapter, AdapterConfig, attach
 from delora_diffusers.adapter.attach import find_targets
 from delora_diffusers.adapter.quantized import is_quantized
+from delora_diffusers.dispatch import exit_on_bad_input
 from delora_diffusers.families.family import Family
 from delora_diffusers.families.table import family_of
 from delora_diffusers.training.cuda_graph import EAGER_FIRST, MicroBatches
@@ -379,4 +380,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_bad_input():
+        main()

@@ -34,6 +34,7 @@ from typing import Any
 
 from benchmarks.reporting import print_and_save
 from benchmarks.true_shapes import write_photos
+from delora_diffusers.dispatch import exit_on_bad_input
 from delora_diffusers.names import WEIGHTS_NAME
 
 TOP = Path(__file__).resolve().parent.parent
@@ -356,4 +357,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_bad_input():
+        main()

@@ -21,6 +21,7 @@ from torch import nn
 from benchmarks.reporting import print_and_save
 from benchmarks.train_step import LATENT_SIZES, RANK, SHAPES, build_unet
 from delora_diffusers import AdapterConfig, attach, merge
+from delora_diffusers.dispatch import exit_on_bad_input
 from delora_diffusers.methods.config import UNET_TARGETS
 
 
@@ -126,4 +127,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_bad_input():
+        main()

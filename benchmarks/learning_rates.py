@@ -17,6 +17,7 @@ import train_dreambooth_delora
 from data.photographs import find_photographs
 from delora_diffusers import detach, load_adapter
 from delora_diffusers.crops import views_of
+from delora_diffusers.dispatch import exit_on_bad_input
 from delora_diffusers.families.loading import load_pipeline
 from delora_diffusers.families.table import family_of
 from delora_diffusers.methods.table import METHODS
@@ -123,4 +124,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_bad_input():
+        main()

@@ -21,6 +21,7 @@ from data.toybox.places import STUFF
 from data.toybox.render import render
 from data.toybox.scenes import SEMANTIC_CLASSES, Scene, photograph, unseen_subject
 from data.toybox.shapes import CLASSES
+from delora_diffusers.dispatch import exit_on_bad_input
 from delora_diffusers.families.loading import load_pipeline
 from delora_diffusers.image_grid import labelled_grid
 from delora_diffusers.pipelines.sampling import sample_images
@@ -203,4 +204,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_bad_input():
+        main()

@@ -17,6 +17,8 @@ from accelerate.state import AcceleratorState
 from benchmarks.miniature_runs import flags
 from benchmarks.reporting import print_and_save
 from delora_diffusers.__main__ import main as library
+from delora_diffusers.dispatch import exit_on_bad_input
+from delora_diffusers.errors import InputError
 from delora_diffusers.methods.table import METHODS as METHOD_TABLE
 from delora_diffusers.text_files import read_json
 from eval.__main__ import main as evaluate
@@ -90,8 +92,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.miniature_maps", description=__doc__)
     parser.add_argument("studies", type=Path, help="the output folder of the study ablation-maps")
     options = parser.parse_args(argv)
+    if not (options.studies / "runs" / "maps-settings.json").is_file():
+        raise InputError(f"{options.studies} has no runs of maps; give the output folder of the study ablation-maps.")
     print_and_save(table(score_study(options.studies)), options.studies / "maps.md")
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_bad_input():
+        main()

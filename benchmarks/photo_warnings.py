@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from data.toybox.write import SQUARE, render_with_maps, subject_scenes
+from delora_diffusers.dispatch import exit_on_bad_input
 from delora_diffusers.image_files import list_images, load_rgb
 from studio.photo_quality import BLURRED, NEAR_DUPLICATE, fingerprint, sharpness
 
@@ -96,4 +97,5 @@ def blurred(photo: Image.Image, radius: float, resolution: int) -> Image.Image:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_bad_input():
+        main()

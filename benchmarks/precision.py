@@ -17,6 +17,7 @@ from benchmarks.miniature_runs import run_all
 from benchmarks.miniature_subjects import SUBJECTS, run_one
 from benchmarks.reporting import print_and_save
 from delora_diffusers.atomic import write_text
+from delora_diffusers.dispatch import exit_on_bad_input
 
 WAYS: dict[str, dict[str, Any]] = {
     "float32": {"mixed_precision": "no", "path": "fast"},
@@ -200,4 +201,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_bad_input():
+        main()

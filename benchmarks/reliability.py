@@ -38,6 +38,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from delora_diffusers.dispatch import exit_on_bad_input
 from delora_diffusers.outputs import MIN_FREE_BYTES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -365,4 +366,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_bad_input():
+        main()

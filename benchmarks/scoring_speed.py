@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from delora_diffusers.dispatch import exit_on_bad_input
 from delora_diffusers.image_files import load_rgb
 from eval.metrics.embedding import embed
 from eval.metrics.encoders import ClipEncoder, DinoEncoder
@@ -150,4 +151,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_bad_input():
+        main()

@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from delora_diffusers.dispatch import exit_on_bad_input
+
 BATCH_SIZES = (1, 4, 16)
 PARTS = ("step", "train", "generate", "benchmark")
 
@@ -236,4 +238,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_bad_input():
+        main()

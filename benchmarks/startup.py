@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.reporting import print_and_save
+from delora_diffusers.dispatch import exit_on_bad_input
 
 TOP = Path(__file__).parent.parent
 SCRIPT = "train_dreambooth_delora.py"
@@ -130,4 +131,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_bad_input():
+        main()

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.reporting import print_and_save
 from benchmarks.step_counts import Counter
 from benchmarks.train_step import FLOOR, GRAPH_VARIANTS, VARIANTS, Trial
+from delora_diffusers.dispatch import exit_on_bad_input
 from delora_diffusers.methods.config import UNET_TARGETS
 
 COMPARED = {
@@ -100,4 +101,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_bad_input():
+        main()

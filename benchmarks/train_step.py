@@ -26,6 +26,7 @@ from torch import nn
 
 from benchmarks.reporting import print_and_save
 from delora_diffusers import AdapterConfig, attach
+from delora_diffusers.dispatch import exit_on_bad_input
 from delora_diffusers.methods.config import MAP_TARGETS, UNET_TARGETS
 from delora_diffusers.training.cuda_graph import EAGER_FIRST
 from delora_diffusers.training.setup import run_checkpointed
@@ -304,4 +305,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_bad_input():
+        main()

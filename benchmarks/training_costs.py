@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.reporting import print_and_save
+from delora_diffusers.dispatch import exit_on_bad_input
 
 SIZES = ((1200, 1200), (1600, 1200), (1200, 1600))
 OPTIONS: dict[str, list[str]] = {
@@ -133,4 +134,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_bad_input():
+        main()

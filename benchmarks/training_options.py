@@ -33,6 +33,7 @@ from benchmarks.miniature_runs import (
 )
 from benchmarks.reporting import print_and_save
 from delora_diffusers.atomic import write_text
+from delora_diffusers.dispatch import exit_on_bad_input
 from delora_diffusers.training.arguments import positive_int
 
 SUBJECTS = (210, 211, 212, 214, 215, 216, 217, 218, 221, 222)
@@ -432,4 +433,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_bad_input():
+        main()

@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from delora_diffusers.dispatch import exit_on_bad_input
+
 VOCABULARY = 49408
 TEXT_ENCODER_2: dict[str, Any] = {
     "hidden_size": 1280,
@@ -246,4 +248,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_bad_input():
+        main()

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from delora_diffusers.errors import InputError, printable
 from delora_diffusers.memory import ANYWHERE, is_out_of_memory, out_of_memory_sentence
@@ -30,6 +30,9 @@ class Parser(argparse.ArgumentParser):
     """
 
     source: str | None = None
+
+    def __init__(self, *args: Any, **values: Any):
+        super().__init__(*args, **{"allow_abbrev": False} | values)  # a shortened flag would pass checks by name
 
     def error(self, message: str) -> NoReturn:
         where = "" if self.source is None else f"{self.source}: "

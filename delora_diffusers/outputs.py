@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,6 +26,22 @@ def check_writable(path: Path, flag: str) -> None:
         raise InputError(f"{flag} {path} cannot be written: {existing} is a file; choose another folder.")
     if not os.access(existing, os.W_OK | (os.X_OK if os.path.isdir(existing) else 0)):
         raise InputError(f"{flag} {path} cannot be written: {existing} is read-only for you; choose another folder.")
+
+
+def check_results_folder(folder: Path, known: Callable[[str], bool], what: str) -> None:
+    """Refuse an output folder that has files, but none of those that an earlier start of this command leaves.
+
+    Args:
+        known: whether a name in the folder is that of a result. what: leaves them, for the sentence.
+
+    Raises:
+        InputError
+    """
+    if os.path.lexists(folder) and not os.path.isdir(folder):
+        raise InputError(f"--output_dir {folder} is a file; give a folder.")
+    names = [name for name in os.listdir(folder) if not name.startswith(".")] if os.path.isdir(folder) else []
+    if names and not any(map(known, names)):
+        raise InputError(f"--output_dir {folder} contains files that are not of {what}; give a new folder.")
 
 
 def check_new(path: Path, flag: str) -> None:

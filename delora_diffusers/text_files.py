@@ -22,6 +22,8 @@ def read_text(file: Path) -> str:
     """
     try:
         content = file.read_bytes()
+    except FileNotFoundError as error:
+        raise InputError(f"{file} does not exist; check the path.") from error
     except OSError as error:
         raise InputError(f"{file} could not be read ({error.strerror}); check its permissions.") from error
     text = decode(content, str(file))

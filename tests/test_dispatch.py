@@ -28,6 +28,7 @@ def parser() -> Parser:
         (["--kind", "c"], "--kind c does not exist; choose from a, b"),
         (["--rate"], "--rate expected one argument"),
         (["--output_dir", "x", "--nope", "3"], "there is no flag --nope"),
+        (["--output_dir", "x", "--ste", "3"], "there is no flag --ste"),
         ([], "--output_dir is missing"),
     ],
 )

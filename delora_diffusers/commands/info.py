@@ -15,6 +15,7 @@ BAR = 30
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", type=Path, nargs="?", help="output folder, the file in it, or hub id")
+    parser.add_argument("--adapter", type=Path, dest="adapter_flag", metavar="ADAPTER", help="the same, as a flag")
     parser.add_argument(
         "--memory", metavar="MODEL", help="instead: what training on this base model needs of a GPU's memory, by flags"
     )
@@ -23,12 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    if (options.adapter is None) == (options.memory is None):
+    adapters = [path for path in (options.adapter, options.adapter_flag) if path is not None]
+    if len(adapters) + (options.memory is not None) != 1:
         raise InputError("give either an adapter to describe, or a base model with --memory.")
     if options.memory is not None:
         _print_memory(options.memory, options.resolution, options.model_config)
     else:
-        _describe(options)
+        _describe(*adapters)
 
 
 def _print_memory(name: str, resolution: int | None, model_config: str | None) -> None:
@@ -45,13 +47,13 @@ def _print_memory(name: str, resolution: int | None, model_config: str | None) -
     print(memory_table(model, side))
 
 
-def _describe(options: argparse.Namespace) -> None:
+def _describe(adapter: Path) -> None:
     from delora_diffusers.errors import printable
     from delora_diffusers.files.low_rank import low_rank_factors
     from delora_diffusers.files.reading import adapter_path, parse_config, read_adapter
     from delora_diffusers.methods.table import METHODS
 
-    file = adapter_path(options.adapter)
+    file = adapter_path(adapter)
     header, tensors = read_adapter(file)
     print(f"{file}  {file.stat().st_size / 2**20:.2f} MiB, format version {header['format_version']}")
     print(printable(f"base model: {header['base_model'] or 'not recorded'}"))

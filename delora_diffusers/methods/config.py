@@ -107,9 +107,10 @@ class AdapterConfig:
             value = getattr(self, name)
             if value is not None and not _is_positive(value):
                 raise InputError(f"{name} is {value!r}; give a positive number.")
-        if self.relative_bound is not None and (self.method != "delora" or self.delora_lambda is not None):
-            other = "delora_lambda is given too" if self.method == "delora" else f"method is {self.method}"
-            raise InputError(f"relative_bound is {self.relative_bound}, but {other}; leave it out.")
+        if self.relative_bound is not None and self.method != "delora":
+            raise InputError(f"relative_bound belongs to the method delora, not {self.method}; leave it out.")
+        if self.relative_bound is not None and self.delora_lambda is not None:
+            raise InputError("relative_bound and delora_lambda both set the boundary; give only one of them.")
         if self.coft_eps is not None and self.method != "oft":
             raise InputError(f"coft_eps is {self.coft_eps}, but {method.title} has no such constraint; leave it out.")
         if EVERYTHING in self.targets and self.method != "full":

@@ -79,12 +79,10 @@ def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
         "--class_data_dir", type=Path, help="folder of class images; default: class_images in the output folder"
     )
     group.add_argument("--class_prompt", help="prompt for class images, for example 'a photo of a dog'")
+    group.add_argument("--num_class_images", type=positive_int, help="missing ones are generated; default: 100")
+    group.add_argument("--prior_loss_weight", type=float, help="weight of the class images' loss; default: 1")
     group.add_argument(
-        "--num_class_images", type=positive_int, default=100, help="missing ones are generated; default: 100"
-    )
-    group.add_argument("--prior_loss_weight", type=float, default=1.0, help="weight of the class images' loss")
-    group.add_argument(
-        "--sample_batch_size", type=positive_int, default=4, help="batch size for generating class images"
+        "--sample_batch_size", type=positive_int, help="batch size for generating class images; default: 4"
     )
 
 
@@ -100,11 +98,20 @@ def with_subject_defaults(args: argparse.Namespace) -> argparse.Namespace:
     for flag, default, user in (
         ("output_preservation_weight", 1.0, "with_output_preservation"),
         ("mask_background_weight", 0.1, "use_masks"),
+        ("num_class_images", 100, "with_prior_preservation"),
+        ("prior_loss_weight", 1.0, "with_prior_preservation"),
+        ("sample_batch_size", 4, "with_prior_preservation"),
+        ("class_data_dir", None, "with_prior_preservation"),
     ):
         if getattr(args, flag) is None:
             setattr(args, flag, default)
         elif not getattr(args, user):
             raise InputError(f"--{flag} belongs to --{user}, which is not given; leave it out.")
+    if args.class_prompt is not None and not (args.with_prior_preservation or args.with_output_preservation):
+        raise InputError(
+            "--class_prompt belongs to --with_prior_preservation and --with_output_preservation; give one of them, or "
+            "leave it out."
+        )
     return args
 
 
@@ -116,6 +123,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     """
     check_training_arguments(args)
     check_model_folder(args.pretrained_model_name_or_path, args.variant, args.model_config)
+    if args.learning_rate == 0 and args.init_adapter is None:
+        raise InputError("--learning_rate 0 would leave the new adapter as it starts, without effect; give a rate.")
     if args.keep_tags and not args.shuffle_tags:
         raise InputError("--keep_tags belongs to --shuffle_tags, which is not given; leave it out.")
     if args.keep_tags < 0:

@@ -9,12 +9,15 @@ from pathlib import Path
 
 from delora_diffusers.locking import locked_folders
 from delora_diffusers.methods.table import METHODS
-from delora_diffusers.outputs import is_first_process
+from delora_diffusers.outputs import check_results_folder, is_first_process
 from eval.benchmark.checks import check, with_defaults
 from eval.benchmark.plan import Plan, make_plan, write_settings
 from eval.benchmark.recipes import with_recipe
 from eval.benchmark.run import exit_with_failures, run_plans, start_accelerator
 from eval.commands.arguments import add_run_arguments
+
+RESULTS = ("settings.json", "photographs", "class-images")
+"""Names in the output folder of a run that was started before."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     options = with_recipe(options)
     check(options)
+    check_results_folder(options.output_dir, RESULTS.__contains__, "a benchmark run")
     options = with_defaults(options)
     plan = make_plan(options)
     with locked_folders([plan.folder] if is_first_process() else []):

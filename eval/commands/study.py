@@ -10,6 +10,7 @@ from pathlib import Path
 
 from delora_diffusers.errors import InputError
 from delora_diffusers.methods.table import METHODS
+from delora_diffusers.outputs import check_results_folder
 from eval.benchmark.recipes import with_papers_training, with_recipe
 from eval.commands.arguments import add_run_arguments
 from eval.study.frontier_settings import SCHEDULES, VARIANTS
@@ -26,6 +27,8 @@ OF_STUDIES = {
     "from_rows": ("frontier",),
 }
 """The studies that have a flag which others reject."""
+SHARED = ("runs", "photographs", "class-images", "map-pairs", "test-maps")
+"""Folders of the runs of studies."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,6 +96,8 @@ def check_study_flags(options: argparse.Namespace) -> None:
     unknown = [name for name in options.methods or () if name not in METHODS]
     if unknown and options.name != "frontier":
         raise InputError(f"--methods {unknown[0]} is a variant that only frontier has; choose {', '.join(METHODS)}.")
+    if options.name == "norms":
+        check_norms_flags(options)
     if options.name == "boundary" and options.methods not in (None, ["delora"]):
         raise InputError("--methods: only DeLoRA has the boundary that this study varies; leave it out.")
     if options.name in ("prolonged", "frontier") and options.score_every:
@@ -101,8 +106,29 @@ def check_study_flags(options: argparse.Namespace) -> None:
         )
 
 
+def check_norms_flags(options: argparse.Namespace) -> None:
+    """Reject the flags of studies that train, of which ``norms`` uses none.
+
+    Raises:
+        InputError
+    """
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    for flag, value in vars(options).items():
+        used = flag in ("name", "output_dir", "pretrained_model_name_or_path", "run")
+        if not used and value != parser.get_default(flag):
+            raise InputError(f"--{flag} applies to studies that train, which norms does not; leave it out.")
+
+
+def is_result(name: str) -> bool:
+    """Whether a name in an output folder is that of a study's result, or of what its runs share."""
+    studies = (*STUDIES, *OTHER_STUDIES)
+    return name in SHARED or any(name.startswith((f"{study}.", f"{study}-")) for study in studies)
+
+
 def run(options: argparse.Namespace) -> None:
     check_study_flags(options)
+    check_results_folder(options.output_dir, is_result, "a study")
 
     from eval.study import boundary, comparison, curves, flatness, frontier, maps, norms, trials  # imports torch
 

@@ -41,6 +41,7 @@ def test_keys_and_defaults(folders, tmp_path, monkeypatch, name):
     ]
     flags = ["--concepts_list", str(write_list(tmp_path, records, name)), "--output_dir", str(tmp_path / "out")]
     flags += ["--instance_prompt", "a photo of {instance}", "--instance_name", "qwe", "--class_prompt", "an animal"]
+    flags += ["--with_output_preservation"]
     args = script.parse_arguments(flags)
     (subject,) = script.find_subjects(args)
     dog, cat = subject.concepts

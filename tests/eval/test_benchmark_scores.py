@@ -242,7 +242,7 @@ def test_a_folder_with_other_settings_is_rejected(small, tiny_scorers, tmp_path)
         main(flags(small, tiny_scorers, tmp_path / "run"))
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "notes.txt").write_text("notes")
-    with pytest.raises(SystemExit, match="already contains something else"):
+    with pytest.raises(SystemExit, match="notes contains files that are not of a benchmark run; give a new folder"):
         main(flags(small, tiny_scorers, tmp_path / "notes"))
     starts = json.loads((tmp_path / "run" / "settings.json").read_text())["starts"]
     assert len(starts) == 1 and starts[0]["versions"]["torch"]

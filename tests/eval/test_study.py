@@ -16,12 +16,19 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from delora_diffusers.errors import InputError
 from delora_diffusers.methods.table import METHODS
 from eval.benchmark.recipes import with_papers_training
-from eval.commands.study import add_arguments
+from eval.commands.study import add_arguments, check_study_flags, is_result, run
 from eval.study.settings import STUDIES
 from eval.study.trials import plan_trials
 from tests.helpers import ROOT, run_eval, start_eval, write_photos
+
+
+def parsed(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args(words)
 
 
 @pytest.mark.integration
@@ -206,9 +213,7 @@ def test_longer_trainings_continue_shorter_ones(small_study):
 
 def test_steps_are_multiples_of_max_train_steps(small_study):
     flags, _ = small_study
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    options = with_papers_training(parser.parse_args(["prolonged", *flags, "--methods", "delora", "lora"]))
+    options = with_papers_training(parsed("prolonged", *flags, "--methods", "delora", "lora"))
     trials = plan_trials(options, STUDIES["prolonged"].settings(options.methods, (1, 2.5)))
     steps = [(trial.setting.label, trial.plan.settings["train"]["max_train_steps"]) for trial in trials]
     assert steps == [("DeLoRA", "4"), ("DeLoRA", "10"), ("LoRA", "4"), ("LoRA", "10")]
@@ -230,3 +235,22 @@ def test_errors(small_study):
     result = study("prolonged", flags)
     assert "max_train_steps=four is not a number of steps" in result.stderr and result.returncode == 1
     assert "--multipliers -1 is not positive" in study("lr", flags, "--multipliers", "2", "-1").stderr
+
+
+@pytest.mark.parametrize("words", ["--seeds 3", "--multipliers 2", "--train max_train_steps=5", "--subjects car"])
+def test_norms_rejects_what_only_training_uses(words, tmp_path):
+    options = parsed("norms", *words.split(), "--output_dir", str(tmp_path))
+    with pytest.raises(InputError, match=f"{words.split()[0]} applies to studies that train, which norms does not"):
+        check_study_flags(options)
+    check_study_flags(parsed("norms", "--pretrained_model_name_or_path", "x", "--output_dir", str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["lr", "norms", "frontier", "ablation-maps"])
+def test_a_study_does_not_write_into_a_folder_of_photos(name, tmp_path):
+    photos = write_photos(tmp_path / "photos", 2)
+    before = sorted(photos.iterdir())
+    with pytest.raises(InputError, match="photos contains files that are not of a study; give a new folder"):
+        run(parsed(name, "--output_dir", str(photos)))
+    assert sorted(photos.iterdir()) == before
+    for result in ("runs", "photographs", f"{name}.parquet", f"{name}-images.png"):
+        assert is_result(result)
