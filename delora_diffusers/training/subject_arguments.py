@@ -123,7 +123,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     """
     check_training_arguments(args)
     check_model_folder(args.pretrained_model_name_or_path, args.variant, args.model_config)
-    if args.learning_rate == 0 and args.init_adapter is None:
+    if args.learning_rate == 0 and not (args.init_adapter or args.resume_from_checkpoint):
         raise InputError("--learning_rate 0 would leave the new adapter as it starts, without effect; give a rate.")
     if args.keep_tags and not args.shuffle_tags:
         raise InputError("--keep_tags belongs to --shuffle_tags, which is not given; leave it out.")
