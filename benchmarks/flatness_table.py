@@ -17,7 +17,7 @@ from delora_diffusers.errors import InputError
 from delora_diffusers.methods.table import METHODS
 from delora_diffusers.outputs import check_writable
 from eval.benchmark.tables import markdown
-from eval.study.flatness_joint import COLUMNS, joined, joint_table, noise_table, note_of, plot_joint
+from eval.study.flatness_joint import COLUMNS, difference_table, joined, joint_table, noise_table, note_of, plot_joint
 
 
 def read_rows(file: Path) -> pd.DataFrame:
@@ -59,6 +59,8 @@ def main(argv: list[str] | None = None) -> None:
         f"{note_of(rows)}\n",
         "What noise alone would make of it, if no setting were better than another:\n",
         markdown(*noise_table(rows), left=2),
+        "Paired differences:\n",
+        markdown(*difference_table(rows), left=2),
     ]
     text = "\n".join(parts).rstrip()
     print_and_save(text, None if out is None else out / "flatness.md")

@@ -109,8 +109,8 @@ def change_by_noise(rows: pd.DataFrame, score: str) -> float:
         return float("nan")
     residuals = values - values.mean(axis=0) - values.mean(axis=1, keepdims=True) + values.mean()
     residuals *= np.sqrt(values.size / ((settings - 1) * (subjects - 1)))  # fitted means make them smaller
-    drawn = np.random.default_rng(0).choice(residuals.ravel(), (RESAMPLES, settings, subjects)).mean(axis=2)
-    return float(np.ptp(drawn, axis=1).mean())
+    noise = np.random.default_rng(0).choice(residuals.ravel(), (RESAMPLES, settings, subjects)).mean(axis=2)
+    return float(np.ptp(noise, axis=1).mean())
 
 
 def failed_settings(rows: pd.DataFrame, method: str) -> list[tuple[float, float]]:

@@ -19,6 +19,7 @@ from eval.study.flatness import (
     largest_changes,
     with_brackets,
 )
+from eval.study.grids import percentiles, resampled
 
 COLUMNS = ("model", "method", "protocol", "subject", "seed", *KEYS, *SCORES)
 """What the rows of a study have."""
@@ -86,6 +87,55 @@ def noise_table(rows: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
         numbers = ["" if np.isnan(change) else f"{change:.3f}" for change in changes]
         cells.append([model, METHODS[method].title, *numbers])
     return ["", "", *CHANGES], cells
+
+
+def difference_table(rows: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: paired differences of DINO and CLIP-T with 95% bootstrap intervals over subjects.
+
+    Every method minus the first of each base model at the default rate and steps; and the first with other numbers of
+    steps minus the default number, as the mean over rates.
+
+    Args:
+        rows: see ``joined``.
+    """
+    cells = []
+    for model, of_model in rows.groupby("model", sort=False):
+        first, *others = of_model["method"].unique()
+        of_first = captions.where(of_model, "method", first)
+        groups = {
+            f"{METHODS[first].title} minus {METHODS[other].title}, default rate and steps": [
+                at_default(of_first),
+                at_default(captions.where(of_model, "method", other)),
+            ]
+            for other in others
+        }
+        usual = spans_of(of_first)[1]
+        for steps in sorted(set(of_first["step_multiplier"]) - set(usual["step_multiplier"])):
+            title = f"{METHODS[first].title}, {figures.multiple(steps)}x minus 1x the steps, mean over rates"
+            groups[title] = [captions.where(of_first, "step_multiplier", steps), usual]
+        for title, (of_setting, reference) in groups.items():
+            changes = [with_brackets(paired_difference(of_setting, reference, score)) for score in COMPARED]
+            cells.append([str(model), title, *changes])
+    return ["", "", *(SCORES[score] for score in COMPARED)], cells
+
+
+def at_default(of_method: pd.DataFrame) -> pd.DataFrame:
+    """The rows of one method at the default rate and steps."""
+    return pd.DataFrame(of_method[np.isclose(of_method[list(KEYS)], DEFAULT).all(axis=1)])
+
+
+def paired_difference(rows: pd.DataFrame, reference: pd.DataFrame, score: str) -> tuple[float, float, float] | None:
+    """Mean of a score minus that of the reference over the subjects of both, with its 95% interval; None without any.
+
+    Args:
+        rows, reference: of one method each; the mean over a subject's rows counts.
+    """
+    by_subject: Any = [table.groupby("subject")[score].mean() for table in (rows, reference)]
+    differences = (by_subject[0] - by_subject[1]).dropna().to_numpy(float)
+    if not len(differences):
+        return None
+    means = resampled(len(differences)) @ differences / len(differences)
+    return (float(differences.mean()), *percentiles(means))
 
 
 def spans_of(of_method: pd.DataFrame) -> list[pd.DataFrame]:

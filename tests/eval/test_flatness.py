@@ -18,7 +18,7 @@ from eval.commands.study import add_arguments, check_study_flags
 from eval.study import boundary, figures, flatness
 from eval.study.boundary import crossing, knees, relative_distance
 from eval.study.flatness import change_by_noise, largest_changes
-from eval.study.flatness_joint import joined, joint_table, plot_joint
+from eval.study.flatness_joint import difference_table, joined, joint_table, paired_difference, plot_joint
 from eval.study.settings import Setting
 from eval.study.trials import continues
 from tests.helpers import run_eval, write_photos
@@ -95,6 +95,24 @@ def test_the_change_by_noise_is_the_expected_range_of_equal_settings():
     ]  # which is a difference of settings, not noise
     assert [change_by_noise(table, "dino") for table in better] == pytest.approx(estimates)
     assert np.isnan(change_by_noise(table_of(np.zeros((2, 2, 1, 1)), [1, 2], [1, 3]), "dino"))
+
+
+def test_paired_differences_are_those_of_the_same_subjects():
+    random = np.random.default_rng(3)
+    scores = random.normal(size=(2, 2, 6, 1))
+    others = scores[:, :, :5] - np.arange(5)[:, None] / 10  # one subject fewer
+    tables = [table_of(scores, [1.0, 8.0], [1.0, 3.0], "delora"), table_of(others, [1.0, 8.0], [1.0, 3.0], "lora")]
+    _, cells = difference_table(pd.concat(tables))
+    assert [line[1] for line in cells] == [
+        "DeLoRA minus LoRA, default rate and steps",
+        "DeLoRA, 3x minus 1x the steps, mean over rates",
+    ]
+    assert cells[0][2].startswith("0.200 [") and cells[0][3].startswith("-0.200 [")
+    assert cells[1][2].startswith(f"{(scores[:, 1] - scores[:, 0]).mean():.3f} [")
+    value, low, high = paired_difference(tables[0], tables[1], "dino") or (0, 0, 0)
+    assert (
+        low == pytest.approx(0.08, abs=0.03) and high == pytest.approx(0.32, abs=0.03) and value == pytest.approx(0.2)
+    )
 
 
 def test_a_joint_table_says_which_settings_are_missing():
