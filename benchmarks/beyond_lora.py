@@ -6,19 +6,18 @@ Every try changes one or a few settings of a reference (cosine decay from the pa
 trained on ten toys that the miniature never saw, and is generated at three strengths; see ``benchmarks.strength_dial``.
 The number that counts is DINO where CLIP-T is 0.01 below the base model's. ``--finalists`` trains a few tries on ten
 other toys, which had no part in choosing. Writes ``table.md`` and ``rows.parquet`` to OUT. Finished runs are kept, so
-the same command continues after an interruption.
+the same command continues after an interruption. ``--from_rows ROWS.parquet`` writes the table of earlier rows instead.
 """
 
 import argparse
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
+from benchmarks.beyond_lora_tries import FINALISTS, REFERENCE, TRIES
 from benchmarks.miniature_runs import run_all, toy_number
-from benchmarks.reporting import print_and_save
+from benchmarks.reporting import print_and_save, read_rows
 from benchmarks.strength_dial import (
     CHOOSING,
     CLIP_T_LOSS,
@@ -31,163 +30,31 @@ from benchmarks.strength_dial import (
     write_photos,
 )
 from delora_diffusers.dispatch import exit_on_bad_input
-from delora_diffusers.methods.table import METHODS
+from delora_diffusers.errors import InputError
 from delora_diffusers.outputs import check_writable
 from delora_diffusers.training.arguments import positive_int
-from eval.benchmark.tables import markdown
+from eval.benchmark.tables import counted, markdown
 
-BASE, REFERENCE = "base model", "reference"
-Points = tuple[tuple[float, float], ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Try:
-    """A change of a common setting: the paper's rate with cosine decay, and a relative bound of 0.2.
-
-    Attributes:
-        train: flags of the training script. rate: multiple of the method's default learning rate.
-        boundary: schedule of the boundary, as (share of training, factor).
-    """
-
-    train: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    method: str = "delora"
-    rate: float = 1.0
-    boundary: Points = ()
-
-    def flags(self) -> dict[str, Any]:
-        base = {"method": self.method, "learning_rate": METHODS[self.method].learning_rate * self.rate}
-        return base | COMMON | ({"relative_bound": 0.2} if self.method == "delora" else {}) | dict(self.train)
-
-
-COMMON = {"lr_scheduler": "cosine"}
-FIXED = {"lambda_learning_rate": 1e-12}
-NO_START = {"start": "zero", **FIXED}
-GROWS: Points = ((0, 0.01), (0.6, 1), (1, 1))
-SHRINKS: Points = ((0, 1), (1, 0.5))
-MIDDLE = {"weighting_scheme": "logit_normal", "logit_std": 0.5}
-"""Timesteps near the middle of the schedule."""
-UPPER_ATTENTION = tuple((block, layer) for block in (0, 1) for layer in range(3))
-PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
-NO_KEYS = {"targets": ["to_q", "to_v", "to_out.0"]}
-SELF, CROSS = ({"targets": [f"attn{k}.{name}" for name in PROJECTIONS]} for k in (1, 2))
-UPPER = {
-    "targets": [
-        f"up_blocks.{block}.attentions.{layer}.transformer_blocks.0.attn{k}.{name}"
-        for block, layer in UPPER_ATTENTION
-        for k in (1, 2)
-        for name in PROJECTIONS
-    ]
-}
-
-
-def lora(rate: float = 1.0, **train: Any) -> Try:
-    return Try(train, "lora", rate)
-
-
-TRIES: dict[str, Try] = {
-    REFERENCE: Try(),
-    # the boundary and the rate; the first two are the miniature's default and the earlier one
-    "bound 0.25, constant rate x1/2": Try({"lr_scheduler": "constant", "relative_bound": 0.25}, rate=0.5),
-    "bound 0.35, constant rate x1/2": Try({"lr_scheduler": "constant", "relative_bound": 0.35}, rate=0.5),
-    "bound 0.25": Try({"relative_bound": 0.25}),
-    "bound 0.25, linear decay": Try({"relative_bound": 0.25, "lr_scheduler": "linear"}),
-    "bound 0.1": Try({"relative_bound": 0.1}),
-    "bound 0.15": Try({"relative_bound": 0.15}),
-    "bound 0.3": Try({"relative_bound": 0.3}),
-    "bound 0.45": Try({"relative_bound": 0.45}),
-    "rate x1/4": Try(rate=0.25),
-    "rate x4": Try(rate=4.0),
-    "constant rate": Try({"lr_scheduler": "constant"}),
-    "constant rate x1/4": Try({"lr_scheduler": "constant"}, rate=0.25),
-    "warm-up, then constant": Try({"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 60}),
-    "100 steps": Try({"max_train_steps": 100}),
-    "900 steps": Try({"max_train_steps": 900}),
-    # lambda
-    "lambda fixed": Try(FIXED),
-    "lambda's rate x10": Try({"lambda_learning_rate": 1e-2}),
-    "lambda's rate x30, bound 0.05": Try({"lambda_learning_rate": 3e-2, "relative_bound": 0.05}),
-    "boundary grows": Try(FIXED, boundary=GROWS),
-    "boundary shrinks by half": Try({**FIXED, "relative_bound": 0.3}, boundary=SHRINKS),
-    "B = 0, boundary grows": Try(NO_START, boundary=GROWS),
-    # scale, start, rank
-    "Frobenius scale": Try({"weight_norm": "frobenius"}),
-    "zero start": Try({"start": "zero"}),
-    "rank 4": Try({"rank": 4}),
-    "rank 64": Try({"rank": 64}),
-    # optimization and loss
-    "EMA 0.99, constant rate, bound 0.25": Try(
-        {"use_ema": True, "ema_decay": 0.99, "lr_scheduler": "constant", "relative_bound": 0.25}
-    ),
-    "EMA 0.99, constant rate": Try({"use_ema": True, "ema_decay": 0.99, "lr_scheduler": "constant"}),
-    "no weight decay": Try({"adam_weight_decay": 0}),
-    "weight decay 1": Try({"adam_weight_decay": 1}),
-    "min-SNR": Try({"snr_gamma": 5}),
-    "min-SNR, bound 0.45": Try({"snr_gamma": 5, "relative_bound": 0.45}),
-    "min-SNR, bound 0.25, constant rate x1/2": Try(
-        {"snr_gamma": 5, "relative_bound": 0.25, "lr_scheduler": "constant"}, rate=0.5
-    ),
-    "debiased": Try({"debiased_estimation_loss": True}),
-    "logit-normal timesteps": Try({"weighting_scheme": "logit_normal"}),
-    "middle timesteps": Try(MIDDLE),
-    "middle timesteps, bound 0.15": Try({**MIDDLE, "relative_bound": 0.15}),
-    "middle timesteps, bound 0.3": Try({**MIDDLE, "relative_bound": 0.3}),
-    "middle timesteps, bound 0.25, constant rate x1/2": Try(
-        {**MIDDLE, "relative_bound": 0.25, "lr_scheduler": "constant"}, rate=0.5
-    ),
-    "middle timesteps, B = 0, boundary grows": Try({**MIDDLE, **NO_START}, boundary=GROWS),
-    "middle timesteps, lambda's rate x30, bound 0.05": Try(
-        {**MIDDLE, "lambda_learning_rate": 3e-2, "relative_bound": 0.05}
-    ),
-    "middle timesteps, 900 steps": Try({**MIDDLE, "max_train_steps": 900}),
-    "logit-normal timesteps, bound 0.3": Try({"weighting_scheme": "logit_normal", "relative_bound": 0.3}),
-    "logit-normal timesteps, deviation 1.5, bound 0.25": Try(
-        {"weighting_scheme": "logit_normal", "logit_std": 1.5, "relative_bound": 0.25}
-    ),
-    "logit-normal timesteps, constant rate": Try({"weighting_scheme": "logit_normal", "lr_scheduler": "constant"}),
-    "logit-normal timesteps, constant rate, bound 0.25": Try(
-        {"weighting_scheme": "logit_normal", "lr_scheduler": "constant", "relative_bound": 0.25}
-    ),
-    "output preservation 0.1": Try({"with_output_preservation": True, "output_preservation_weight": 0.1}),
-    "caption dropout 0.1": Try({"caption_dropout": 0.1}),
-    # targets
-    "no keys": Try(NO_KEYS),
-    "upper blocks": Try(UPPER),
-    "self-attention": Try(SELF),
-    "cross-attention": Try(CROSS),
-    # LoRA
-    "LoRA": lora(),
-    "LoRA, rate x2": lora(2.0),
-    "LoRA, rate x4": lora(4.0),
-    "LoRA, 900 steps": lora(max_train_steps=900),
-    "LoRA, rank 4": lora(rank=4),
-    "LoRA, rank 64": lora(rank=64),
-    "LoRA, EMA 0.99, constant rate": lora(use_ema=True, ema_decay=0.99, lr_scheduler="constant"),
-    "LoRA, min-SNR, rate x4": lora(4.0, snr_gamma=5),
-    "LoRA, middle timesteps": lora(**MIDDLE),
-    "LoRA, middle timesteps, rate x2": lora(2.0, **MIDDLE),
-    "LoRA, middle timesteps, rate x4": lora(4.0, **MIDDLE),
-    "LoRA, upper blocks, rate x2": lora(2.0, **UPPER),
-}
-FINALISTS = (
-    REFERENCE,
-    "bound 0.3",
-    "constant rate",
-    "bound 0.25, constant rate x1/2",
-    "min-SNR, bound 0.25, constant rate x1/2",
-    "middle timesteps",
-    "middle timesteps, bound 0.3",
-    "middle timesteps, bound 0.25, constant rate x1/2",
-    "middle timesteps, B = 0, boundary grows",
-    "LoRA",
-    "LoRA, rate x4",
-    "LoRA, min-SNR, rate x4",
-    "LoRA, middle timesteps, rate x2",
-    "LoRA, middle timesteps, rate x4",
-)
+BASE = "base model"
+COLUMNS = ("name", "seed", "subject", "strength", "dino", "clip_t")
+"""What the rows have."""
 
 
 def slug(name: str) -> str:
     return "".join(letter if letter.isalnum() or letter in ".-" else "-" for letter in name)
+
+
+def titles_of(rows: pd.DataFrame, tries: Sequence[str] | None) -> dict[str, str]:
+    """The titles of tries by the ``name`` in the rows; ``tries`` are those to keep, None for all.
+
+    Raises:
+        InputError: the base model or a try is not among the rows.
+    """
+    names = set(rows["name"])
+    for title in (BASE, *(tries or ())):
+        if slug(title) not in names:
+            raise InputError(f"the rows have no {title!r}; they have {', '.join(sorted(names))}.")
+    return {slug(title): title for title in tries or TRIES if slug(title) in names}
 
 
 def report(rows: pd.DataFrame, names: dict[str, str], reference: str = REFERENCE) -> str:
@@ -210,11 +77,11 @@ def report(rows: pd.DataFrame, names: dict[str, str], reference: str = REFERENCE
         cells.append([title, f"{values[title][0]:.3f}", against, *scores])
     header = ["", "DINO at equal CLIP-T", f"minus {reference}", "DINO at strength 1", "CLIP-T at strength 1"]
     subjects, seeds = rows["subject"].nunique(), rows["seed"].nunique()
-    counts = f"{subjects} toys, {seeds} seed{'s' if seeds > 1 else ''}"
     return (
-        f"{markdown(header, cells)}\n{counts}. Base model: DINO {base['dino'].mean():.3f}, "
-        f"CLIP-T {base['clip_t'].mean():.3f}. Equal CLIP-T: {CLIP_T_LOSS} below the base model's. In brackets: "
-        "95% bootstrap interval of the paired difference over toys and seeds."
+        f"{markdown(header, cells)}\n{counted(subjects, 'toy')}, {counted(seeds, 'seed')}. "
+        f"Base model: DINO {base['dino'].mean():.3f}, CLIP-T {base['clip_t'].mean():.3f}. Equal CLIP-T: "
+        f"{CLIP_T_LOSS} below the base model's. In brackets: 95% bootstrap interval of the paired difference over toys "
+        "and seeds."
     )
 
 
@@ -229,6 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--reference", choices=list(TRIES), default=REFERENCE, metavar="NAME", help="compare with this try"
     )
+    parser.add_argument("--from_rows", type=Path, metavar="ROWS.parquet", help="write the table of these rows")
     parser.add_argument("--finalists", action="store_true", help="judge the finalists on ten other toys")
     parser.add_argument("--subjects", type=toy_number, nargs="+", help="numbers of unseen toys")
     parser.add_argument("--seeds", type=positive_int, default=1)
@@ -236,6 +104,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--precision", choices=("no", "bf16"), default="bf16", help="mixed precision of training")
     parser.add_argument("--workers", type=positive_int, default=16, help="runs at the same time")
     options = parser.parse_args(argv)
+    if options.from_rows:
+        rows = read_rows(options.from_rows, COLUMNS, "rows.parquet of an earlier run")
+        check_writable(options.out_dir / "table.md", "OUT")
+        options.out_dir.mkdir(parents=True, exist_ok=True)
+        print_and_save(report(rows, titles_of(rows, options.tries), options.reference), options.out_dir / "table.md")
+        return
     check_writable(options.out_dir / "runs", "OUT")
     chosen = list(options.tries or (FINALISTS if options.finalists else TRIES))
     subjects = tuple(options.subjects or (JUDGING if options.finalists else CHOOSING))

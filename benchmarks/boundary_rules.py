@@ -32,6 +32,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from benchmarks.reporting import read_rows
 from delora_diffusers.atomic import write_text
 from delora_diffusers.dispatch import exit_on_bad_input
 from delora_diffusers.errors import InputError
@@ -49,6 +50,8 @@ NOISES = 2
 DRAWS = 3
 RANK = 16
 
+COLUMNS = ("protocol", "method", "rate_multiplier", "x", "subject", "seed", "dino", "clip_t")
+"""What the rows of the study have."""
 RULES = {
     "bound": "same relative bound",
     "lambda": "same lambda",
@@ -299,9 +302,7 @@ def read_knees(
     Raises:
         InputError: the file has no rows of the base model or of that rate.
     """
-    if not file.is_file():
-        raise InputError(f"{file} does not exist; give the boundary.parquet of a finished study.")
-    rows = first_protocol(pd.read_parquet(file))
+    rows = first_protocol(read_rows(file, COLUMNS, "boundary.parquet of a finished study"))
     if rate is not None:
         rows = rows[(rows["method"] == "none") | np.isclose(rows["rate_multiplier"], rate)]
     rows = rows[(rows["method"] == "none") | rows["x"].between(*bounds)]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks.reporting import print_and_save
+from benchmarks.reporting import print_and_save, read_rows
 from delora_diffusers.dispatch import exit_on_bad_input
 from delora_diffusers.errors import InputError
 from delora_diffusers.methods.table import METHODS
@@ -19,24 +19,18 @@ from delora_diffusers.outputs import check_writable
 from eval.benchmark.tables import markdown
 from eval.study.flatness_joint import COLUMNS, difference_table, joined, joint_table, noise_table, note_of, plot_joint
 
+STUDY = "flatness.parquet of a finished study"
 
-def read_rows(file: Path) -> pd.DataFrame:
+
+def read(file: Path) -> pd.DataFrame:
     """Rows of the study.
 
     Raises:
         InputError: the file does not exist, or has other rows.
     """
-    if not file.is_file():
-        what = "is a folder" if file.is_dir() else "does not exist"
-        raise InputError(f"{file} {what}; give the flatness.parquet of a finished study.")
-    try:
-        rows = pd.read_parquet(file)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} is not a parquet file ({error}); give the flatness.parquet of a study.") from error
-    if not set(COLUMNS) <= set(rows.columns) or not set(rows["method"]) <= set(METHODS):
-        raise InputError(f"{file} has rows of another study; give the flatness.parquet of a finished study.")
-    if rows.empty:
-        raise InputError(f"{file} has no rows; give the flatness.parquet of a finished study.")
+    rows = read_rows(file, COLUMNS, STUDY)
+    if not set(rows["method"]) <= set(METHODS):
+        raise InputError(f"{file} has rows of another study; give the {STUDY}.")
     return rows
 
 
@@ -49,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("rows", type=Path, nargs="+", help="flatness.parquet of a study")
     parser.add_argument("--output_dir", type=Path)
     options = parser.parse_args(argv)
-    rows = joined([read_rows(file) for file in options.rows])
+    rows = joined([read(file) for file in options.rows])
     out: Path | None = options.output_dir
     if out is not None:
         check_writable(out / "flatness.md", "--output_dir")

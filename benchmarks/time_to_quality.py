@@ -45,7 +45,7 @@ from delora_diffusers.errors import InputError
 from delora_diffusers.methods.table import METHODS
 from delora_diffusers.outputs import check_writable
 from delora_diffusers.training.arguments import positive_int
-from eval.benchmark.tables import markdown
+from eval.benchmark.tables import counted, markdown
 from eval.benchmark.tasks import flag_values
 
 BATCH_SIZES = (1, 2, 4, 8)
@@ -252,9 +252,9 @@ def report(table: pd.DataFrame, rows: pd.DataFrame, timings: Sequence[dict[str, 
                 cells.append([*titles, *setting_cells(best), f"{best['start_up']:.1f}", *score_cells(best)])
     seeds, subjects = rows["seed"].nunique(), rows["subject"].nunique()
     parts = [
-        f"Base model: DINO {base['dino'].mean():.3f}, CLIP-T {base['clip_t'].mean():.3f}. {subjects} toys, {seeds} "
-        f"seeds. Rate: multiple of the method's default. The default setting: batch {DEFAULT[0]}, rate "
-        f"{DEFAULT[1]:g}, {DEFAULT[2]} steps.\n",
+        f"Base model: DINO {base['dino'].mean():.3f}, CLIP-T {base['clip_t'].mean():.3f}. "
+        f"{counted(subjects, 'toy')}, {counted(seeds, 'seed')}. Rate: multiple of the method's default. The default "
+        f"setting: batch {DEFAULT[0]}, rate {DEFAULT[1]:g}, {DEFAULT[2]} steps.\n",
         f"Equal CLIP-T: {CLIP_T_LOSS} below the base model's. The fastest setting whose DINO there is at most "
         f"{DINO_LOSS}\nbelow that of the default:\n",
         markdown(header, cells, left=2),

@@ -54,8 +54,9 @@ def terminal(folder: Path) -> str:
     for protocol, scored in summary["protocols"].items():
         counts = scored["counts"]
         lines.append(
-            f"protocol {protocol}: {counts['subjects']} subjects, {counts['seeds']} seeds, {counts['pictures']} "
-            f"images, {counts['pairs']} pairs; mean [95% interval over subjects]"
+            f"protocol {protocol}: {tables.counted(counts['subjects'], 'subject')}, "
+            f"{tables.counted(counts['seeds'], 'seed')}, {tables.counted(counts['pictures'], 'image')}, "
+            f"{tables.counted(counts['pairs'], 'pair')}; mean [95% interval over subjects]"
         )
         for name, value in scored["scores"].items():
             real = scored["real"].get(name)

@@ -129,11 +129,6 @@ def describe(run: Run) -> str:
     return f"{run.label}: {model}, {settings}; {start['started'][:10]}, torch {start['versions']['torch']}{commit}."
 
 
-def counted(number: int, noun: str) -> str:
-    """``1 subject``, ``2 subjects``."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 def summarize(runs: Sequence[Run], protocol: str) -> dict[str, Any]:
     """The tables of one protocol."""
     summaries = [(run.label, run.summary["protocols"][protocol]) for run in runs]
@@ -156,7 +151,7 @@ def summarize(runs: Sequence[Run], protocol: str) -> dict[str, Any]:
     return {
         "protocol": protocol,
         "table": Table(header, rows, marked=len(runs)),
-        "counts": ", ".join(counted(counts[key], noun) for key, noun in nouns.items()),
+        "counts": ", ".join(tables.counted(counts[key], noun) for key, noun in nouns.items()),
         "models": f"{short_name(models['dino'])}, {short_name(models['clip'])}, {models['precision']}",
         "more": more,
         "terms": [(SCORES[name], EXPLAINED[name]) for name in names],

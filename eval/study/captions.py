@@ -10,7 +10,7 @@ import pandas as pd
 from delora_diffusers.atomic import write_text
 from delora_diffusers.names import METADATA_NAME
 from eval.benchmark.results import bootstrap_interval, mean_and_interval, paired_differences
-from eval.benchmark.tables import markdown
+from eval.benchmark.tables import counted, markdown
 from eval.metrics.generated import read_generated
 from eval.study import figures
 from eval.study.settings import Study
@@ -83,8 +83,8 @@ def write(path: Path, study: Study, rows: pd.DataFrame, missing: str) -> Path:
     parts = [
         f"![{study.shows}]({path.name}.png)\n",
         f"{study.shows}\n",
-        f"{subjects} subjects, {seeds} seeds. In brackets: 95% bootstrap interval over subjects; ±: standard\n"
-        f"deviation over seeds.{missing}\n",
+        f"{counted(subjects, 'subject')}, {counted(seeds, 'seed')}. In brackets: 95% bootstrap interval over "
+        f"subjects; ±: standard\ndeviation over seeds.{missing}\n",
         markdown(*means(table, study.axis)),
     ]
     if real is not None:

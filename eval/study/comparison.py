@@ -22,7 +22,7 @@ from eval.benchmark.checks import chosen_benchmark
 from eval.benchmark.recipes import SUBJECTS
 from eval.benchmark.results import mean_and_interval
 from eval.benchmark.run import start_accelerator
-from eval.benchmark.tables import markdown
+from eval.benchmark.tables import counted, markdown
 from eval.study import captions, figures
 from eval.study.settings import Setting, at_rate
 from eval.study.trials import Trial, exclusive, finish, gather, plan_trials, run_trials, write_rows
@@ -133,7 +133,8 @@ def write(path: Path, rows: pd.DataFrame, parameters: dict[str, int], tuned_on: 
     parts = [
         f"![{SHOWS}]({path.name}.png)\n",
         f"{SHOWS}\n",
-        f"{tuning} All {rows['subject'].nunique()} subjects are scored, with {rows['seed'].nunique()} seeds.\n"
+        f"{tuning} All {counted(rows['subject'].nunique(), 'subject')} are scored, with "
+        f"{counted(rows['seed'].nunique(), 'seed')}.\n"
         f"In brackets: 95% bootstrap interval over subjects; ±: standard deviation over seeds.{missing}\n",
         markdown(header, cells),
         *captions.against_the_last(rows),

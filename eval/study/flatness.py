@@ -15,7 +15,7 @@ import pandas as pd
 from delora_diffusers.atomic import write_text
 from delora_diffusers.methods.table import METHODS
 from eval.benchmark.results import RESAMPLES
-from eval.benchmark.tables import markdown
+from eval.benchmark.tables import counted, markdown
 from eval.study import captions, figures
 from eval.study.grids import by_setting, percentiles, resampled, subject_means
 from eval.study.settings import RATE_AXIS, Setting, at_rate
@@ -161,7 +161,8 @@ def write(path: Path, rows: pd.DataFrame, settings: int, missing: str) -> Path:
     parts = [
         f"![{SHOWS}]({path.name}.png)\n",
         f"{SHOWS}\n",
-        f"Base model {model}, {subjects} subjects, {seeds} seeds. In brackets: 95% bootstrap interval over subjects.\n"
+        f"Base model {model}, {counted(subjects, 'subject')}, {counted(seeds, 'seed')}. In brackets: 95% bootstrap "
+        "interval over subjects.\n"
         "Largest change: highest minus lowest mean over the grid. Settings where every training failed have no\n"
         f"scores.{missing}\n",
         markdown(*change_table(rows, settings), left=2),

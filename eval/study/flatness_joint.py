@@ -9,6 +9,7 @@ import pandas as pd
 
 from delora_diffusers.errors import InputError
 from delora_diffusers.methods.table import METHODS
+from eval.benchmark.tables import counted
 from eval.study import captions, figures
 from eval.study.flatness import (
     DEFAULT,
@@ -146,7 +147,7 @@ def spans_of(of_method: pd.DataFrame) -> list[pd.DataFrame]:
 def note_of(rows: pd.DataFrame) -> str:
     """How many subjects and seeds each base model was trained on."""
     counts = [
-        f"{model}: {of_model['subject'].nunique()} subjects, seeds: {of_model['seed'].nunique()}"
+        f"{model}: {counted(of_model['subject'].nunique(), 'subject')}, {counted(of_model['seed'].nunique(), 'seed')}"
         for model, of_model in rows.groupby("model", sort=False)
     ]
     return f"{'; '.join(counts)}. In brackets: 95% bootstrap interval over subjects."

@@ -10,7 +10,7 @@ import pandas as pd
 from delora_diffusers.errors import InputError
 from eval.study import envelope
 from eval.study.envelope import Array, Estimate
-from eval.study.frontier_settings import BASE, CLIP_T_DROP, REFERENCE
+from eval.study.frontier_settings import BASE, CLIP_T_DROP, CLIP_T_LOSSES, REFERENCE
 from eval.study.frontier_words import in_words
 
 RESAMPLES, GRID = 2000, 200
@@ -53,6 +53,7 @@ class Result:
 
     Attributes:
         at_target, difference: DINO of the envelope at the target, and its difference from the reference's.
+        at_losses: that difference at each of ``CLIP_T_LOSSES``.
         reverse, reverse_difference: CLIP-T at the DINO of the reference's envelope at the target, and the difference.
         judged: (DINO, CLIP-T, drift) of the settings that were chosen on other subjects, without drift if it was not
             measured; judged_difference: DINO and CLIP-T minus those of the reference; chosen: these settings. Empty
@@ -64,6 +65,7 @@ class Result:
     scores: Scores
     at_target: Estimate
     difference: Estimate
+    at_losses: list[Estimate]
     reverse: Estimate
     reverse_difference: Estimate
     judged: list[Estimate]
@@ -182,6 +184,8 @@ def analyse(rows: pd.DataFrame, clip_t_drop: float = CLIP_T_DROP, judges: Sequen
     reference = REFERENCE if REFERENCE in x else complete[0].key
     at = np.full_like(of_base, -clip_t_drop)
     levels = envelope.highest_y(x[reference], y[reference], at)
+    losses = np.tile(-np.array(CLIP_T_LOSSES), (len(of_base), 1))
+    at_losses = {key: envelope.highest_y(x[key], y[key], losses) for key in x}
     of_reference = envelope.highest_y(y[reference], x[reference], levels)
     grid = np.linspace(min(x[key][0].min() for key in x), 0, GRID)
     drift_grid = np.linspace(0, max((-drift[key][0].min() for key in drift), default=1.0), GRID)
@@ -199,6 +203,7 @@ def analyse(rows: pd.DataFrame, clip_t_drop: float = CLIP_T_DROP, judges: Sequen
                 scores,
                 envelope.estimate(at_target[:, 0]),
                 envelope.estimate((at_target - levels)[:, 0]),
+                [envelope.estimate(column) for column in (at_losses[key] - at_losses[reference]).T],
                 envelope.estimate(reverse[:, 0] + of_base[0, 0]),
                 envelope.estimate((reverse - of_reference)[:, 0]),
                 *judged.get(key, ([], [], [])),

@@ -25,7 +25,9 @@ STYLES: dict[str, tuple[str, str]] = {
 POINTS: dict[str, Any] = {"markersize": 3, "alpha": 0.45, "markeredgewidth": 0}
 NOTE: dict[str, Any] = {"color": "#555", "fontsize": 9}
 SMALL = ("delora", "lora", "dora", "etherplus")
-SHOWN_BELOW = 8
+MOST_BANDS = 3
+"""With more envelopes in a panel their bands hide one another; those of the differences, below, are kept."""
+SHOWN_BELOW = 5
 """How many times the target's distance from the base model the axis of CLIP-T extends below the base model."""
 
 
@@ -116,9 +118,9 @@ def _draw_fidelity(
         (colour, line), label = STYLES[result.scores.key], result.scores.label
         panel.plot(_means(result, "clip_t"), _means(result, "dino"), "o", color=colour, **POINTS)
         panel.plot(analysis.grid, result.fidelity.value, line, color=colour, linewidth=1.8, label=label)
-        panel.fill_between(
-            analysis.grid, result.fidelity.low, result.fidelity.high, color=colour, alpha=0.08, linewidth=0
-        )
+        if len(results) <= MOST_BANDS:
+            low, high = result.fidelity.low, result.fidelity.high
+            panel.fill_between(analysis.grid, low, high, color=colour, alpha=0.08, linewidth=0)
     _mark(panel, analysis)
     for x, text, side in ((analysis.target, "target", "right"), (analysis.base, "base model", "center")):
         panel.annotate(text, (x, 1.01), xycoords=("data", "axes fraction"), ha=side, va="bottom", **NOTE)
@@ -130,18 +132,21 @@ def _draw_fidelity(
 
 def _draw_drift(panel: Any, analysis: Analysis, results: Sequence[Result], ranges: Ranges) -> None:
     """DINO against drift: the higher and the further left the better."""
-    largest = 0.0
+    shown = np.empty(0)
     for result in results:
         (colour, line), label = STYLES[result.scores.key], result.scores.label
         kept = _means(result, "clip_t") >= ranges[0][0]
         drift, dino = _means(result, "drift")[kept], _means(result, "dino")[kept]
-        largest = max(largest, drift.max(initial=0))
+        shown = np.concatenate([shown, drift[dino >= ranges[1][0]]])
         panel.plot(drift, dino, "o", color=colour, **POINTS)
         if result.drift is not None:
             panel.plot(analysis.drift_grid, result.drift.value, line, color=colour, linewidth=1.8, label=label)
-            low, high = result.drift.low, result.drift.high
-            panel.fill_between(analysis.drift_grid, low, high, color=colour, alpha=0.08, linewidth=0)
-    panel.set_xlim(0, 1.05 * largest or 1)
+            if len(results) <= MOST_BANDS:
+                low, high = result.drift.low, result.drift.high
+                panel.fill_between(analysis.drift_grid, low, high, color=colour, alpha=0.08, linewidth=0)
+    if len(shown):
+        margin = 0.1 * np.ptp(shown) or 0.01
+        panel.set_xlim(shown.min() - margin, shown.max() + margin)
     panel.set_ylim(*ranges[1])
     _finish(panel, "DINO (subject fidelity)")
 

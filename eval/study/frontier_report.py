@@ -10,11 +10,11 @@ import pandas as pd
 
 from delora_diffusers.atomic import write_text
 from delora_diffusers.errors import InputError, reason
-from eval.benchmark.tables import markdown
+from eval.benchmark.tables import counted, markdown
 from eval.study import frontier_figure, frontier_page
 from eval.study.envelope import Estimate
 from eval.study.frontier_analysis import POINT, RESAMPLES, Analysis, Result, analyse
-from eval.study.frontier_settings import BASE, CLIP_T_DROP
+from eval.study.frontier_settings import BASE, CLIP_T_DROP, CLIP_T_LOSSES
 from eval.study.frontier_words import in_words
 
 SHOWS = (
@@ -87,10 +87,11 @@ def caption(analysis: Analysis, name: str, clip_t_drop: float, judges: Sequence[
     parts = [
         f"![{SHOWS}]({name}.png)\n",
         f"{SHOWS}\n",
-        f"{subjects} subjects, {seeds} seeds. Each point is the mean of one setting at one strength. {counts(analysis)}"
-        " The base model is one more point of each, since it is every method at strength 0. An envelope joins the "
-        "Pareto-optimal points by straight lines; this interpolates, since strengths in between were not measured. In "
-        f"brackets: 95% bootstrap interval over subjects and seeds, with the same {RESAMPLES:,} resamples for all "
+        f"{counted(subjects, 'subject')}, {counted(seeds, 'seed')}. Each point is the mean of one setting at one "
+        f"strength. {counts(analysis)} The base model is one more point of each, since it is every method at strength "
+        "0. An envelope joins the Pareto-optimal points by straight lines; this interpolates, since strengths in "
+        "between were not measured. In brackets: 95% bootstrap interval over subjects and seeds, with the same "
+        f"{RESAMPLES:,} resamples for all "
         "methods; CLIP-T is relative to that of the base model in the same resample. The lower panels show the "
         f"difference from the envelope of {analysis.reference_label}.{excluded(analysis)}\n",
         f"Base model: CLIP-T {analysis.base:.3f}, DINO {analysis.base_dino:.3f}. Real images (intra-subject): DINO "
@@ -123,6 +124,8 @@ def excluded(analysis: Analysis) -> str:
 def tables(analysis: Analysis) -> list[Table]:
     """The tables of the caption and of the page."""
     written = [envelope_table(analysis)]
+    if len(analysis.results) > 1:
+        written.append(loss_table(analysis))
     if analysis.results[0].judged:
         written.append(judged_table(analysis))
     return [*written, settings_table(analysis)]
@@ -144,6 +147,17 @@ def envelope_table(analysis: Analysis) -> Table:
     ]
     title = "The envelopes at fixed prompt fidelity, and at fixed subject fidelity:"
     return Table(title, [*header, f"minus {of}"], rows)
+
+
+def loss_table(analysis: Analysis) -> Table:
+    """The difference of each envelope from the reference's, where little and where much of CLIP-T is lost."""
+    rows = [
+        [result.scores.label, *(_text(difference, sign=True) for difference in result.at_losses)]
+        for result in analysis.results
+        if result.scores.key != analysis.reference
+    ]
+    title = f"DINO minus {analysis.reference_label}'s, where CLIP-T is this far below the base model's:"
+    return Table(title, ["", *(f"{loss:g}" for loss in CLIP_T_LOSSES)], rows)
 
 
 def judged_table(analysis: Analysis) -> Table:

@@ -18,6 +18,8 @@ BASE, REFERENCE = "none", "lora"
 BASE_SETTING = Setting("base model", None, BASE, {})
 STRENGTHS = (0.7, 1.0)
 CLIP_T_DROP = 0.01
+CLIP_T_LOSSES = (0.005, 0.01, 0.015, 0.02, 0.03, 0.05)
+"""Losses of CLIP-T, relative to the base model, at which every envelope is compared with that of the reference."""
 SCHEDULES = ("constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "linear", "polynomial")
 """What ``--schedules`` may give; the others need more flags."""
 AXES = ("multipliers", "bounds", "schedules", "step_multipliers")

@@ -23,7 +23,7 @@ from delora_diffusers.text_files import read_json
 from eval.benchmark.checks import check_base_model
 from eval.benchmark.recipes import MAPS, training_flags, with_recipe
 from eval.benchmark.run import run_on_all, start_accelerator
-from eval.benchmark.tables import markdown
+from eval.benchmark.tables import counted, markdown
 from eval.benchmark.tasks import ROOT, Step, Task, flag_values, flags, images_are_complete
 from eval.study import figures
 from eval.study.settings import Setting, ablation
@@ -217,7 +217,9 @@ def write(path: Path, rows: pd.DataFrame, runs: Sequence[MapRun]) -> Path:
     cells.append(["real images", *("" if value is None else f"{value:.3f}" for value in real), ""])
     axes = [("miou", "mIoU"), ("frechet", "Frechet distance to the real images")]
     figures.plot_rows(pd.DataFrame(table), real[0], path, axes)
-    counts = f"{seeds} seeds. ±: standard deviation over seeds; the figure shows the lowest and the highest.\n"
+    counts = (
+        f"{counted(seeds, 'seed')}. ±: standard deviation over seeds; the figure shows the lowest and the highest.\n"
+    )
     counts += f"Not finished, and excluded from all means: {'; '.join(unfinished)}.\n" if unfinished else ""
     parts = [f"![{SHOWS}]({path.name}.png)\n", f"{SHOWS}\n", counts]
     file = path.with_suffix(".md")

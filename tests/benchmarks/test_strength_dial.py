@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from benchmarks import beyond_lora, miniature_runs, miniature_subjects, strength_dial, time_to_quality
-from benchmarks.beyond_lora import BASE, FINALISTS, REFERENCE, TRIES, report, slug
+from benchmarks.beyond_lora import BASE, report, slug
+from benchmarks.beyond_lora_tries import FINALISTS, REFERENCE, TRIES
 from benchmarks.strength_dial import CLIP_T_LOSS, Toys, at_equal_clip_t
 from delora_diffusers.errors import InputError
 from tests.helpers import run_in_child
@@ -62,6 +63,20 @@ def test_the_table_ranks_tries_by_what_they_keep():
     assert other[0].count("minus 900 steps") == 1 and "| -0.150 [-0.150, -0.150] |" in other[3]
     assert lines[3] == f"| {REFERENCE} | 0.450 |  | 0.700 | 0.700 |"
     assert "3 toys, 1 seed. " in lines[-1]
+
+
+def test_the_table_of_earlier_rows(tmp_path, capsys):
+    base, tried = rows(slug(BASE), [(0.0, 0.1, 0.72)]), rows(slug("900 steps"), [(1.0, 0.5, 0.71)])
+    file = tmp_path / "rows.parquet"
+    pd.concat([base, tried]).to_parquet(file)
+    beyond_lora.main([str(tmp_path / "out"), "--from_rows", str(file)])
+    table = (tmp_path / "out/table.md").read_text()
+    assert "| 900 steps | 0.600 |  | 0.600 | 0.710 |" in table and table in capsys.readouterr().out + "\n"
+    with pytest.raises(InputError, match="the rows have no 'LoRA'; they have 900-steps, base-model"):
+        beyond_lora.main([str(tmp_path / "out"), "--from_rows", str(file), "--tries", "LoRA"])
+    tried.to_parquet(file)
+    with pytest.raises(InputError, match="the rows have no 'base model'"):
+        beyond_lora.main([str(tmp_path / "out"), "--from_rows", str(file)])
 
 
 @pytest.mark.parametrize("module", [beyond_lora, miniature_subjects, time_to_quality])

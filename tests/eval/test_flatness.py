@@ -179,20 +179,23 @@ def test_different_multiples_have_different_labels(values):
 def test_the_rows_of_other_files_are_refused(tmp_path):
     file = tmp_path / "rows.parquet"
     with pytest.raises(InputError, match=r"rows\.parquet does not exist; give the flatness\.parquet"):
-        flatness_table.read_rows(file)
+        flatness_table.read(file)
     with pytest.raises(InputError, match="is a folder; give the flatness"):
-        flatness_table.read_rows(tmp_path)
+        flatness_table.read(tmp_path)
     file.write_text("x")
     with pytest.raises(InputError, match="is not a parquet file"):
-        flatness_table.read_rows(file)
+        flatness_table.read(file)
     rows = table_of(np.zeros((1, 1, 1, 1)), [1.0], [1.0])
-    for wrong in (rows.drop(columns="protocol"), rows.assign(method="vera")):
+    for wrong, what in (
+        (rows.drop(columns="protocol"), "something else"),
+        (rows.assign(method="vera"), "another study"),
+    ):
         wrong.to_parquet(file)
-        with pytest.raises(InputError, match="has rows of another study"):
-            flatness_table.read_rows(file)
+        with pytest.raises(InputError, match=f"has rows of {what}; give the flatness"):
+            flatness_table.read(file)
     rows[:0].to_parquet(file)
     with pytest.raises(InputError, match="has no rows"):
-        flatness_table.read_rows(file)
+        flatness_table.read(file)
 
 
 def brute_force_crossing(bounds: np.ndarray, curve: np.ndarray) -> float:

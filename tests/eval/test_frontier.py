@@ -16,7 +16,7 @@ from eval.benchmark.schedule import tasks_of_all
 from eval.commands.study import add_arguments, check_study_flags
 from eval.study import frontier, frontier_page, frontier_report
 from eval.study.frontier_analysis import analyse
-from eval.study.frontier_settings import BASE, VARIANTS, settings_of
+from eval.study.frontier_settings import BASE, CLIP_T_LOSSES, VARIANTS, settings_of
 from eval.study.frontier_words import in_words
 from tests.eval.test_hostile_names import HOSTILE
 from tests.helpers import run_eval
@@ -139,6 +139,13 @@ def test_the_numbers_of_made_up_rows():
         "1x the default rate (1), cosine, 300 steps, strength 0.7"
     ]
     assert (delora.fidelity.low <= delora.fidelity.value + 1e-9).all() and np.isfinite(delora.fidelity.low).all()
+
+    assert delora.at_losses[CLIP_T_LOSSES.index(0.01)] == delora.difference
+    weaker = [delora.at_losses[CLIP_T_LOSSES.index(loss)].value for loss in (0.005, 0.02)]
+    assert weaker == pytest.approx([-0.025, -0.035], abs=0.01), "0.04 (1 - exp(-2 push)) where push^2 is loss / 0.02"
+    table = frontier_report.loss_table(analysis)
+    assert [row[0] for row in table.rows] == ["DeLoRA", "DeLoRA, zero start"]
+    assert table.header[1] == "0.005" and table.rows[0][2].startswith(f"{delora.difference.value:+.3f} [")
 
     on_grid = np.interp(analysis.target, analysis.grid, delora.fidelity.difference)
     assert on_grid == pytest.approx(delora.difference.value, abs=0.005) and (lora.fidelity.difference == 0).all()

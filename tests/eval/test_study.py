@@ -84,7 +84,7 @@ def test_a_killed_study_continues_and_shares_its_runs(small_study):
     far, near = (rows[rows["x"] == x].set_index("subject")["distance"] for x in (4, 1))
     assert (far > near).all(), "a higher rate goes further"
     caption = (out / "lr.md").read_text()
-    assert caption in second.stdout and "2 subjects, 1 seeds" in caption
+    assert caption in second.stdout and "2 subjects, 1 seed." in caption
     mean = rows[rows["x"] == 4]["dino"].mean()
     assert f"| DeLoRA | 4 | {mean:.3f} [" in caption and "|  |  | 4x |" in caption
     with Image.open(out / "lr.png") as figure:
