@@ -7,6 +7,7 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 
+from data.benchmark import Subject
 from delora_diffusers.atomic import write_text
 from delora_diffusers.names import METADATA_NAME
 from eval.benchmark.results import bootstrap_interval, mean_and_interval, paired_differences
@@ -158,6 +159,19 @@ def ratio(rows: pd.DataFrame, reference: pd.DataFrame) -> str:
     return f"{np.exp(differences.mean()):.2f} [{np.exp(low):.2f}, {np.exp(high):.2f}]"
 
 
+def shown_prompt(trial: Trial, subject: Subject) -> str:
+    """The prompt of the images in the grids: the benchmark's second."""
+    return trial.plan.benchmark.prompts_of(subject)[:2][-1]
+
+
+def shown_image(trial: Trial, subject: Subject) -> Path | None:
+    """The first image of that prompt from the first seed; None if the run did not finish."""
+    folder = trial.plan.images_folder(subject, 0, kept_step(trial.plan))
+    if not (folder / METADATA_NAME).is_file():
+        return None
+    return next(image for image, prompt in read_generated(folder) if prompt == shown_prompt(trial, subject))
+
+
 def write_images(
     path: Path, axis: str | None, trials: Sequence[Trial], tick: Callable[[float], str] = figures.multiple
 ) -> None:
@@ -174,17 +188,15 @@ def write_images(
     rows: dict[str, dict[str, Path]] = {}
     for trial in sorted(trials, key=lambda trial: trial.setting.x or 0):
         for subject in subjects:
-            folder = trial.plan.images_folder(subject, 0, kept_step(trial.plan))
-            if (folder / METADATA_NAME).is_file():
-                second_prompt = trial.plan.benchmark.prompts_of(subject)[:2][-1]
-                images = [image for image, prompt in read_generated(folder) if prompt == second_prompt]
+            image = shown_image(trial, subject)
+            if image is not None:
                 column = subject.name if trial.setting.x is None else tick(trial.setting.x)
-                rows.setdefault(trial.setting.label, {})[column] = images[0]
+                rows.setdefault(trial.setting.label, {})[column] = image
     ordered = {trial.setting.label: rows[trial.setting.label] for trial in trials if trial.setting.label in rows}
     columns = [subject.name for subject in subjects]
     if axis is not None:
         columns = [tick(x) for x in sorted({trial.setting.x for trial in trials if trial.setting.x})]
     if ordered:
-        prompts = list(dict.fromkeys(first.prompts_of(subject)[:2][-1] for subject in subjects))
+        prompts = list(dict.fromkeys(shown_prompt(trials[0], subject) for subject in subjects))
         title = prompts[0] if len(prompts) == 1 else ""
         figures.plot_images(ordered, columns, axis, title, path.with_name(f"{path.name}-images"))

@@ -57,10 +57,32 @@ def run(options: argparse.Namespace) -> None:
         write_rows(path.with_suffix(".parquet"), rows)
         of_method = len(settings) // len(options.methods or COMPARED)
         caption = write(path, rows, of_method, captions.unfinished(trials, rows))
-        captions.write_images(path, RATE_AXIS, trials)
+        write_images(path, trials)
         return caption
 
     run_study(options, settings, write_all)
+
+
+def write_images(path: Path, trials: Sequence[Trial]) -> None:
+    """An image of the first subject per setting: a row per method, a column per number of steps and learning rate.
+
+    Args:
+        path: of the study's figure, without a suffix; the grid is ``PATH-images``.
+    """
+    subject = trials[0].plan.benchmark.subjects[0]
+    rows: dict[str, dict[str, Path]] = {}
+    columns = []
+    for trial in sorted(trials, key=lambda trial: (trial.setting.train["steps"], trial.setting.x or 0)):
+        steps, rate = (figures.multiple(value) for value in (trial.setting.train["steps"], trial.setting.x or 0))
+        columns.append(f"{rate}x rate\n{steps}x steps")
+        image = captions.shown_image(trial, subject)
+        if image is not None:
+            rows.setdefault(METHODS[trial.setting.method].title, {})[columns[-1]] = image
+    order = dict.fromkeys(METHODS[trial.setting.method].title for trial in trials)
+    ordered = {title: rows[title] for title in order if title in rows}
+    if ordered:
+        title = captions.shown_prompt(trials[0], subject)
+        figures.plot_images(ordered, list(dict.fromkeys(columns)), None, title, path.with_name(f"{path.name}-images"))
 
 
 def largest_changes(rows: pd.DataFrame, score: str) -> dict[str, Any]:

@@ -323,7 +323,7 @@ def test_both_studies_on_a_tiny_model(tiny_sd, tiny_scorers, tmp_path):
     expected = mean_relative_distance(tiny_sd, adapter)
     (reached,) = rows[(rows["x"] == 0.2) & (rows["subject"] == "car")]["relative_distance"]
     assert reached == pytest.approx(relative_distance(adapter)) == pytest.approx(expected, rel=1e-4)
-    for name in ("flatness.png", "joint/flatness.png", "boundary.png", "boundary-images.png"):
+    for name in ("flatness.png", "flatness-images.png", "joint/flatness.png", "boundary.png", "boundary-images.png"):
         with Image.open(out / name) as figure:
             assert figure.width > 200
 
