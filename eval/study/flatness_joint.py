@@ -93,8 +93,8 @@ def noise_table(rows: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
 def difference_table(rows: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     """Header and rows: paired differences of DINO and CLIP-T with 95% bootstrap intervals over subjects.
 
-    Every method minus the first of each base model at the default rate and steps; and the first with other numbers of
-    steps minus the default number, as the mean over rates.
+    The first method of each base model minus every other, at the default rate and each number of steps; and the first
+    with other numbers of steps minus the default number, as the mean over rates.
 
     Args:
         rows: see ``joined``.
@@ -103,14 +103,14 @@ def difference_table(rows: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     for model, of_model in rows.groupby("model", sort=False):
         first, *others = of_model["method"].unique()
         of_first = captions.where(of_model, "method", first)
-        groups = {
-            f"{METHODS[first].title} minus {METHODS[other].title}, default rate and steps": [
-                at_default(of_first),
-                at_default(captions.where(of_model, "method", other)),
-            ]
-            for other in others
-        }
-        usual = spans_of(of_first)[1]
+        usual, groups = spans_of(of_first)[1], {}
+        for other in others:
+            for steps in sorted(set(of_model["step_multiplier"])):
+                title = (
+                    f"{METHODS[first].title} minus {METHODS[other].title}, 1x rate, {figures.multiple(steps)}x steps"
+                )
+                tables = (of_first, captions.where(of_model, "method", other))
+                groups[title] = [at_default_rate(table, steps) for table in tables]
         for steps in sorted(set(of_first["step_multiplier"]) - set(usual["step_multiplier"])):
             title = f"{METHODS[first].title}, {figures.multiple(steps)}x minus 1x the steps, mean over rates"
             groups[title] = [captions.where(of_first, "step_multiplier", steps), usual]
@@ -120,9 +120,9 @@ def difference_table(rows: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     return ["", "", *(SCORES[score] for score in COMPARED)], cells
 
 
-def at_default(of_method: pd.DataFrame) -> pd.DataFrame:
-    """The rows of one method at the default rate and steps."""
-    return pd.DataFrame(of_method[np.isclose(of_method[list(KEYS)], DEFAULT).all(axis=1)])
+def at_default_rate(of_method: pd.DataFrame, steps: float) -> pd.DataFrame:
+    """The rows of one method at the default rate and a multiple of the default number of steps."""
+    return pd.DataFrame(of_method[np.isclose(of_method[list(KEYS)], (DEFAULT[0], steps)).all(axis=1)])
 
 
 def paired_difference(rows: pd.DataFrame, reference: pd.DataFrame, score: str) -> tuple[float, float, float] | None:

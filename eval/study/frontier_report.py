@@ -132,7 +132,8 @@ def tables(analysis: Analysis) -> list[Table]:
 
 
 def envelope_table(analysis: Analysis) -> Table:
-    """DINO of each envelope at the target, CLIP-T at the reference's DINO, and the differences from the reference."""
+    """DINO of each envelope at the target, CLIP-T at the reference's DINO, the differences from the reference, and the
+    CLIP-T of the setting that follows prompts worst."""
     of = analysis.reference_label
     header = ["", f"DINO at CLIP-T {analysis.target:.3f}", f"minus {of}", f"CLIP-T at DINO {analysis.level:.3f}"]
     rows = [
@@ -142,11 +143,12 @@ def envelope_table(analysis: Analysis) -> Table:
             _difference(analysis, result, result.difference),
             _text(result.reverse),
             _difference(analysis, result, result.reverse_difference),
+            _number(float(result.scores.clip_t.mean(axis=(1, 2)).min())),
         ]
         for result in analysis.results
     ]
     title = "The envelopes at fixed prompt fidelity, and at fixed subject fidelity:"
-    return Table(title, [*header, f"minus {of}"], rows)
+    return Table(title, [*header, f"minus {of}", "lowest CLIP-T"], rows)
 
 
 def loss_table(analysis: Analysis) -> Table:

@@ -104,11 +104,14 @@ def test_paired_differences_are_those_of_the_same_subjects():
     tables = [table_of(scores, [1.0, 8.0], [1.0, 3.0], "delora"), table_of(others, [1.0, 8.0], [1.0, 3.0], "lora")]
     _, cells = difference_table(pd.concat(tables))
     assert [line[1] for line in cells] == [
-        "DeLoRA minus LoRA, default rate and steps",
+        "DeLoRA minus LoRA, 1x rate, 1x steps",
+        "DeLoRA minus LoRA, 1x rate, 3x steps",
         "DeLoRA, 3x minus 1x the steps, mean over rates",
     ]
-    assert cells[0][2].startswith("0.200 [") and cells[0][3].startswith("-0.200 [")
-    assert cells[1][2].startswith(f"{(scores[:, 1] - scores[:, 0]).mean():.3f} [")
+    assert (
+        cells[1][2].startswith("0.200 [") and cells[0][2].startswith("0.200 [") and cells[0][3].startswith("-0.200 [")
+    )
+    assert cells[2][2].startswith(f"{(scores[:, 1] - scores[:, 0]).mean():.3f} [")
     value, low, high = paired_difference(tables[0], tables[1], "dino") or (0, 0, 0)
     assert (
         low == pytest.approx(0.08, abs=0.03) and high == pytest.approx(0.32, abs=0.03) and value == pytest.approx(0.2)

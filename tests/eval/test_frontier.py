@@ -143,6 +143,8 @@ def test_the_numbers_of_made_up_rows():
     assert delora.at_losses[CLIP_T_LOSSES.index(0.01)] == delora.difference
     weaker = [delora.at_losses[CLIP_T_LOSSES.index(loss)].value for loss in (0.005, 0.02)]
     assert weaker == pytest.approx([-0.025, -0.035], abs=0.01), "0.04 (1 - exp(-2 push)) where push^2 is loss / 0.02"
+    lowest = rows[rows["key"] == "delora"].groupby(["run", "strength"])["clip_t"].mean().min()
+    assert frontier_report.envelope_table(analysis).rows[0][-1] == f"{lowest:.3f}"
     table = frontier_report.loss_table(analysis)
     assert [row[0] for row in table.rows] == ["DeLoRA", "DeLoRA, zero start"]
     assert table.header[1] == "0.005" and table.rows[0][2].startswith(f"{delora.difference.value:+.3f} [")
