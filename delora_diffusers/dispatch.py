@@ -3,7 +3,9 @@
 import argparse
 import errno
 import re
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
@@ -20,6 +22,7 @@ KINDS = {"int": "a whole number", "positive_int": "a whole number of at least 1"
 """What argparse calls by the name of a function."""
 INTERRUPTED = 130
 """The exit code of a command that Ctrl-C ended, as in shells."""
+TERMINATED = 128 + signal.SIGTERM
 
 
 class Parser(argparse.ArgumentParser):
@@ -82,10 +85,11 @@ def run_command(
 
 @contextmanager
 def exit_on_bad_input() -> Iterator[None]:
-    """Exit with code 1 and one sentence for bad input and for lack of memory, and without a traceback on Ctrl-C; other
-    errors keep theirs."""
+    """Exit with code 1 and one sentence for bad input and for lack of memory, and without a traceback on Ctrl-C and
+    SIGTERM; other errors keep theirs."""
     try:
-        yield
+        with _clean_up_on_sigterm():
+            yield
     except InputError as error:
         sys.exit(f"error: {error}")
     except (MemoryError, RuntimeError) as error:
@@ -99,3 +103,25 @@ def exit_on_bad_input() -> Iterator[None]:
         if error.errno not in INACCESSIBLE or error.filename is None:
             raise
         sys.exit(printable(f"error: {error.filename} cannot be accessed ({error.strerror}); check the path."))
+
+
+@contextmanager
+def _clean_up_on_sigterm() -> Iterator[None]:
+    """End on SIGTERM as on Ctrl-C, so that started processes and temporary files do not stay. Launchers send it twice,
+    so only the first one counts. Only a main thread receives signals; where they are handled already, nothing changes.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def end(*_: object) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        print("terminated; run the same command again to go on", file=sys.stderr)
+        sys.exit(TERMINATED)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,10 +1,11 @@
 """The command line: what it says of wrong words and of Ctrl-C."""
 
+import signal
 import sys
 
 import pytest
 
-from delora_diffusers.dispatch import INTERRUPTED, Parser, exit_on_bad_input
+from delora_diffusers.dispatch import INTERRUPTED, TERMINATED, Parser, exit_on_bad_input
 from delora_diffusers.training.arguments import positive_int
 
 
@@ -62,6 +63,19 @@ def test_ctrl_c_ends_without_a_traceback(capsys):
         stopped.value.code == INTERRUPTED
         and capsys.readouterr().err == "interrupted; run the same command again to go on\n"
     )
+
+
+def test_sigterm_ends_with_clean_up(capsys):
+    before, cleaned = signal.getsignal(signal.SIGTERM), []
+    with pytest.raises(SystemExit) as stopped, exit_on_bad_input():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGTERM)  # a launcher's copy
+            cleaned.append(True)
+    assert stopped.value.code == TERMINATED == 143 and cleaned
+    assert capsys.readouterr().err == "terminated; run the same command again to go on\n"
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_subparsers_answer_in_the_same_way(capsys, monkeypatch):

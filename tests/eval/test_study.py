@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from delora_diffusers.errors import InputError
+from delora_diffusers.locking import locked_folder
 from delora_diffusers.methods.table import METHODS
 from eval.benchmark.recipes import with_papers_training
 from eval.commands.study import add_arguments, check_study_flags, is_result, run
@@ -58,6 +59,23 @@ def small_study(tiny_sd, tiny_scorers, tmp_path_factory):
 
 def study(name: str, flags: list[str], *more: str) -> subprocess.CompletedProcess[str]:
     return run_eval("study", name, *flags, *more)
+
+
+@pytest.mark.integration
+def test_a_terminated_study_ends_its_trainings(small_study, tmp_path):
+    flags, out = small_study[0], tmp_path / "out"
+    more = ["--output_dir", str(out), "--methods", "lora", "--multipliers", "1", "--train", "max_train_steps=5000"]
+    child = start_eval("study", "lr", *flags, *more, "resolution=32", "rank=2")
+    while not list(out.glob("runs/*/seed-0/*/adapter/config.json")):
+        assert child.process.is_alive()
+        time.sleep(0.05)
+    os.kill(child.process.pid, signal.SIGTERM)
+    assert child.error() == f"SystemExit: {128 + signal.SIGTERM}"
+    folders = list(out.glob("runs/*/seed-0/*"))
+    for folder in folders:
+        with locked_folder(folder, wait=True):  # a training that goes on holds it to its end
+            assert not list(folder.glob("adapter/*.safetensors")), "a training went on to its end"
+    assert len(folders) == 2
 
 
 @pytest.mark.integration
