@@ -56,7 +56,7 @@ def test_every_reader_accepts_a_byte_order_mark(tmp_path):
     photos = write_photos(tmp_path / "photos", 2)
     mark = "\ufeff"
     (photos / "00.txt").write_text(f"{mark}a dog\r\n", newline="")
-    (tmp_path / "prompts").write_text(f"{mark}a dog\r\na cat\r\n", newline="")
+    (tmp_path / "prompts").write_text(f"{mark}# two\r\na dog\r\na cat\r\n", newline="")
     (tmp_path / "palette").write_text(f"{mark}1 2 3\r\n#0a0b0c\r\n", newline="")
     (tmp_path / "json").write_text(mark + "{}")
     shipped = load_benchmark("toybox")

@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_base_model_arguments(parser, prediction=True)
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", nargs="+", help="one or several prompts")
-    prompts.add_argument("--prompts_file", type=Path, help="a text file with one prompt per line")
+    prompts.add_argument(
+        "--prompts_file", type=Path, help="a text file with one prompt per line; a line that starts with # is a comment"
+    )
     prompts.add_argument(
         "--requests_file", type=Path, help="requests for several adapters, one JSON object per line: docs/exporting.md"
     )

@@ -1,6 +1,7 @@
 """What ``generate`` makes: the requests that its flags describe, and the batches of images that are missing."""
 
 import argparse
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from delora_diffusers.pipelines.adapted_pipeline import BaseModel
     from delora_diffusers.pipelines.encoded_prompts import EncodedPrompts
 
+OPTION = re.compile(r"(?<!\S)--[A-Za-z]{1,3}(?!\S)")
+"""An option inside a prompt, such as ``--w 512`` in the prompt files of sd-scripts."""
 Records = list[dict[str, Any]]
 Planned = tuple[Any, Records]
 """A ``Request`` and the records of all its images; see ``files/records.py``."""
@@ -32,10 +35,10 @@ class Batch(NamedTuple):
 
 
 def read_prompts(options: argparse.Namespace) -> list[str]:
-    """The prompts from ``--prompt`` or ``--prompts_file``, without blank lines.
+    """The prompts from ``--prompt`` or ``--prompts_file``, without blank lines and lines that start with #.
 
     Raises:
-        InputError: the file is missing or contains no prompt, or a prompt has a placeholder.
+        InputError: the file is missing or contains no prompt, or a prompt has a placeholder or an option.
     """
     prompts = _given_prompts(options)
     if any(INSTANCE in prompt for prompt in prompts):
@@ -53,7 +56,17 @@ def _given_prompts(options: argparse.Namespace) -> list[str]:
         raise InputError(
             f"--prompts_file {options.prompts_file} is not a file; give a text file with one prompt per line."
         )
-    prompts = [line for _, line in read_lines(options.prompts_file)]
+    prompts = []
+    for number, line in read_lines(options.prompts_file):
+        if line.startswith("#"):
+            continue
+        option = OPTION.search(line)
+        if option:
+            raise InputError(
+                f"--prompts_file {options.prompts_file}, line {number}: {option[0]} would be read as words of the "
+                "prompt; take it out, and give sizes, seeds and the like as flags."
+            )
+        prompts.append(line)
     if not prompts:
         raise InputError(f"--prompts_file {options.prompts_file} contains no prompt; write one prompt per line.")
     return prompts

@@ -178,8 +178,10 @@ def test_generate_rejects_bad_flags(tiny_sd, tmp_path):
     refused("--num_images is 0", "--prompt", "x", "--num_images", 0)
     refused("multiple of 8", "--prompt", "x", "--resolution", 33)
     refused("is not a file", "--prompts_file", tmp_path / "none")
-    (tmp_path / "prompts.txt").write_text("\n \n")
+    (tmp_path / "prompts.txt").write_text("\n \n# only a comment\n")
     refused("contains no prompt", "--prompts_file", tmp_path / "prompts.txt")
+    (tmp_path / "prompts.txt").write_text("# a tree\na dog -- sitting --well\na mug --n low quality --w 512\n")
+    refused("prompts.txt, line 3: --n would be read as words", "--prompts_file", tmp_path / "prompts.txt")
     Image.new("RGB", (4, 4)).save(tmp_path / "image.safetensors", format="PNG")
     refused("is not a safetensors file", "--adapter", tmp_path / "image.safetensors", "--prompt", "x")
 
