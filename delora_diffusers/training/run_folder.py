@@ -27,6 +27,8 @@ from delora_diffusers.names import (
 )
 
 SECRETS = ("hub_token",)
+OF_ONE_MACHINE = ("resume_from_checkpoint",)
+"""Flags that make no sense to others, who have no checkpoints of the run."""
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -38,10 +40,10 @@ def command_line(published: bool = False) -> str:
     """The command that started this process, ready to paste, without secrets.
 
     Args:
-        published: see ``without_folders``.
+        published: whether it is for others, see ``without_folders`` and ``OF_ONE_MACHINE``.
     """
     words = without_folders(sys.argv) if published else list(sys.argv)
-    for flag in SECRETS:
+    for flag in (*SECRETS, *OF_ONE_MACHINE) if published else SECRETS:
         words = [w for i, w in enumerate(words) if not w.startswith(f"--{flag}") and words[i - 1] != f"--{flag}"]
     script = Path(words[0]).name if published or Path(words[0]).is_absolute() else words[0]
     return "accelerate launch " + shlex.join([script, *words[1:]])

@@ -3,6 +3,7 @@
 import argparse
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -237,6 +238,25 @@ def test_the_current_folder_can_be_the_output_folder(tiny_sd, photographs, tmp_p
     monkeypatch.chdir(tmp_path / "here")
     run_in_child(train, training_flags(tiny_sd, photographs.resolve(), tmp_path, "--output_dir", "."))
     assert (tmp_path / "here" / WEIGHTS_NAME).is_file()
+
+
+def test_the_published_command_is_one_that_others_can_run(monkeypatch):
+    words = [
+        "--resume_from_checkpoint",
+        "latest",
+        "--instance_data_dir",
+        "/home/me/dog",
+        "--hub_token=x",
+        "--rank",
+        "4",
+    ]
+    monkeypatch.setattr(sys, "argv", ["/usr/train_dreambooth_delora.py", *words])
+    assert run_folder.command_line(published=True) == (
+        "accelerate launch train_dreambooth_delora.py --instance_data_dir dog --rank 4"
+    )
+    assert run_folder.command_line().endswith(
+        "--resume_from_checkpoint latest --instance_data_dir /home/me/dog --rank 4"
+    )
 
 
 PROMPTS = ["a 🐶 dog", "\u202eabc", "a: b # c", "'a' \"b\"", "- dash", "```\ncode", "%s {x} \\", "null", "für ä"]
