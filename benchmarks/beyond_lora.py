@@ -44,15 +44,17 @@ def slug(name: str) -> str:
     return "".join(letter if letter.isalnum() or letter in ".-" else "-" for letter in name)
 
 
-def titles_of(rows: pd.DataFrame, tries: Sequence[str] | None) -> dict[str, str]:
+def titles_of(rows: pd.DataFrame, tries: Sequence[str] | None, reference: str) -> dict[str, str]:
     """The titles of tries by the ``name`` in the rows; ``tries`` are those to keep, None for all.
+
+    Without another choice the reference may be missing; then nothing is compared.
 
     Raises:
         InputError: the base model or a try is not among the rows.
     """
     names = set(rows["name"])
-    for title in (BASE, *(tries or ())):
-        if slug(title) not in names:
+    for title in (BASE, reference, *(tries or ())):
+        if slug(title) not in names and title != REFERENCE:
             raise InputError(f"the rows have no {title!r}; they have {', '.join(sorted(names))}.")
     return {slug(title): title for title in tries or TRIES if slug(title) in names}
 
@@ -74,8 +76,9 @@ def report(rows: pd.DataFrame, names: dict[str, str], reference: str = REFERENCE
             change, low, high = difference(values[title], values[reference])
             against = f"{change:+.3f} [{low:+.3f}, {high:+.3f}]"
         scores = [f"{full['dino'].mean():.3f}", f"{full['clip_t'].mean():.3f}"]
-        cells.append([title, f"{values[title][0]:.3f}", against, *scores])
-    header = ["", "DINO at equal CLIP-T", f"minus {reference}", "DINO at strength 1", "CLIP-T at strength 1"]
+        cells.append([title, f"{values[title][0]:.3f}", *([against] if reference in values else []), *scores])
+    compared = [f"minus {reference}"] if reference in values else []
+    header = ["", "DINO at equal CLIP-T", *compared, "DINO at strength 1", "CLIP-T at strength 1"]
     subjects, seeds = rows["subject"].nunique(), rows["seed"].nunique()
     return (
         f"{markdown(header, cells)}\n{counted(subjects, 'toy')}, {counted(seeds, 'seed')}. "
@@ -105,10 +108,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=positive_int, default=16, help="runs at the same time")
     options = parser.parse_args(argv)
     if options.from_rows:
+        for flag in ("finalists", "subjects", "seeds", "steps", "precision", "workers"):
+            if getattr(options, flag) != parser.get_default(flag):
+                raise InputError(f"--{flag} belongs to training; leave it out with --from_rows.")
         rows = read_rows(options.from_rows, COLUMNS, "rows.parquet of an earlier run")
         check_writable(options.out_dir / "table.md", "OUT")
+        tries = [*options.tries, options.reference] if options.tries else None
+        text = report(rows, titles_of(rows, tries, options.reference), options.reference)
         options.out_dir.mkdir(parents=True, exist_ok=True)
-        print_and_save(report(rows, titles_of(rows, options.tries), options.reference), options.out_dir / "table.md")
+        print_and_save(text, options.out_dir / "table.md")
         return
     check_writable(options.out_dir / "runs", "OUT")
     chosen = list(options.tries or (FINALISTS if options.finalists else TRIES))

@@ -1,7 +1,7 @@
 """Semantic maps: finding, decoding, colouring and cropping them. Imports no torch."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -138,10 +138,10 @@ def find_maps(folder: Path, default_caption: str | None) -> list[CaptionedMap]:
             names = list(dict.fromkeys(record["map"] for record in records))
             captions = {map_key(record["map"]): record.get("text") for record in records}
             if len(names) < len(records):
-                raise InputError(f"{file} lists {len(records) - len(names)} maps twice; list each once.")
+                raise InputError(f"{file} lists a map more than once; list each once.")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing or not names:
-        problem = f"{len(missing)} maps are missing, the first is {missing[0]}" if missing else "it contains no map"
+        problem = f"{missing[0]} is missing{and_more(missing)}" if missing else "it contains no map"
         raise InputError(f"--map_dir {folder}: {problem}; put the maps there as PNG files.")
     warn_of_unread_images(map_folder, EXTENSIONS)
     refuse_repeated_keys(names, folder)
@@ -153,10 +153,13 @@ def find_maps(folder: Path, default_caption: str | None) -> list[CaptionedMap]:
         bare += [name] if caption is None else []
         maps.append(CaptionedMap(key, path, caption or ""))
     if bare:
-        raise InputError(
-            f"{len(bare)} maps have no caption, the first is {bare[0]}; add captions, or pass --default_caption."
-        )
+        raise InputError(f"the map {bare[0]} has no caption{and_more(bare)}; add captions, or pass --default_caption.")
     return maps
+
+
+def and_more(names: Sequence[str]) -> str:
+    """``, and 2 more``, after the first of some names; empty for one."""
+    return f", and {len(names) - 1} more" if len(names) > 1 else ""
 
 
 def paint(values: np.ndarray, palette: np.ndarray | None, name: str = "the map") -> np.ndarray:

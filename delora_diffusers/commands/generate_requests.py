@@ -80,7 +80,10 @@ def build_requests(options: argparse.Namespace) -> list[Any]:
     """
     from delora_diffusers.files.records import Request, read_requests
 
-    strengths = tuple(dict.fromkeys(options.strength))
+    by_name: dict[str, float] = {}
+    for strength in options.strength:
+        by_name.setdefault(f"{strength:g}", strength)  # as in the names of images
+    strengths = tuple(by_name.values())
     if options.requests_file is not None:
         for flag in ("adapter", "adapter_weights", "output_dir"):
             if getattr(options, flag):
@@ -90,6 +93,10 @@ def build_requests(options: argparse.Namespace) -> list[Any]:
         raise InputError("no folder for the images was given; specify one with --output_dir.")
     prompts = [] if options.map_dir is not None else read_prompts(options)
     adapters = tuple(weighted_adapters(options))
+    if not adapters and strengths != (1.0,):
+        raise InputError(
+            "--strength scales the update of an adapter, and none is given; add --adapter, or leave it out."
+        )
     return [Request(adapters, tuple(prompts), options.output_dir, options.seed, strengths)]
 
 

@@ -284,7 +284,11 @@ def read_peft_delora(
     by_module: dict[str, dict[str, Tensor]] = {}
     for name, tensor in read_tensors(files[1])[1].items():
         module, _, key = name.removeprefix("base_model.model.").rpartition(".delora_")
+        if not module:
+            raise InputError(f"{files[1]} has the tensor {name}, which is not one of DeLoRA; save the adapter again.")
         by_module.setdefault(module, {})[key] = tensor.float()
+    if not by_module:
+        raise InputError(f"{files[1]} has no tensors; save the adapter again.")
     tensors: dict[str, dict[str, Tensor]] = {}
     ranks = set()
     for module, saved in by_module.items():

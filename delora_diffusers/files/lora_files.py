@@ -272,8 +272,11 @@ def _peft_scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     """``alpha / r``, or ``alpha / sqrt(r)`` with rank-stabilized LoRA; r is that of the module's tensors."""
     patterns = config.get("alpha_pattern") or {}
     try:
-        matches = [value for name, value in patterns.items() if f".{module}".endswith(f".{name}")]
+        # PEFT's rule: a key is a regular expression for the end of the name, and the first that matches counts.
+        matches = [value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)]
         alpha = float(matches[0] if matches else config.get("lora_alpha", 8))
+    except re.error as error:
+        raise InputError(f"the LoraConfig has an alpha_pattern that is not valid ({error}); save it again.") from error
     except (TypeError, ValueError, AttributeError) as error:
         raise InputError(f"the LoraConfig has an alpha of {module} that is not a number; save it again.") from error
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -225,7 +225,7 @@ def check_tensors(file: Path, header: dict[str, Any], loaded: dict[str, Tensor])
     for name, tensor in loaded.items():
         if not torch.isfinite(tensor).all():
             raise InputError(
-                f"{file} contains values that are not finite in {name}; resume training from a checkpoint."
+                f"{file} contains values that are not finite in {name}; take an earlier checkpoint of the training."
             )
         if not name.isprintable():
             raise InputError(f"{file} contains a tensor with the name {name!r}; save or download it again.")

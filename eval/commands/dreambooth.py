@@ -9,8 +9,9 @@ from data.photographs import NO_MASKS, Photo, find_photographs
 from delora_diffusers.atomic import write_text
 from delora_diffusers.errors import InputError
 from delora_diffusers.outputs import check_new
+from eval.benchmark.tables import counted
 from eval.commands.arguments import add_encoder_arguments, add_scorer_arguments
-from eval.metrics.generated import Generated, read_generated
+from eval.metrics.generated import Generated, check_base_images, read_generated
 from eval.metrics.protocols import PEFT_IMAGEGEN, PROTOCOLS
 
 
@@ -36,7 +37,7 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"{label:12}" + "".join(f"{c:>8}" for c in cells))
     counts = result["counts"]
     models = f"protocol {result['protocol']}: {result['models']['dino']}, {result['models']['clip']}"
-    lines.append(f"{counts['generated']} images against {counts['reference']} photos; {models}")
+    lines.append(f"{counted(counts['generated'], 'image')} against {counted(counts['reference'], 'photo')}; {models}")
     return "\n".join(lines)
 
 
@@ -47,6 +48,8 @@ def run(options: argparse.Namespace) -> None:
         raise InputError(f"--drift_dir and --base_dir belong to --protocol {PEFT_IMAGEGEN}; leave them out.")
     if bool(options.drift_dir) != bool(options.base_dir):
         raise InputError("--drift_dir and --base_dir are needed together; give both, or neither.")
+    if options.base_dir:
+        check_base_images(options.base_dir, "--base_dir")
     if options.batch_size < 1:
         raise InputError(f"--batch_size is {options.batch_size}; give at least 1.")
     generated, photos = read_generated(options.generated_dir), find_photographs(options.reference_dir, NO_MASKS)

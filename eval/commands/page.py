@@ -9,7 +9,7 @@ from delora_diffusers.errors import InputError
 from delora_diffusers.outputs import check_new
 from eval.commands.arguments import add_encoder_arguments, add_scorer_arguments
 from eval.commands.dreambooth import table
-from eval.metrics.generated import by_prompt, read_generated
+from eval.metrics.generated import by_prompt, check_base_images, read_generated
 from eval.metrics.protocols import PROTOCOLS
 
 
@@ -29,6 +29,7 @@ def run(options: argparse.Namespace) -> None:
     png_file = options.output.with_suffix(".png")
     for file in (options.output, png_file):
         check_new(file, "--output")
+    check_base_images(options.base_dir, "--base_dir")
     before, after = read_generated(options.base_dir), read_generated(options.generated_dir)
     missing = [prompt for prompt in by_prompt(after) if prompt not in by_prompt(before)]
     if missing:

@@ -6,6 +6,7 @@ continues a study that was stopped. Under ``accelerate launch`` the trainings ar
 
 import argparse
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from delora_diffusers.errors import InputError
@@ -97,7 +98,9 @@ def check_study_flags(options: argparse.Namespace) -> None:
     if unknown and options.name != "frontier":
         raise InputError(f"--methods {unknown[0]} is a variant that only frontier has; choose {', '.join(METHODS)}.")
     if options.name == "norms":
-        check_norms_flags(options)
+        check_only(options, ("pretrained_model_name_or_path",), "applies to studies that train, which norms does not")
+    if options.from_rows:
+        check_only(options, ("from_rows", "clip_t_drop", "judges"), "has no effect on rows that are there already")
     if options.name == "boundary" and options.methods not in (None, ["delora"]):
         raise InputError("--methods: only DeLoRA has the boundary that this study varies; leave it out.")
     if options.name in ("prolonged", "frontier") and options.score_every:
@@ -106,8 +109,11 @@ def check_study_flags(options: argparse.Namespace) -> None:
         )
 
 
-def check_norms_flags(options: argparse.Namespace) -> None:
-    """Reject the flags of studies that train, of which ``norms`` uses none.
+def check_only(options: argparse.Namespace, used: Sequence[str], why: str) -> None:
+    """Reject all flags but some.
+
+    Args:
+        used: these and the output folder are accepted. why: what the message says of any other.
 
     Raises:
         InputError
@@ -115,9 +121,8 @@ def check_norms_flags(options: argparse.Namespace) -> None:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     for flag, value in vars(options).items():
-        used = flag in ("name", "output_dir", "pretrained_model_name_or_path", "run")
-        if not used and value != parser.get_default(flag):
-            raise InputError(f"--{flag} applies to studies that train, which norms does not; leave it out.")
+        if flag not in ("name", "output_dir", "run", *used) and value != parser.get_default(flag):
+            raise InputError(f"--{flag} {why}; leave it out.")
 
 
 def is_result(name: str) -> bool:

@@ -71,9 +71,21 @@ def test_the_table_of_earlier_rows(tmp_path, capsys):
     pd.concat([base, tried]).to_parquet(file)
     beyond_lora.main([str(tmp_path / "out"), "--from_rows", str(file)])
     table = (tmp_path / "out/table.md").read_text()
-    assert "| 900 steps | 0.600 |  | 0.600 | 0.710 |" in table and table in capsys.readouterr().out + "\n"
+    assert (
+        "| 900 steps | 0.600 | 0.600 | 0.710 |" in table
+        and "minus" not in table
+        and table in capsys.readouterr().out + "\n"
+    )
     with pytest.raises(InputError, match="the rows have no 'LoRA'; they have 900-steps, base-model"):
         beyond_lora.main([str(tmp_path / "out"), "--from_rows", str(file), "--tries", "LoRA"])
+    with pytest.raises(InputError, match="the rows have no 'LoRA'"):
+        beyond_lora.main([str(tmp_path / "new"), "--from_rows", str(file), "--reference", "LoRA"])
+    with pytest.raises(InputError, match="--seeds belongs to training; leave it out with --from_rows"):
+        beyond_lora.main([str(tmp_path / "new"), "--from_rows", str(file), "--seeds", "3"])
+    assert not (tmp_path / "new").exists()
+    pd.concat([base, tried, rows(slug("LoRA"), [(1.0, 0.4, 0.71)])]).to_parquet(file)
+    beyond_lora.main([str(tmp_path / "out"), "--from_rows", str(file), "--tries", "LoRA", "--reference", "900 steps"])
+    assert "| LoRA | 0.500 | -0.100 [-0.100, -0.100] | 0.500 | 0.710 |" in (tmp_path / "out/table.md").read_text()
     tried.to_parquet(file)
     with pytest.raises(InputError, match="the rows have no 'base model'"):
         beyond_lora.main([str(tmp_path / "out"), "--from_rows", str(file)])

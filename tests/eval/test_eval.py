@@ -1,5 +1,6 @@
 """Scores against loops written out, encoders against the libraries that they wrap, and the commands."""
 
+import hashlib
 import itertools
 import json
 
@@ -13,7 +14,7 @@ from data.miniature import MINI_CLIP
 from delora_diffusers.errors import InputError
 from delora_diffusers.image_files import load_rgb
 from eval.__main__ import main
-from eval.metrics.generated import read_generated
+from eval.metrics.generated import check_base_images, read_generated, read_generated_from_maps
 from eval.metrics.protocols import PROTOCOLS
 from eval.metrics.scores import pair_scores, real_score, text_scores, without_identifier
 from eval.page import read_curves
@@ -192,6 +193,33 @@ def test_images_at_several_strengths_are_averaged_with_a_warning(tmp_path, caplo
         Image.new("RGB", (8, 8)).save(tmp_path / line["file_name"])
     assert len(read_generated(tmp_path)) == 3
     assert "has images at the strengths 0, 0.5, 1, which are averaged; generate them apart" in caplog.text
+
+
+def test_images_of_an_adapter_are_not_those_of_the_base_model(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    line = {"file_name": "0.png", "prompt": "a toy", "adapter": "a1", "strength": 0.0}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(line))
+    check_base_images(tmp_path, "--base_dir")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(line | {"strength": 1.0}))
+    with pytest.raises(InputError, match="--base_dir: .*0.png was generated with an adapter; give images of the base"):
+        check_base_images(tmp_path, "--base_dir")
+
+
+def test_maps_of_the_same_name_that_are_other_files_are_said(tmp_path, caplog):
+    images, maps = tmp_path / "images", tmp_path / "maps"
+    for folder in (images, maps / "maps", maps / "images"):
+        folder.mkdir(parents=True)
+    for file in (images / "0.png", maps / "maps/0.png", maps / "images/0.png"):
+        Image.new("L", (8, 8)).save(file)
+    digest = hashlib.sha256((maps / "maps/0.png").read_bytes()).hexdigest()[:16]
+    line = {"file_name": "0.png", "prompt": "a toy", "map": "maps/0.png", "map_sha256": digest}
+    (images / "metadata.jsonl").write_text("\n".join(json.dumps(line | {"strength": s}) for s in (1.0, 1.0)))
+    assert len(read_generated_from_maps(images, maps)) == 2 and not caplog.text
+    Image.new("L", (8, 8), 1).save(maps / "maps/0.png")
+    (images / "metadata.jsonl").write_text("\n".join(json.dumps(line | {"strength": s}) for s in (0.5, 1.0)))
+    assert len(read_generated_from_maps(images, maps)) == 2
+    assert "is not the file that its image was generated from, only of the same name (2 of 2 images)" in caplog.text
+    assert "has images at the strengths 0.5, 1, which are averaged" in caplog.text
 
 
 @pytest.mark.integration

@@ -101,13 +101,18 @@ def test_the_script_accepts_every_training_and_strengths_share_it(tmp_path):
         (["--score_every", "10"], "--score_every keeps the best step"),
         (["--methods", "full", "--protocol", "oft"], "--protocol oft does not fit frontier"),
         (["--train", "relative_bound=0.2"], "--train relative_bound is what frontier varies"),
-        (["--from_rows"], "frontier.parquet is missing; run the study without --from_rows first"),
+        (["--from_rows"], "--subjects has no effect on rows that are there already; leave it out"),
     ],
 )
 def test_errors(words, message, tmp_path, monkeypatch):
     monkeypatch.setattr(frontier, "start_accelerator", lambda: pytest.fail("the flags were accepted"))
     with pytest.raises(InputError, match=re.escape(message)):
         frontier.run(parse("--output_dir", tmp_path / "out", "--subjects", "car", "duck", *words))
+
+
+def test_missing_rows(tmp_path):
+    with pytest.raises(InputError, match=r"frontier\.parquet is missing; run the study without --from_rows first"):
+        frontier.run(parse("--output_dir", tmp_path / "out", "--from_rows"))
 
 
 def test_other_studies_reject_its_flags(tmp_path):

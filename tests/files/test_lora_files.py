@@ -175,7 +175,9 @@ def test_original_names_of_our_own_exports(folders, tmp_path, kind):
 @pytest.mark.parametrize("several", [False, True])
 def test_peft_folders(folders, tmp_path, several):
     pipeline = stock(folders["sd1"])
-    config = peft_config(6, lora_alpha=9, rank_pattern={"attn1.to_q": 2}, alpha_pattern={"attn2.to_k": 1})
+    config = peft_config(
+        6, lora_alpha=9, rank_pattern={"attn1.to_q": 2}, alpha_pattern={"attn2.to_k": 1, r".*attn1\.to_[qv]": 3}
+    )
     wrapped = {"unet": get_peft_model(pipeline.unet, config)}
     if several:
         other = LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj"], use_rslora=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from data.tiny_sd import transformer
 from delora_diffusers import AdapterConfig, attach, detach, load_adapter, save_adapter
@@ -162,6 +162,15 @@ def test_import_from_peft_delora(tiny_sd, tmp_path):
     main(["export", "--adapter", str(tmp_path / "a"), "--format", "peft-delora", "--output", str(tmp_path / "again")])
     before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("p", "again"))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    flags[-1] = str(tmp_path / "none")
+    for tensors, message in (
+        ({}, "has no tensors"),
+        (before | {"extra.weight": torch.ones(1)}, "the tensor extra.weight"),
+    ):
+        save_file(tensors, tmp_path / "p" / "adapter_model.safetensors")
+        with pytest.raises(SystemExit, match=message):
+            main(["import", "--peft_dir", str(tmp_path / "p"), *flags])
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(

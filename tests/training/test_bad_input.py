@@ -182,6 +182,7 @@ def test_generate_rejects_bad_flags(tiny_sd, tmp_path):
     refused("contains no prompt", "--prompts_file", tmp_path / "prompts.txt")
     (tmp_path / "prompts.txt").write_text("# a tree\na dog -- sitting --well\na mug --n low quality --w 512\n")
     refused("prompts.txt, line 3: --n would be read as words", "--prompts_file", tmp_path / "prompts.txt")
+    refused("--strength scales the update of an adapter, and none is given", "--prompt", "x", "--strength", 0.5, 1)
     Image.new("RGB", (4, 4)).save(tmp_path / "image.safetensors", format="PNG")
     refused("is not a safetensors file", "--adapter", tmp_path / "image.safetensors", "--prompt", "x")
 

@@ -152,7 +152,7 @@ def test_generate_rejects_bad_flags_and_maps(trained, pairs, tmp_path):
     (tmp_path / "bare").mkdir()
     refused("it contains no map", "--adapter", trained, "--map_dir", tmp_path / "bare")
     Image.new("L", (8, 8)).save(tmp_path / "bare" / "x.png")
-    refused("1 maps have no caption, the first is x.png", "--adapter", trained, "--map_dir", tmp_path / "bare")
+    refused("the map x.png has no caption; add", "--adapter", trained, "--map_dir", tmp_path / "bare")
     Image.fromarray(np.full((8, 8), 254, np.uint8)).save(tmp_path / "bare" / "x.png")
     (tmp_path / "bare" / "y.png").write_text("not an image")
     flags = ("--adapter", trained, "--map_dir", tmp_path / "bare", "--default_caption", "x")
