@@ -151,7 +151,7 @@ def generate_words(
     words += ["--prompt", *prompts]
     for name, value in settings.items():
         words += flag(name, value)
-    words += [] if list(strengths) == ["1"] else ["--strength", *strengths]
+    words += [] if list(strengths) == ["1"] or not used else ["--strength", *strengths]
     name = hashlib.sha256(json.dumps([words, digests]).encode()).hexdigest()[:10]
     output = workspace.output(f"play-{name}")
     return [*words, "--output_dir", str(short(output))], output

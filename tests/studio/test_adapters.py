@@ -83,6 +83,8 @@ def test_a_request_is_the_command_that_a_person_would_type(workspace):
     words, _ = adapters.generate_words(workspace, [("dog", 0.4), ("dog/best", 1)], ["a dog"], ["0", "0.5"], {})
     assert words[words.index("--adapter_weights") + 1 :][:2] == ["0.4", "1"]
     assert words[words.index("--strength") + 1 :][:2] == ["0", "0.5"]
+    words, _ = adapters.generate_words(workspace, [], ["a dog"], ["0.5"], {})
+    assert words[:-1] == ["--prompt", "a dog", "--output_dir"], "the base model has no strength"
     with pytest.raises(InputError, match="no prompt"):
         adapters.generate_words(workspace, [], [], ["1"], {})
 
