@@ -17,7 +17,7 @@ import pandas as pd
 
 from benchmarks.beyond_lora_tries import FINALISTS, REFERENCE, TRIES
 from benchmarks.miniature_runs import run_all, toy_number
-from benchmarks.reporting import print_and_save, read_rows
+from benchmarks.reporting import print_and_save
 from benchmarks.strength_dial import (
     CHOOSING,
     CLIP_T_LOSS,
@@ -33,7 +33,9 @@ from delora_diffusers.dispatch import exit_on_bad_input
 from delora_diffusers.errors import InputError
 from delora_diffusers.outputs import check_writable
 from delora_diffusers.training.arguments import positive_int
-from eval.benchmark.tables import counted, markdown
+from delora_diffusers.wording import counted
+from eval.benchmark.tables import markdown
+from eval.study.saved_rows import read_rows
 
 BASE = "base model"
 COLUMNS = ("name", "seed", "subject", "strength", "dino", "clip_t")
@@ -111,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
         for flag in ("finalists", "subjects", "seeds", "steps", "precision", "workers"):
             if getattr(options, flag) != parser.get_default(flag):
                 raise InputError(f"--{flag} belongs to training; leave it out with --from_rows.")
-        rows = read_rows(options.from_rows, COLUMNS, "rows.parquet of an earlier run")
+        rows = read_rows(options.from_rows, COLUMNS, "give the rows.parquet of an earlier run")
         check_writable(options.out_dir / "table.md", "OUT")
         tries = [*options.tries, options.reference] if options.tries else None
         text = report(rows, titles_of(rows, tries, options.reference), options.reference)

@@ -32,13 +32,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from benchmarks.reporting import read_rows
 from delora_diffusers.atomic import write_text
 from delora_diffusers.dispatch import exit_on_bad_input
 from delora_diffusers.errors import InputError
 from eval.benchmark.tables import markdown
 from eval.study.boundary import KNEES, Interval, knees
 from eval.study.captions import first_protocol
+from eval.study.saved_rows import read_rows
 
 BOUNDS = tuple(float(bound) for bound in np.geomspace(0.0125, 1.6, 8))
 """At which probes are measured; between them they are interpolated."""
@@ -302,7 +302,7 @@ def read_knees(
     Raises:
         InputError: the file has no rows of the base model or of that rate.
     """
-    rows = first_protocol(read_rows(file, COLUMNS, "boundary.parquet of a finished study"))
+    rows = first_protocol(read_rows(file, COLUMNS, "give the boundary.parquet of a finished study"))
     if rate is not None:
         rows = rows[(rows["method"] == "none") | np.isclose(rows["rate_multiplier"], rate)]
     rows = rows[(rows["method"] == "none") | rows["x"].between(*bounds)]

@@ -11,15 +11,16 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks.reporting import print_and_save, read_rows
+from benchmarks.reporting import print_and_save
 from delora_diffusers.dispatch import exit_on_bad_input
 from delora_diffusers.errors import InputError
 from delora_diffusers.methods.table import METHODS
 from delora_diffusers.outputs import check_writable
 from eval.benchmark.tables import markdown
 from eval.study.flatness_joint import COLUMNS, difference_table, joined, joint_table, noise_table, note_of, plot_joint
+from eval.study.saved_rows import read_rows
 
-STUDY = "flatness.parquet of a finished study"
+REMEDY = "give the flatness.parquet of a finished study"
 
 
 def read(file: Path) -> pd.DataFrame:
@@ -28,9 +29,9 @@ def read(file: Path) -> pd.DataFrame:
     Raises:
         InputError: the file does not exist, or has other rows.
     """
-    rows = read_rows(file, COLUMNS, STUDY)
+    rows = read_rows(file, COLUMNS, REMEDY)
     if not set(rows["method"]) <= set(METHODS):
-        raise InputError(f"{file} has rows of another study; give the {STUDY}.")
+        raise InputError(f"{file} has rows of another study; {REMEDY}.")
     return rows
 
 

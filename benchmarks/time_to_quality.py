@@ -45,7 +45,8 @@ from delora_diffusers.errors import InputError
 from delora_diffusers.methods.table import METHODS
 from delora_diffusers.outputs import check_writable
 from delora_diffusers.training.arguments import positive_int
-from eval.benchmark.tables import counted, markdown
+from delora_diffusers.wording import counted
+from eval.benchmark.tables import markdown
 from eval.benchmark.tasks import flag_values
 
 BATCH_SIZES = (1, 2, 4, 8)

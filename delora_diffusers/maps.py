@@ -1,7 +1,7 @@
 """Semantic maps: finding, decoding, colouring and cropping them. Imports no torch."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -19,6 +19,7 @@ from delora_diffusers.image_files import (
 )
 from delora_diffusers.json_lines import IMAGES_WITH_MAPS, OFT_PROMPTS, read_json_lines
 from delora_diffusers.names import METADATA_NAME
+from delora_diffusers.wording import and_more
 
 IGNORED = 255
 """The class index of unlabelled pixels."""
@@ -155,11 +156,6 @@ def find_maps(folder: Path, default_caption: str | None) -> list[CaptionedMap]:
     if bare:
         raise InputError(f"the map {bare[0]} has no caption{and_more(bare)}; add captions, or pass --default_caption.")
     return maps
-
-
-def and_more(names: Sequence[str]) -> str:
-    """``, and 2 more``, after the first of some names; empty for one."""
-    return f", and {len(names) - 1} more" if len(names) > 1 else ""
 
 
 def paint(values: np.ndarray, palette: np.ndarray | None, name: str = "the map") -> np.ndarray:

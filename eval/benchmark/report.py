@@ -8,6 +8,7 @@ from pathlib import Path
 from delora_diffusers.atomic import atomic_write
 from delora_diffusers.errors import InputError
 from delora_diffusers.text_files import read_json
+from delora_diffusers.wording import counted
 from eval.benchmark import report_page, tables
 from eval.benchmark.results import SCORES
 from eval.benchmark.results_folder import Run, read_run
@@ -54,9 +55,9 @@ def terminal(folder: Path) -> str:
     for protocol, scored in summary["protocols"].items():
         counts = scored["counts"]
         lines.append(
-            f"protocol {protocol}: {tables.counted(counts['subjects'], 'subject')}, "
-            f"{tables.counted(counts['seeds'], 'seed')}, {tables.counted(counts['pictures'], 'image')}, "
-            f"{tables.counted(counts['pairs'], 'pair')}; mean [95% interval over subjects]"
+            f"protocol {protocol}: {counted(counts['subjects'], 'subject')}, "
+            f"{counted(counts['seeds'], 'seed')}, {counted(counts['pictures'], 'image')}, "
+            f"{counted(counts['pairs'], 'pair')}; mean [95% interval over subjects]"
         )
         for name, value in scored["scores"].items():
             real = scored["real"].get(name)

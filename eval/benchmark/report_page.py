@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
 from delora_diffusers.image_files import load_rgb
+from delora_diffusers.wording import counted
 from eval.benchmark import tables
 from eval.benchmark.results import EXPLAINED, SCORES, paired_differences
 from eval.benchmark.results_folder import Run
@@ -151,7 +152,7 @@ def summarize(runs: Sequence[Run], protocol: str) -> dict[str, Any]:
     return {
         "protocol": protocol,
         "table": Table(header, rows, marked=len(runs)),
-        "counts": ", ".join(tables.counted(counts[key], noun) for key, noun in nouns.items()),
+        "counts": ", ".join(counted(counts[key], noun) for key, noun in nouns.items()),
         "models": f"{short_name(models['dino'])}, {short_name(models['clip'])}, {models['precision']}",
         "more": more,
         "terms": [(SCORES[name], EXPLAINED[name]) for name in names],

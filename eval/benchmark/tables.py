@@ -27,11 +27,6 @@ def number(value: float | None, digits: int = 3) -> str:
     return "-" if value is None or value != value else f"{value:.{digits}f}"
 
 
-def counted(number: int, noun: str) -> str:
-    """``1 subject``, ``2 subjects``."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 def interval(score: dict[str, Any] | None) -> str:
     """``0.686 [0.660, 0.710]``"""
     return "-" if score is None else f"{score['mean']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"

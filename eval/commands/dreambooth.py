@@ -9,7 +9,7 @@ from data.photographs import NO_MASKS, Photo, find_photographs
 from delora_diffusers.atomic import write_text
 from delora_diffusers.errors import InputError
 from delora_diffusers.outputs import check_new
-from eval.benchmark.tables import counted
+from delora_diffusers.wording import counted
 from eval.commands.arguments import add_encoder_arguments, add_scorer_arguments
 from eval.metrics.generated import Generated, check_base_images, read_generated
 from eval.metrics.protocols import PEFT_IMAGEGEN, PROTOCOLS

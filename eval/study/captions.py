@@ -10,8 +10,9 @@ import pandas as pd
 from data.benchmark import Subject
 from delora_diffusers.atomic import write_text
 from delora_diffusers.names import METADATA_NAME
+from delora_diffusers.wording import counted
 from eval.benchmark.results import bootstrap_interval, mean_and_interval, paired_differences
-from eval.benchmark.tables import counted, markdown
+from eval.benchmark.tables import markdown
 from eval.metrics.generated import read_generated
 from eval.study import figures
 from eval.study.settings import Study

@@ -18,11 +18,12 @@ from safetensors import safe_open
 
 from delora_diffusers.atomic import write_text
 from delora_diffusers.methods.table import METHODS
+from delora_diffusers.wording import counted
 from eval.benchmark.checks import chosen_benchmark
 from eval.benchmark.recipes import SUBJECTS
 from eval.benchmark.results import mean_and_interval
 from eval.benchmark.run import start_accelerator
-from eval.benchmark.tables import counted, markdown
+from eval.benchmark.tables import markdown
 from eval.study import captions, figures
 from eval.study.settings import Setting, at_rate
 from eval.study.trials import Trial, exclusive, finish, gather, plan_trials, run_trials, write_rows

@@ -14,8 +14,9 @@ import pandas as pd
 
 from delora_diffusers.atomic import write_text
 from delora_diffusers.methods.table import METHODS
+from delora_diffusers.wording import counted
 from eval.benchmark.results import RESAMPLES
-from eval.benchmark.tables import counted, markdown
+from eval.benchmark.tables import markdown
 from eval.study import captions, figures
 from eval.study.grids import by_setting, percentiles, resampled, subject_means
 from eval.study.settings import RATE_AXIS, Setting, at_rate

@@ -9,7 +9,7 @@ import pandas as pd
 
 from delora_diffusers.errors import InputError
 from delora_diffusers.methods.table import METHODS
-from eval.benchmark.tables import counted
+from delora_diffusers.wording import counted
 from eval.study import captions, figures
 from eval.study.flatness import (
     DEFAULT,

@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
     """Train, score and write ``frontier.*``; with ``--from_rows`` only the last, from the rows of an earlier run."""
     path = options.output_dir / "frontier"
     if options.from_rows:
-        finish(frontier_report.write(path, frontier_report.read_rows(path.with_suffix(".parquet")), options), {})
+        finish(frontier_report.write(path, frontier_report.read(path.with_suffix(".parquet")), options), {})
         return
     trials = plan(options)
     accelerator = start_accelerator()

@@ -9,17 +9,21 @@ import numpy as np
 import pandas as pd
 
 from delora_diffusers.atomic import write_text
-from delora_diffusers.errors import InputError, reason
-from eval.benchmark.tables import counted, markdown
+from delora_diffusers.errors import InputError
+from delora_diffusers.wording import counted
+from eval.benchmark.tables import markdown
 from eval.study import frontier_figure, frontier_page
 from eval.study.envelope import Estimate
 from eval.study.frontier_analysis import POINT, RESAMPLES, Analysis, Result, analyse
 from eval.study.frontier_settings import BASE, CLIP_T_DROP, CLIP_T_LOSSES
 from eval.study.frontier_words import in_words
+from eval.study.saved_rows import read_rows
 
 SHOWS = (
     "Subject fidelity (DINO) against prompt fidelity (CLIP-T): the frontier of every method over a grid of settings."
 )
+COLUMNS = (*POINT, "label", "subject", "seed", "dino", "clip_t", "drift", "real_dino", "thumbnail")
+"""What the rows of the study have."""
 
 
 class Table(NamedTuple):
@@ -31,22 +35,16 @@ class Table(NamedTuple):
     left: int = 1
 
 
-def read_rows(file: Path) -> pd.DataFrame:
+def read(file: Path) -> pd.DataFrame:
     """The rows of an earlier run.
 
     Raises:
-        InputError: there are none.
+        InputError: there are none, or none of the base model.
     """
-    if not file.is_file():
-        raise InputError(f"{file} is missing; run the study without --from_rows first.")
-    try:
-        rows = pd.read_parquet(file)
-    except (ValueError, OSError) as error:
-        raise InputError(f"{file} is damaged ({reason(error)}); run the study without --from_rows.") from error
-    if not {*POINT, "label", "subject", "seed", "dino", "clip_t", "drift", "real_dino", "thumbnail"} <= set(
-        rows
-    ) or BASE not in set(rows["key"]):
-        raise InputError(f"{file} has no rows of the study frontier; run the study without --from_rows.")
+    remedy = "run the study without --from_rows first"
+    rows = read_rows(file, COLUMNS, remedy)
+    if BASE not in set(rows["key"]):
+        raise InputError(f"{file} has no rows of the base model; {remedy}.")
     return rows
 
 

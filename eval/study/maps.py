@@ -20,10 +20,11 @@ from delora_diffusers.errors import InputError
 from delora_diffusers.json_lines import GENERATED_FROM_MAPS, read_json_lines
 from delora_diffusers.names import METADATA_NAME, WEIGHTS_NAME
 from delora_diffusers.text_files import read_json
+from delora_diffusers.wording import counted
 from eval.benchmark.checks import check_base_model
 from eval.benchmark.recipes import MAPS, training_flags, with_recipe
 from eval.benchmark.run import run_on_all, start_accelerator
-from eval.benchmark.tables import counted, markdown
+from eval.benchmark.tables import markdown
 from eval.benchmark.tasks import ROOT, Step, Task, flag_values, flags, images_are_complete
 from eval.study import figures
 from eval.study.settings import Setting, ablation

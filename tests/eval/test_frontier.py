@@ -111,8 +111,16 @@ def test_errors(words, message, tmp_path, monkeypatch):
 
 
 def test_missing_rows(tmp_path):
-    with pytest.raises(InputError, match=r"frontier\.parquet is missing; run the study without --from_rows first"):
+    with pytest.raises(InputError, match=r"frontier\.parquet does not exist; run the study without --from_rows first"):
         frontier.run(parse("--output_dir", tmp_path / "out", "--from_rows"))
+
+
+def test_rows_without_the_base_model(tmp_path):
+    rows = made_up_rows()
+    for wrong, message in ((rows[rows["key"] != BASE], "no rows of the base model"), (rows[["key"]], "something else")):
+        wrong.to_parquet(tmp_path / "frontier.parquet")
+        with pytest.raises(InputError, match=f"{message}; run the study without --from_rows first"):
+            frontier.run(parse("--output_dir", tmp_path, "--from_rows"))
 
 
 def test_other_studies_reject_its_flags(tmp_path):

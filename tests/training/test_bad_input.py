@@ -188,7 +188,9 @@ def test_generate_rejects_bad_flags(tiny_sd, tmp_path):
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("module", ["train_dreambooth_delora", "train_controlnet_map2img", "delora_diffusers.__main__"])
+@pytest.mark.parametrize(
+    "module", ["train_dreambooth_delora", "train_controlnet_map2img", "delora_diffusers.__main__", "eval.__main__"]
+)
 def test_command_line_modules_do_not_import_torch(module):
     """A rejected argument and --help take a third of a second instead of the seconds that importing torch takes."""
 
