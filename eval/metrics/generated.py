@@ -95,7 +95,7 @@ def read_generated_from_maps(folder: Path, map_dir: Path) -> list[tuple[Path, Ma
 def _read(folder: Path, line_format: LineFormat) -> Records:
     file = folder / METADATA_NAME
     if not file.is_file():
-        raise InputError(f"{file} is missing; --generated_dir must be a finished output folder of generate.")
+        raise InputError(f"{file} is missing; give a finished output folder of generate.")
     records = [(folder / record["file_name"], record) for _, record in read_json_lines(file, line_format)]
     missing = next((path for path, _ in records if not path.is_file()), None)
     if missing is not None:
